@@ -1,0 +1,50 @@
+"""The front door: every public name, loaded when it is first used, so that importing wakes no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from arrow_quant_v2.api import ArrowQuantizer, ArrowQuantV2
+    from arrow_quant_v2.config import DiffusionQuantConfig
+    from arrow_quant_v2.decisions import Decision
+    from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, QuantizationError, ValidationError
+    from arrow_quant_v2.packed import PackedTensor
+
+__version__ = "2.0.0.dev0"
+
+_ROOMS = {
+    "ArrowQuantV2": "api",
+    "ArrowQuantizer": "api",
+    "DiffusionQuantConfig": "config",
+    "Decision": "decisions",
+    "PackedTensor": "packed",
+    "ArrowQuantError": "errors",
+    "ConfigurationError": "errors",
+    "QuantizationError": "errors",
+    "ValidationError": "errors",
+}
+
+__all__ = [
+    "ArrowQuantError",
+    "ArrowQuantV2",
+    "ArrowQuantizer",
+    "ConfigurationError",
+    "Decision",
+    "DiffusionQuantConfig",
+    "PackedTensor",
+    "QuantizationError",
+    "ValidationError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

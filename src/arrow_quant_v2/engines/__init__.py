@@ -1,0 +1,1 @@
+"""Ways to run many pieces of work at once; knows nothing of tensors."""

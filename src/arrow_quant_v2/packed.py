@@ -1,0 +1,178 @@
+"""PackedTensor, the one noun between all rooms: codes, parameters, shape. Does no arithmetic on weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from arrow_quant_v2.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Bits: TypeAlias = Literal[2, 4, 8]
+Bytes: TypeAlias = "NDArray[np.uint8]"
+Halfwords: TypeAlias = "NDArray[np.uint16]"
+
+WIDTHS: tuple[Bits, ...] = (2, 4, 8)
+ITEM_BITS = {
+    "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8,
+    "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "bool": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Name, shape and dtype of one tensor that lies in a source or a store; holds no values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values in this dtype."""
+        return self.numel * ITEM_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a tensor becomes a matrix of codes: rows, columns, and columns sharing parameters.
+
+    `quant_axis` splits the shape: the axes before it are rows, the rest are columns. It is None per
+    tensor: one row, one group. A linear (out, in) and a convolution (out, in, *kernel) have axis 1,
+    experts (expert, out, in) axis 2. `group_size` None means one group per row. The last group of a
+    row is shorter where the columns do not divide: the ragged tail.
+    """
+
+    shape: tuple[int, ...]
+    bits: Bits
+    quant_axis: int | None
+    group_size: int | None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the code matrix."""
+        return 1 if self.quant_axis is None else math.prod(self.shape[: self.quant_axis])
+
+    @property
+    def columns(self) -> int:
+        """Codes per row."""
+        return math.prod(self.shape if self.quant_axis is None else self.shape[self.quant_axis :])
+
+    @property
+    def group(self) -> int:
+        """Columns per group, never more than there are."""
+        return self.columns if self.group_size is None else min(self.group_size, self.columns)
+
+    @property
+    def groups(self) -> int:
+        """Groups per row, the ragged tail included."""
+        return -(-self.columns // self.group)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of packed codes; a row starts on a byte."""
+        return -(-self.columns * self.bits // 8)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedTensor:
+    """Codes and parameters of the rows `first_row` and on of one tensor; arrays may be memory-mapped.
+
+    codes        uint8 (rows, row_bytes)  lowest bits first, every row starts on a byte
+    scales       uint8 (rows, groups)     scale = row_scale * (scales / 255)^2
+    zero_points  uint8 (rows, groups)     zero_point = zero_points / (255 / (2^bits - 1)); None: 2^(bits-1)
+    row_scales   uint16 (rows,)           the bits of a bfloat16
+
+    weight ~ scale * (code - zero_point). `dtype` is that of the original tensor.
+    """
+
+    name: str
+    dtype: str
+    layout: Layout
+    codes: Bytes
+    scales: Bytes
+    zero_points: Bytes | None
+    row_scales: Halfwords
+    first_row: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not fit the layout.
+
+        Raises:
+            QuantizationError: an array has another shape or dtype than the layout asks.
+        """
+        rows = len(self.codes)
+        self._demand("codes", self.codes, (rows, self.layout.row_bytes), np.uint8)
+        self._demand("scales", self.scales, (rows, self.layout.groups), np.uint8)
+        self._demand("row_scales", self.row_scales, (rows,), np.uint16)
+        if self.zero_points is not None:
+            self._demand("zero_points", self.zero_points, (rows, self.layout.groups), np.uint8)
+        if not 0 <= self.first_row <= self.first_row + rows <= self.layout.rows:
+            raise QuantizationError(
+                f"{self.name}: rows {self.first_row} to {self.first_row + rows} lie outside its {self.layout.rows}"
+            )
+
+    def _demand(self, what: str, array: NDArray[np.generic], shape: tuple[int, ...], dtype: type) -> None:
+        if array.shape != shape or array.dtype != dtype:
+            raise QuantizationError(
+                f"{self.name}: {what} are {array.dtype} {array.shape}; the layout asks for {np.dtype(dtype)} {shape}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows held here: all of the tensor's, or one chunk's."""
+        return int(self.codes.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Every stored byte: codes and parameters."""
+        zeros = 0 if self.zero_points is None else self.zero_points.nbytes
+        return self.codes.nbytes + self.scales.nbytes + zeros + self.row_scales.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightError:
+    """Sums over the elements of a tensor, from which cosine and mean squared error follow; they add up.
+
+    `original` = sum w^2, `quantized` = sum q^2, `difference` = sum (w - q)^2, `count` elements.
+    """
+
+    original: float
+    quantized: float
+    difference: float
+    count: int
+
+    def __add__(self, other: WeightError) -> WeightError:
+        """The same over both sets of elements."""
+        return WeightError(
+            original=self.original + other.original,
+            quantized=self.quantized + other.quantized,
+            difference=self.difference + other.difference,
+            count=self.count + other.count,
+        )
+
+    @property
+    def cosine(self) -> float:
+        """Cosine between weight and quantized weight, 1.0 where both are zero."""
+        norm = math.sqrt(self.original) * math.sqrt(self.quantized)
+        if norm == 0.0:
+            return 1.0 if self.original == self.quantized else 0.0
+        return max(-1.0, min(1.0, (self.original + self.quantized - self.difference) / (2.0 * norm)))
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error."""
+        return self.difference / self.count if self.count else 0.0
+
+
+NO_ERROR = WeightError(original=0.0, quantized=0.0, difference=0.0, count=0)

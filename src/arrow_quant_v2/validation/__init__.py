@@ -1,0 +1,1 @@
+"""How close two models are; knows nothing of how either was made."""

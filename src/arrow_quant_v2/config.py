@@ -1,0 +1,385 @@
+"""What is asked of a model and of one tensor, refused early and in words; knows nothing of tensors or methods."""
+
+import contextlib
+import difflib
+import os
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+
+import pydantic
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
+
+from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.packed import WIDTHS, Bits
+
+if TYPE_CHECKING:
+    from pydantic import ModelWrapValidatorHandler, ValidationInfo
+    from typing_extensions import Self
+
+Method: TypeAlias = Literal["clip", "rtn"]
+Modality: TypeAlias = Literal["text", "code", "image", "audio"]
+Profile: TypeAlias = Literal["edge", "local", "cloud"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+_PROFILED = ("bit_width", "group_size", "num_time_groups", "min_accuracy", "calibration_samples")
+PROFILES: dict[str, dict[str, Any]] = {
+    "edge": dict(zip(_PROFILED, (2, 64, 5, 0.70, 32), strict=True)),
+    "local": dict(zip(_PROFILED, (4, 128, 10, 0.85, 128), strict=True)),
+    "cloud": dict(zip(_PROFILED, (8, 128, 20, 0.95, 512), strict=True)),
+}
+PREFIX = "ARROW_QUANT_"
+RESERVED = frozenset({"kernels", "isa"})  # ARROW_QUANT_KERNELS and _ISA belong to the kernels room
+GROUP_STEP, LARGEST_GROUP = 8, 65_536  # whole bytes of codes at every width
+LARGEST_FILE = 1_000_000
+SMALLEST_MEMORY = 256 * 2**20
+UNITS = {
+    "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = LONGEST_NAME = 80
+_repr.maxlevel, _repr.maxlist = 2, 4
+
+
+# One setting at a time
+
+
+def _whole(value: object) -> object:
+    """Refuse True and 4.0, which Python holds equal to a whole number."""
+    if type(value) is not int:
+        raise ValueError("not a whole number")
+    return value
+
+
+def _row(value: object) -> object:
+    return None if value == "row" else value
+
+
+def _bytes(value: object) -> object:
+    """A number of bytes from "4GB", "1.5 GiB" or a plain int."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgt]?i?b)", value.strip(), re.ASCII | re.IGNORECASE)
+    if not match or match[2].lower() not in UNITS:
+        raise ValueError("not an amount of memory")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def _frozen_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _folder(value: str) -> str:
+    """Refuse what could lead out of the pipeline's folder."""
+    if value in {"", ".", ".."} or re.search(r"[/\\\x00]", value):
+        raise ValueError("not the name of one folder")
+    return value
+
+
+Pattern: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
+GroupSize: TypeAlias = Annotated[int, Field(ge=GROUP_STEP, le=LARGEST_GROUP, multiple_of=GROUP_STEP)]
+
+
+class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What is asked of a model; frozen, complete, and refused with a reason before any work.
+
+    A setting is taken from the strongest place that names it:
+
+        explicit keyword  >  ARROW_QUANT_* environment  >  YAML file  >  profile  >  default
+
+    The profile is the base of all others, whoever names it: `deployment_profile="edge"` as a
+    keyword, in the environment or in the file (there also `profile: edge`) brings the edge values
+    for every setting that is named nowhere else. An environment variable is named after its
+    setting, ARROW_QUANT_BIT_WIDTH=2; an empty one counts as unset, `none` is None, `keep` is split
+    at commas.
+
+    bit_width             bits per code
+    modality              None: found out from the model
+    num_time_groups       ranges of timesteps that share activation parameters
+    group_size            input columns that share a scale; None or "row": a whole output row
+    enable_time_aware     scales per time group
+    enable_spatial        equalize channels before rounding
+    min_accuracy          the cosine below which a result is refused or retried in more bits
+    calibration_samples   samples that calibration looks at
+    deployment_profile    where the values not named otherwise come from
+    fail_fast             raise at the first layer that misses the bar, never fall back
+    method                "clip": clip search with least-squares refit; "rtn": round to nearest
+    symmetric             no zero points
+    component             folder of a pipeline to quantize; None: its denoiser
+    max_memory            bytes the whole process may use, also as "4GB" or "512MiB"; None: no limit
+    threads               None: as many as the machine offers
+    keep                  fnmatch patterns of tensor names that stay in their own dtype
+
+    Raises:
+        ConfigurationError: names every wrong or unknown setting, what was found and what is allowed.
+    """
+
+    bit_width: Annotated[Bits, BeforeValidator(_whole)] = Field(default=4, description="2, 4 or 8")
+    modality: Modality | None = Field(default=None, description="text, code, image, audio, or None to detect it")
+    num_time_groups: int = Field(default=10, ge=1, le=100, description="a whole number from 1 to 100")
+    group_size: Annotated[GroupSize | None, BeforeValidator(_row)] = Field(
+        default=128,
+        description=f"a multiple of 8 from 8 to {LARGEST_GROUP}, or None or 'row' for one group per output row",
+    )
+    enable_time_aware: bool = Field(default=True, description="True or False")
+    enable_spatial: bool = Field(default=True, description="True or False")
+    min_accuracy: float = Field(default=0.85, ge=0, le=1, description="a number from 0 to 1")
+    calibration_samples: int = Field(default=128, ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    deployment_profile: Profile = Field(default="local", description="edge, local or cloud")
+    fail_fast: bool = Field(default=False, description="True or False")
+    method: Method = Field(default="clip", description="clip or rtn")
+    symmetric: bool = Field(default=False, description="True or False")
+    component: Annotated[str, AfterValidator(_folder)] | None = Field(
+        default=None, description="the name of one folder of the pipeline, or None for its denoiser"
+    )
+    max_memory: Annotated[Annotated[int, Field(ge=SMALLEST_MEMORY)] | None, BeforeValidator(_bytes)] = Field(
+        default=None, description="at least 256 MiB, in bytes or as '4GB' or '512MiB', or None for no limit"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="a whole number from 1 to 1024, or None for all"
+    )
+    keep: Annotated[tuple[Pattern, ...], BeforeValidator(_frozen_list)] = Field(
+        default=(), description="a list of tensor name patterns, such as ['*.bias', 'lm_head.*']"
+    )
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _layered(
+        cls, given: object, handler: "ModelWrapValidatorHandler[Self]", validation: "ValidationInfo[_Written | None]"
+    ) -> "Self":
+        """Lay profile, file, environment and keywords over each other; turn pydantic's refusal into ours."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, dict):
+            raise ConfigurationError(f"a configuration is a mapping of settings, not {_repr.repr(given)}")
+        file, environment = validation.context or _Written(), _environment()
+        settings = {**file.settings, **environment, **given}
+        labels = file.labels | {name: PREFIX + name.upper() for name in environment} | {name: name for name in given}
+        try:
+            return handler(_profile(settings) | settings)
+        except pydantic.ValidationError as error:
+            wrong = dict.fromkeys(part["loc"][0] for part in error.errors(include_url=False))
+            raise ConfigurationError(_listed(_refusal(n, labels.get(n, n), settings.get(n)) for n in wrong)) from None
+
+    @classmethod
+    def from_profile(cls, name: str, **overrides: Any) -> "Self":
+        """The profile "edge", "local" or "cloud", with overrides by keyword."""
+        return cls.model_validate(dict(deployment_profile=name, **overrides))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> "Self":
+        """The settings in a YAML file of at most 1 MB, with overrides by keyword.
+
+        Raises:
+            ConfigurationError: the file cannot be read, is no YAML mapping, or holds a wrong setting.
+        """
+        return cls.model_validate(overrides, context=_written(_text(path), str(path)))
+
+    @classmethod
+    def from_yaml_text(cls, text: str, **overrides: Any) -> "Self":
+        """The same from YAML text."""
+        return cls.model_validate(overrides, context=_written(text, "YAML text"))
+
+    def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Every setting as YAML text, written to `path` where one is given.
+
+        Raises:
+            ConfigurationError: the file cannot be written.
+        """
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        if path is not None:
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise ConfigurationError(f"{path}: cannot be written: {error.strerror}") from error
+        return text
+
+    def replace(self, **changes: Any) -> "Self":
+        """The same with some settings changed and all of them checked; the environment has no say."""
+        return type(self)(**(self.model_dump() | changes))
+
+    def identity(self) -> dict[str, object]:
+        """The settings that decide the bytes of the result, sorted, ready for JSON; resuming is keyed by them.
+
+        The profile is not among them, because the values that it brought are.
+        """
+        settings = self.model_dump(mode="json", exclude={"deployment_profile", "fail_fast", "max_memory", "threads"})
+        return dict(sorted((settings | {"keep": sorted(set(self.keep))}).items()))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise ConfigurationError(f"{name} cannot be set: a configuration is frozen; use replace({name}=...)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What is asked of one tensor; `group_size` None means one group per row.
+
+    Raises:
+        ConfigurationError: a value is not allowed.
+    """
+
+    bits: Bits
+    group_size: int | None
+    method: str
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {_repr.repr(getattr(self, name))}; allowed: {allowed}"
+            for name, fits, allowed in (
+                ("bits", type(self.bits) is int and self.bits in WIDTHS, "2, 4 or 8"),
+                ("group_size", self._group_fits(), f"a multiple of 8 from 8 to {LARGEST_GROUP}, or None"),
+                ("method", self.method in METHODS, " or ".join(METHODS)),
+                ("symmetric", isinstance(self.symmetric, bool), "True or False"),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise ConfigurationError(_listed(wrong))
+
+    def _group_fits(self) -> bool:
+        size: object = self.group_size
+        return size is None or (type(size) is int and GROUP_STEP <= size <= LARGEST_GROUP and not size % GROUP_STEP)
+
+    def __str__(self) -> str:
+        """Like "int4 g128 clip" or "int2 row rtn symmetric"."""
+        group = "row" if self.group_size is None else f"g{self.group_size}"
+        return f"int{self.bits} {group} {self.method}" + " symmetric" * self.symmetric
+
+
+# Where settings come from
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What a YAML file says, and how to name each of its settings in a message."""
+
+    settings: dict[str, object] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def _profile(settings: Mapping[str, object]) -> dict[str, object]:
+    """The values that the chosen profile brings; none where the choice is wrong, which validation will say."""
+    chosen = settings.get("deployment_profile", "local")
+    return PROFILES.get(chosen, {}) if isinstance(chosen, str) else {}
+
+
+def _environment() -> dict[str, object]:
+    """The ARROW_QUANT_* variables by setting, in the types that they seem to be; unknown ones too."""
+    named = {name[len(PREFIX) :].lower(): text for name, text in sorted(os.environ.items()) if name.startswith(PREFIX)}
+    return {name: _from_text(name, text) for name, text in named.items() if text and name not in RESERVED}
+
+
+def _from_text(name: str, text: str) -> object:
+    """What a variable's text means for this setting; text that means nothing stays text and is refused later."""
+    known = DiffusionQuantConfig.model_fields.get(name)
+    if name == "keep":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if known and known.annotation is bool:
+        return SWITCH.get(text.lower(), text)
+    if text.lower() in {"none", "null"}:
+        return None
+    return text if name == "component" else _number(text)
+
+
+def _number(text: str) -> object:
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
+
+
+def _text(path: str | os.PathLike[str]) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > LARGEST_FILE:
+        raise ConfigurationError(f"{path}: larger than {LARGEST_FILE} bytes, which no configuration is")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigurationError(f"{path}, line {line}: not UTF-8 text") from error
+
+
+def _written(text: str, name: str) -> _Written:
+    """Parse YAML of one mapping; names are taken literally, so `on:` is no boolean and `<<:` merges nothing."""
+    try:
+        loader = yaml.SafeLoader(text)
+        pairs = _pairs(loader.get_single_node(), name)
+        settings = {key: _value(loader, value, _at(name, mark)) for key, (mark, value) in pairs.items()}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigurationError(f"{_at(name, mark)}: not valid YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigurationError(f"{name}, line {line}: not valid YAML: {error.reason}") from error
+    except RecursionError as error:
+        raise ConfigurationError(f"{name}: nested too deeply for a configuration") from error
+    labels = {key: f"{key[:LONGEST_NAME]} ({_at(name, mark)})" for key, (mark, _) in pairs.items()}
+    return _Written(settings=settings, labels=labels)
+
+
+def _value(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> object:
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError as error:  # a 13th month, a number of 5000 digits
+        raise ConfigurationError(f"{place}: not valid YAML: {error}") from error
+
+
+def _pairs(root: yaml.Node | None, name: str) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
+    """Setting to (place, value) of a YAML mapping; `profile` is short for `deployment_profile`."""
+    if not isinstance(root, yaml.MappingNode):
+        found = "nothing" if root is None else "a list or a single value"
+        raise ConfigurationError(f"{name}, line 1: a configuration is a mapping of settings, not {found}")
+    pairs: dict[str, tuple[yaml.Mark, yaml.Node]] = {}
+    for key, value in root.value:
+        setting = "deployment_profile" if key.value == "profile" else key.value
+        if not isinstance(setting, str):
+            raise ConfigurationError(f"{_at(name, key.start_mark)}: the name of a setting is text, not a collection")
+        if setting in pairs:
+            raise ConfigurationError(f"{_at(name, key.start_mark)}: {_repr.repr(setting)} is given twice")
+        pairs[setting] = key.start_mark, value
+    return pairs
+
+
+def _at(name: str, mark: yaml.Mark | None) -> str:
+    return name if mark is None else f"{name}, line {mark.line + 1}"
+
+
+# What a refusal says
+
+
+def _refusal(name: str | int, label: str | int, found: object) -> str:
+    """One sentence: the setting, where it came from, what was found, what is allowed."""
+    known = DiffusionQuantConfig.model_fields.get(str(name))
+    if known is None:
+        return f"unknown setting {label}; {_hint(str(name), str(label))}"
+    return f"{label} is {_repr.repr(found)}; allowed: {known.description}"
+
+
+def _hint(name: str, label: str) -> str:
+    """The closest known name, in the spelling of the place that named it, or all of them."""
+    asked, fields = name[:LONGEST_NAME].lower(), list(DiffusionQuantConfig.model_fields)
+    reserved = sorted(RESERVED) if label.startswith(PREFIX) else []
+    spelt = {known: PREFIX + known.upper() if reserved else known for known in fields + reserved}
+    for names, cutoff in ((reserved, 0.75), (fields, 0.4)):
+        for close in difflib.get_close_matches(asked, names, n=1, cutoff=cutoff):
+            return f"did you mean {spelt[close]}?"
+    return f"known: {', '.join(spelt.values())}"
+
+
+def _listed(problems: Iterable[str]) -> str:
+    first, *others = problems
+    return "\n  - ".join([f"{1 + len(others)} settings are wrong:", first, *others]) if others else first

@@ -1,0 +1,164 @@
+"""The C++ kernels, found, loaded through ctypes and registered beside the reference; knows nothing of the mathematics."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Sequence  # noqa: TC003 - torch.library reads the annotations
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import arrow_quant_v2.kernels as here
+from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.kernels import ops, reference
+
+LIBRARY = "libarrow_quant_kernels.so"
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+threads_per_call: ContextVar[int | None] = ContextVar("threads_per_call", default=None)
+"""How many threads one kernel call may use; None: as many as torch uses. A worker that shares the cores sets 1."""
+
+
+def find_library() -> Path | None:
+    """The shared library beside this package, wherever the installer put it; None when it was not built."""
+    found = (Path(folder) / LIBRARY for folder in here.__path__)
+    return next((path for path in found if path.is_file()), None)
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Load the library, and choose the instruction set that ARROW_QUANT_ISA names, if it names one.
+
+    Raises:
+        ConfigurationError: the library is of another version, or this processor lacks that instruction set.
+    """
+    library = ctypes.CDLL(str(path))
+    library.aq_isa.restype = ctypes.c_char_p
+    if library.aq_abi() != ABI:
+        raise ConfigurationError(
+            f"{path}: its kernels have ABI {library.aq_abi()}, this package needs {ABI}; reinstall"
+        )
+    wanted = os.environ.get("ARROW_QUANT_ISA")
+    if wanted and library.aq_use_isa(wanted.encode()):
+        raise ConfigurationError(
+            f"ARROW_QUANT_ISA is {wanted!r}; this processor offers {', '.join(isas(library))}; unset it for the best"
+        )
+    return library
+
+
+def isas(library: ctypes.CDLL) -> tuple[str, ...]:
+    """Instruction sets that this library has and this processor runs, best first; the choice stays as it was."""
+    chosen = library.aq_isa()
+    names = tuple(n for n in ("avx512", "avx2", "portable") if library.aq_use_isa(n.encode()) == 0)
+    library.aq_use_isa(chosen)
+    return names
+
+
+def _threads() -> int:
+    return threads_per_call.get() or torch.get_num_threads()
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def register(library: ctypes.CDLL) -> None:
+    """Let the dispatcher use the C++ kernels for every CPU tensor."""
+
+    @ops.pack.register_kernel("cpu")
+    def pack_cpp(codes: Tensor, bits: int) -> Tensor:
+        ops.check_pack(codes, bits)
+        rows, columns = codes.shape
+        packed = codes.new_empty((rows, reference.row_bytes(columns, bits)))
+        source = codes.contiguous()
+        library.aq_pack(_pointer(source), _pointer(packed), *_sizes(rows, columns), bits, _threads())
+        return packed
+
+    @ops.unpack.register_kernel("cpu")
+    def unpack_cpp(packed: Tensor, bits: int, columns: int) -> Tensor:
+        ops.check_unpack(packed, bits, columns)
+        codes = packed.new_empty((packed.shape[0], columns))
+        source = packed.contiguous()
+        library.aq_unpack(_pointer(source), _pointer(codes), *_sizes(packed.shape[0], columns), bits, _threads())
+        return codes
+
+    @ops.dequantize.register_kernel("cpu")
+    def dequantize_cpp(
+        codes: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        row_scales: Tensor,
+        bits: int,
+        columns: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ops.check_dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
+        weight = codes.new_empty((codes.shape[0], columns), dtype=dtype)
+        kept = [t.contiguous() for t in (codes, scales, zero_points, row_scales)]
+        pointers = [_pointer(t) if t.numel() else None for t in kept]
+        rows, group = ctypes.c_int64(codes.shape[0]), ctypes.c_int64(group_size)
+        library.aq_dequantize(
+            *pointers, _pointer(weight), DTYPES[dtype], rows, ctypes.c_int64(columns), bits, group, _threads()
+        )
+        return weight
+
+    @ops.quantize.register_kernel("cpu")
+    def quantize_cpp(
+        weight: Tensor,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        stretches: Sequence[float],
+        importance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        ops.check_quantize(weight, bits, group_size, importance)
+        source = weight.contiguous()
+        result = ops.empty_result(source, bits, min(group_size, weight.shape[1]), symmetric=symmetric)
+        candidates = (ctypes.c_float * len(stretches))(*stretches)
+        weights = None if importance is None else importance.contiguous()
+        library.aq_quantize(
+            _pointer(source),
+            DTYPES[weight.dtype],
+            *_sizes(*weight.shape),
+            bits,
+            ctypes.c_int64(min(group_size, weight.shape[1])),
+            candidates,
+            len(stretches),
+            None if weights is None else _pointer(weights),
+            *[_pointer(t) if t.numel() else None for t in result],
+            _threads(),
+        )
+        return result
+
+
+def _sizes(rows: int, columns: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    return ctypes.c_int64(rows), ctypes.c_int64(columns)
+
+
+def activate() -> str:
+    """Register the C++ kernels unless ARROW_QUANT_KERNELS=reference; the name of what runs now.
+
+    Raises:
+        ConfigurationError: ARROW_QUANT_KERNELS or ARROW_QUANT_ISA has a value that is not allowed.
+    """
+    wanted = os.environ.get("ARROW_QUANT_KERNELS", "native")
+    if wanted not in {"native", "reference"}:
+        raise ConfigurationError(f"ARROW_QUANT_KERNELS is {wanted!r}; allowed: native, reference")
+    path = find_library()
+    if wanted == "reference":
+        return "reference"
+    if path is None:
+        warnings.warn(
+            "arrow_quant_v2 was installed without its C++ kernels: the PyTorch reference runs, with the same results"
+            " but slower; install a C++ compiler and reinstall to change that",
+            stacklevel=2,
+        )
+        return "reference"
+    library = load_library(path)
+    register(library)
+    return str(library.aq_isa().decode())

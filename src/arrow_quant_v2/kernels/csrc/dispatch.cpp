@@ -1,0 +1,119 @@
+// The library's door: a plain C ABI, the choice of instruction set, and threads over rows.
+//
+// Threads are started for one call and joined before it returns: no pool of ours waits beside torch's, a fork in
+// between is safe, and each row is written by one thread, so results do not depend on how many there are.
+#include <atomic>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "kernels.hpp"
+
+#if defined(_WIN32)
+#define AQ_EXPORT extern "C" __declspec(dllexport)
+#else
+#define AQ_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace portable {
+extern const KernelTable table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
+
+namespace {
+
+constexpr int64_t CHUNK_VALUES = 1 << 16;  // below this a thread costs more than it saves
+
+bool runs_here(const KernelTable& candidate) {
+#if defined(__x86_64__)
+  if (&candidate == &avx512::table)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c");
+  if (&candidate == &avx2::table) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#endif
+  (void)candidate;
+  return true;
+}
+
+const KernelTable* const CANDIDATES[] = {
+#if defined(__x86_64__)
+    &avx512::table, &avx2::table,
+#endif
+    &portable::table};
+
+const KernelTable* best() {
+  for (const KernelTable* candidate : CANDIDATES)
+    if (runs_here(*candidate)) return candidate;
+  return &portable::table;
+}
+
+std::atomic<const KernelTable*> chosen{best()};
+
+template <class Ask, class Kernel>
+void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int threads) {
+  int64_t step = CHUNK_VALUES / (columns ? columns : 1);
+  step = step < 1 ? 1 : step;
+  std::atomic<int64_t> next{0};
+  const auto share = [&] {
+    for (int64_t first = next.fetch_add(step); first < rows; first = next.fetch_add(step))
+      kernel(ask, first, first + step < rows ? first + step : rows);
+  };
+  const int64_t useful = (rows + step - 1) / step;
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads && i < useful; i++) others.emplace_back(share);
+  share();
+  for (std::thread& other : others) other.join();
+}
+
+int64_t groups_of(int64_t columns, int64_t group) { return (columns + group - 1) / group; }
+int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 8; }
+
+}  // namespace
+
+AQ_EXPORT int aq_abi() { return 1; }
+
+AQ_EXPORT const char* aq_isa() { return chosen.load()->name; }
+
+// 0 when the named instruction set is now in use, 1 when this library or this processor has none of that name.
+AQ_EXPORT int aq_use_isa(const char* name) {
+  for (const KernelTable* candidate : CANDIDATES)
+    if (!std::strcmp(candidate->name, name) && runs_here(*candidate)) {
+      chosen = candidate;
+      return 0;
+    }
+  return 1;
+}
+
+AQ_EXPORT void aq_quantize(const void* weight, int dtype, int64_t rows, int64_t columns, int bits, int64_t group,
+                           const float* stretches, int stretch_count, const float* importance, uint8_t* codes,
+                           uint8_t* scales, uint8_t* zero_points, uint16_t* row_scales, double* sums, int threads) {
+  const Quantize ask{weight,      (Dtype)dtype, columns, group,  groups_of(columns, group), row_bytes_of(columns, bits),
+                     bits,        stretches,    stretch_count,   importance,                codes,
+                     scales,      zero_points,  row_scales,      sums};
+  over_rows(ask, chosen.load()->quantize, rows, columns, threads);
+}
+
+AQ_EXPORT void aq_dequantize(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                             const uint16_t* row_scales, void* weight, int dtype, int64_t rows, int64_t columns,
+                             int bits, int64_t group, int threads) {
+  const Dequantize ask{codes,   scales, zero_points,                row_scales,                  weight, (Dtype)dtype,
+                       columns, group,  groups_of(columns, group), row_bytes_of(columns, bits), bits};
+  over_rows(ask, chosen.load()->dequantize, rows, columns, threads);
+}
+
+AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {
+  const Repack ask{codes, packed, columns, row_bytes_of(columns, bits), bits};
+  over_rows(ask, chosen.load()->pack, rows, columns, threads);
+}
+
+AQ_EXPORT void aq_unpack(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t columns, int bits, int threads) {
+  const Repack ask{packed, codes, columns, row_bytes_of(columns, bits), bits};
+  over_rows(ask, chosen.load()->unpack, rows, columns, threads);
+}

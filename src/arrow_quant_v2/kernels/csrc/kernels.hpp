@@ -1,0 +1,48 @@
+// What a kernel is asked, as plain records shared by all instruction sets; knows nothing of how it is done.
+#pragma once
+
+#include <cstdint>
+
+enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// weight (rows, columns) row-major; group columns share one scale; the last group of a row may be shorter.
+struct Quantize {
+  const void* weight;
+  Dtype dtype;
+  int64_t columns, group, groups, row_bytes;
+  int bits;
+  const float* stretches;  // 1 / clipping ratio of each candidate; none: round to nearest
+  int stretch_count;
+  const float* importance;  // (columns,) or null: 1 each
+  uint8_t* codes;           // (rows, row_bytes)
+  uint8_t* scales;          // (rows, groups)
+  uint8_t* zero_points;     // (rows, groups); null: symmetric
+  uint16_t* row_scales;     // (rows,) bfloat16
+  double* sums;             // (rows, 3): sum w^2, sum q^2, sum (w - q)^2
+};
+
+struct Dequantize {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* zero_points;
+  const uint16_t* row_scales;
+  void* weight;
+  Dtype dtype;
+  int64_t columns, group, groups, row_bytes;
+  int bits;
+};
+
+struct Repack {
+  const uint8_t* from;
+  uint8_t* to;
+  int64_t columns, row_bytes;
+  int bits;
+};
+
+struct KernelTable {
+  const char* name;
+  void (*quantize)(const Quantize&, int64_t first, int64_t last);
+  void (*dequantize)(const Dequantize&, int64_t first, int64_t last);
+  void (*pack)(const Repack&, int64_t first, int64_t last);
+  void (*unpack)(const Repack&, int64_t first, int64_t last);
+};

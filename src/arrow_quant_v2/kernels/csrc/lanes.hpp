@@ -1,0 +1,237 @@
+// Sixteen floats as one value, on any instruction set; knows nothing of quantization.
+//
+// Every kernel adds in sixteen lanes and folds them in one fixed order, so that AVX-512, AVX2, NEON and the
+// portable build give the same bits. Needs -ffp-contract=off: a fused multiply-add would round differently.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace AQ_ISA {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int LANES = 16;
+constexpr int PARTS = LANES / WIDTH;
+
+typedef float FloatPart __attribute__((vector_size(WIDTH * 4)));
+// A memcpy of all sixteen would go through the stack in pieces that cannot be forwarded to wider loads.
+typedef float AnyFloats __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
+struct Lanes {
+  FloatPart part[PARTS];
+};
+
+#define AQ_EACH(expression)                       \
+  Lanes out;                                      \
+  for (int i = 0; i < PARTS; i++) out.part[i] = expression; \
+  return out;
+
+static inline Lanes fill(float x) { AQ_EACH(FloatPart{} + x) }
+static inline Lanes operator+(Lanes a, Lanes b) { AQ_EACH(a.part[i] + b.part[i]) }
+static inline Lanes operator-(Lanes a, Lanes b) { AQ_EACH(a.part[i] - b.part[i]) }
+static inline Lanes operator*(Lanes a, Lanes b) { AQ_EACH(a.part[i] * b.part[i]) }
+
+// The x86 instruction returns its second operand for NaN; so does this expression everywhere else.
+static inline FloatPart min_part(FloatPart a, FloatPart b) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (FloatPart)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+static inline FloatPart max_part(FloatPart a, FloatPart b) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (FloatPart)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline Lanes min(Lanes a, Lanes b) { AQ_EACH(min_part(a.part[i], b.part[i])) }
+static inline Lanes max(Lanes a, Lanes b) { AQ_EACH(max_part(a.part[i], b.part[i])) }
+
+static inline Lanes load(const float* p) { AQ_EACH(*(const AnyFloats*)(p + i * WIDTH)) }
+static inline void store(float* p, Lanes a) {
+  for (int i = 0; i < PARTS; i++) *(AnyFloats*)(p + i * WIDTH) = a.part[i];
+}
+
+// Half to even for 0 <= x < 2^23: the sum has no fraction bits left.
+constexpr float ROUNDER = 8388608.0f;
+static inline Lanes shift_to_code(Lanes x) { return x + fill(ROUNDER); }
+static inline Lanes code_of(Lanes shifted) { return shifted - fill(ROUNDER); }
+static inline float round_up(float x) {
+  const float near = (x + ROUNDER) - ROUNDER;
+  return near < x ? near + 1.0f : near;
+}
+
+// Sixteen lanes to four in halves: lane i meets lane i + 8, then i + 4.
+typedef float Quad __attribute__((vector_size(16)));
+
+template <class Join>
+static inline Quad to_quad(Lanes a, Join join) {
+#if defined(__AVX512F__)
+  const __m256 x = join(_mm512_castps512_ps256((__m512)a.part[0]), _mm512_extractf32x8_ps((__m512)a.part[0], 1));
+  return (Quad)join(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+#elif defined(__AVX2__)
+  const __m256 x = join((__m256)a.part[0], (__m256)a.part[1]);
+  return (Quad)join(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+#else
+  return join(join(a.part[0], a.part[2]), join(a.part[1], a.part[3]));
+#endif
+}
+
+static inline float fold(Lanes a) {
+  const Quad x = to_quad(a, [](auto l, auto r) { return l + r; });
+#if defined(__SSE3__)
+  const __m128 pair = _mm_add_ps((__m128)x, _mm_movehl_ps((__m128)x, (__m128)x));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+static inline float least(Lanes a) {
+  const Quad x = to_quad(a, [](auto l, auto r) { return l < r ? l : r; });
+  const float even = x[0] < x[2] ? x[0] : x[2], odd = x[1] < x[3] ? x[1] : x[3];
+  return even < odd ? even : odd;
+}
+static inline float greatest(Lanes a) {
+  const Quad x = to_quad(a, [](auto l, auto r) { return l > r ? l : r; });
+  const float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+  return even > odd ? even : odd;
+}
+
+// Whole numbers 0..255 as sixteen bytes: after adding ROUNDER the number stands in the low bits.
+static inline void store_codes(uint8_t* p, Lanes shifted) {
+#if defined(__AVX512F__)
+  const __m512i whole = _mm512_and_si512(_mm512_castps_si512((__m512)shifted.part[0]), _mm512_set1_epi32(255));
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(whole));
+#elif defined(__AVX2__)
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i low = _mm256_and_si256(_mm256_castps_si256((__m256)shifted.part[0]), byte);
+  const __m256i high = _mm256_and_si256(_mm256_castps_si256((__m256)shifted.part[1]), byte);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+  int32_t whole[LANES];
+  std::memcpy(whole, &shifted, sizeof whole);
+  for (int i = 0; i < LANES; i++) p[i] = (uint8_t)whole[i];
+#endif
+}
+
+static inline Lanes load_codes(const uint8_t* p) {
+  float x[LANES];
+#if defined(__AVX512F__)
+  Lanes out;
+  out.part[0] = (FloatPart)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  return out;
+#elif defined(__AVX2__)
+  Lanes out;
+  for (int i = 0; i < PARTS; i++)
+    out.part[i] = (FloatPart)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i))));
+  return out;
+#endif
+  for (int i = 0; i < LANES; i++) x[i] = p[i];
+  return load(x);
+}
+
+static inline Lanes load_bfloat16(const uint16_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  Lanes out;
+  for (int i = 0; i < PARTS; i++) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8 * i)));
+    out.part[i] = (FloatPart)_mm256_slli_epi32(wide, 16);
+  }
+  return out;
+#elif defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  Lanes out;
+  out.part[0] = (FloatPart)_mm512_slli_epi32(wide, 16);
+  return out;
+#else
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) {
+    const uint32_t bits = (uint32_t)p[i] << 16;
+    std::memcpy(&x[i], &bits, 4);
+  }
+  return load(x);
+#endif
+}
+
+static inline void store_bfloat16(uint16_t* p, Lanes a) {
+  float x[LANES];
+  uint32_t bits[LANES];
+  store(x, a);
+  std::memcpy(bits, x, sizeof bits);
+  for (int i = 0; i < LANES; i++) p[i] = (uint16_t)((bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16);
+}
+
+// IEEE half to float: the exponent is re-biased by a multiplication, which also normalises subnormals.
+static inline Lanes load_float16(const uint16_t* p) {
+#if defined(__F16C__)
+  float x[LANES];
+  _mm256_storeu_ps(x, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+  _mm256_storeu_ps(x + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
+  return load(x);
+#else
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) {
+    const uint32_t magnitude = (uint32_t)(p[i] & 0x7FFF) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((p[i] & 0x7C00) == 0x7C00) bits |= 0x7F800000;
+    bits |= (uint32_t)(p[i] & 0x8000) << 16;
+    std::memcpy(&x[i], &bits, 4);
+  }
+  return load(x);
+#endif
+}
+
+// Float to IEEE half, half to even; too large becomes infinity.
+static inline uint16_t to_float16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7FFFFFFF;
+  if (bits >= 0x47800000) return (uint16_t)(sign | 0x7C00);
+  if (bits < 0x38800000) {  // subnormal: adding 2^-1 leaves the rounded half in the low bits
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value += 0.5f;
+    std::memcpy(&bits, &value, 4);
+    return (uint16_t)(sign | (bits - 0x3F000000));
+  }
+  return (uint16_t)(sign | ((bits - 0x38000000 + 0xFFF + ((bits >> 13) & 1)) >> 13));
+}
+
+static inline void store_float16(uint16_t* p, Lanes a) {
+  float x[LANES];
+  store(x, a);
+#if defined(__F16C__)
+  for (int i = 0; i < LANES; i += 8)
+    _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < LANES; i++) p[i] = to_float16(x[i]);
+#endif
+}
+
+}  // namespace AQ_ISA

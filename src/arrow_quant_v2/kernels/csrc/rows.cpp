@@ -1,0 +1,436 @@
+// Rows of weights to packed codes and back; compiled once per instruction set, with the same bits from each.
+//
+//   full step  f = (high - low) / (2^bits - 1), low = min(w, 0), high = max(w, 0) of a group
+//   scale      s = row_scale * (scale_code / 255)^2, row_scale a bfloat16 that covers every group of the row
+//   zero       z = zero_code / (255 / (2^bits - 1)); symmetric: f = max|w| / (2^(bits-1) - 1), z = 2^(bits-1)
+//   code       q = round(clip(w / s + z, 0, 2^bits - 1)), half to even
+//
+// Round to nearest takes s >= f. The clip search tries f / stretch, fits scale and offset to the codes of each by
+// (weighted) least squares, and keeps the candidate that explains most of the variance. The meaning is written down
+// in kernels/reference.py, bit for bit. Assumes what kernels/ops.py has checked: shapes, widths, contiguity.
+// Measured on an EPYC 7003 (AVX2, 2 cores): python bench/kernels.py.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.hpp"
+#include "lanes.hpp"
+
+namespace AQ_ISA {
+
+constexpr int64_t BLOCK = 512;  // columns added in float before the sum goes on in double
+constexpr int MOST_CANDIDATES = 32;
+constexpr float SMALLEST_ROW_SCALE = 0x1p-100f;
+constexpr float SMALLEST_STEP = 0x1p-126f;
+constexpr uint32_t LARGEST_BFLOAT16 = 0x7F7F0000;
+
+static Lanes load_as_float(const void* p, Dtype dtype, int64_t i) {
+  if (dtype == BFLOAT16) return load_bfloat16((const uint16_t*)p + i);
+  if (dtype == FLOAT16) return load_float16((const uint16_t*)p + i);
+  return load((const float*)p + i);
+}
+
+static int64_t item_bytes(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+static float up_to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits + 0xFFFF) & 0xFFFF0000;
+  if (bits > LARGEST_BFLOAT16) bits = LARGEST_BFLOAT16;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+static float from_bfloat16_bits(uint16_t half) {
+  const uint32_t bits = (uint32_t)half << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+static uint16_t bfloat16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (uint16_t)(bits >> 16);
+}
+
+struct Grid {
+  float max_code, middle, zero_unit;
+  bool symmetric;
+
+  explicit Grid(const Quantize& ask)
+      : max_code((float)((1 << ask.bits) - 1)),
+        middle((float)(1 << (ask.bits - 1))),
+        zero_unit((float)(255 / ((1 << ask.bits) - 1))),
+        symmetric(!ask.zero_points) {}
+};
+
+static int64_t length_of(const Quantize& ask, int64_t g) {
+  return g + 1 < ask.groups ? ask.group : ask.columns - g * ask.group;
+}
+
+static int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// What one row needs while it is worked on. Groups are padded with zeros to whole lanes, and `weights` is 0 there.
+struct Row {
+  int64_t stride;
+  bool in_place;  // float32 groups of whole lanes are read where they lie
+  const float* source = nullptr;
+  std::vector<float> values, units, weights, present;
+  std::vector<float> low, high;                   // (groups,)
+  std::vector<float> full, step, mean_q, mean_w;  // zero point = mean_q - mean_w * full / scale
+  std::vector<float> scale, inverse, zero;
+  std::vector<uint8_t> bytes;
+
+  explicit Row(const Quantize& ask)
+      : stride(whole_lanes(ask.group)),
+        in_place(ask.dtype == FLOAT32 && ask.group == stride && ask.columns % LANES == 0),
+        values(in_place ? 0 : ask.groups * stride),
+        units(stride),
+        weights(ask.stretch_count ? ask.groups * stride : 0),
+        present(2 * stride),
+        bytes(ask.groups * stride + LANES) {
+    for (auto* array : {&low, &high, &full, &step, &mean_q, &mean_w, &scale, &inverse, &zero})
+      array->resize(ask.groups);
+    std::fill_n(present.begin(), ask.group, 1.0f);
+    std::fill_n(present.begin() + stride, length_of(ask, ask.groups - 1), 1.0f);
+    for (int64_t g = 0; ask.stretch_count && g < ask.groups; g++)
+      for (int64_t i = 0; i < length_of(ask, g); i++)
+        weights[g * stride + i] = ask.importance ? ask.importance[g * ask.group + i] : 1.0f;
+  }
+
+  const float* group(int64_t g) const { return source + g * stride; }
+
+  // 1 where the group has a column, 0 on its padding.
+  const float* columns_of(const Quantize& ask, int64_t g) const {
+    return present.data() + (g + 1 < ask.groups ? 0 : stride);
+  }
+
+  void read(const Quantize& ask, int64_t row) {
+    const char* from = (const char*)ask.weight + row * ask.columns * item_bytes(ask.dtype);
+    source = in_place ? (const float*)from : values.data();
+    for (int64_t g = 0; !in_place && g < ask.groups; g++) {
+      const int64_t n = length_of(ask, g), whole = n / LANES * LANES;
+      float* to = &values[g * stride];
+      for (int64_t i = 0; i < whole; i += LANES) store(to + i, load_as_float(from, ask.dtype, g * ask.group + i));
+      if (whole < n) read_tail(from, ask, g * ask.group + whole, n - whole, to + whole);
+    }
+  }
+
+  static void read_tail(const char* from, const Quantize& ask, int64_t start, int64_t count, float* to) {
+    alignas(64) char tail[LANES * 4] = {};
+    const int64_t size = item_bytes(ask.dtype);
+    std::memcpy(tail, from + start * size, count * size);
+    store(to, load_as_float(tail, ask.dtype, 0));
+  }
+};
+
+// The step that covers each group, and the zero point that goes with it.
+static void cover(const Quantize& ask, const Grid& grid, Row& row) {
+  for (int64_t g = 0; g < ask.groups; g++) {
+    const float* w = row.group(g);
+    const int64_t n = whole_lanes(length_of(ask, g));
+    Lanes low = fill(0.0f), high = fill(0.0f);
+    for (int64_t i = 0; i < n; i += LANES) {
+      low = min(low, load(w + i));
+      high = max(high, load(w + i));
+    }
+    row.low[g] = least(low);
+    row.high[g] = greatest(high);
+  }
+  for (int64_t g = 0; g < ask.groups; g++) {
+    const float low = row.low[g], high = row.high[g], largest = high > -low ? high : -low;
+    const float wide = high / grid.max_code - low / grid.max_code;
+    const float step = grid.symmetric ? largest / (grid.middle - 1.0f) : wide;
+    const float full = step < SMALLEST_STEP ? SMALLEST_STEP : step;
+    const bool empty = !(high > low);
+    row.step[g] = row.full[g] = empty ? 0.0f : full;
+    row.mean_q[g] = grid.symmetric ? grid.middle : 0.0f;
+    row.mean_w[g] = grid.symmetric || empty ? 0.0f : low / full;
+  }
+}
+
+struct Moments {
+  double q, qq, qw;
+};
+
+// Sums of weights * (q, q^2, q w) over the codes of one candidate; u is w in units of the full step.
+template <bool WEIGHTED, bool SYMMETRIC>
+static inline Moments moments(const float* u, const float* weights, int64_t n, float stretch, float zero,
+                              float max_code) {
+  Moments total{0, 0, 0};
+  for (int64_t b = 0; b < n; b += BLOCK) {
+    Lanes q1 = fill(0.0f), q2 = q1, qw = q1;
+    const int64_t end = b + BLOCK < n ? b + BLOCK : n;
+    for (int64_t i = b; i < end; i += LANES) {
+      const Lanes w = load(u + i);
+      const Lanes x = min(max(w * fill(stretch) + fill(zero), fill(0.0f)), fill(max_code));
+      const Lanes code = code_of(shift_to_code(x));
+      const Lanes q = SYMMETRIC ? code - fill(zero) : code;
+      const Lanes mq = WEIGHTED ? q * load(weights + i) : q;
+      q1 = q1 + mq;
+      q2 = q2 + mq * q;
+      qw = qw + mq * w;
+    }
+    total.q += fold(q1);
+    total.qq += fold(q2);
+    total.qw += fold(qw);
+  }
+  return total;
+}
+
+struct Mass {
+  double one, w;
+};
+
+static Mass mass(const float* u, const float* weights, int64_t n) {
+  Mass total{0, 0};
+  for (int64_t b = 0; b < n; b += BLOCK) {
+    Lanes one = fill(0.0f), w = one;
+    const int64_t end = b + BLOCK < n ? b + BLOCK : n;
+    for (int64_t i = b; i < end; i += LANES) {
+      one = one + load(weights + i);
+      w = w + load(weights + i) * load(u + i);
+    }
+    total.one += fold(one);
+    total.w += fold(w);
+  }
+  return total;
+}
+
+// Least squares of w on the codes of each candidate; the one with the largest explained variance wins.
+template <bool WEIGHTED, bool SYMMETRIC>
+static void search_group(const Quantize& ask, const Grid& grid, Row& row, int64_t g) {
+  const int64_t n = whole_lanes(length_of(ask, g));
+  const float *w = row.group(g), *weights = &row.weights[g * row.stride];
+  float* u = row.units.data();
+  const float unit = 1.0f / row.full[g], zero = SYMMETRIC ? grid.middle : 0.0f - row.mean_w[g];
+  for (int64_t i = 0; i < n; i += LANES) store(u + i, load(w + i) * fill(unit));
+  const Mass all = mass(u, weights, n);
+  Moments m[MOST_CANDIDATES];
+  double slope[MOST_CANDIDATES], gain[MOST_CANDIDATES];
+  for (int k = 0; k < ask.stretch_count; k++)
+    m[k] = moments<WEIGHTED, SYMMETRIC>(u, weights, n, ask.stretches[k], zero, grid.max_code);
+  for (int k = 0; k < ask.stretch_count; k++) {
+    const double mean = SYMMETRIC ? 0.0 : m[k].q / all.one;
+    const double variance = m[k].qq - m[k].q * mean, covariance = m[k].qw - all.w * mean;
+    slope[k] = covariance / variance;
+    gain[k] = variance > 0.0 && covariance > 0.0 ? covariance * covariance / variance : 0.0;
+  }
+  const auto best = std::max_element(gain, gain + ask.stretch_count) - gain;
+  if (!(gain[best] > 0.0)) return;
+  row.step[g] = (float)(slope[best] * (double)row.full[g]);
+  if (SYMMETRIC) return;
+  row.mean_q[g] = (float)(m[best].q / all.one);
+  row.mean_w[g] = (float)(all.w / all.one);
+}
+
+static void clip_search(const Quantize& ask, const Grid& grid, Row& row) {
+  for (int64_t g = 0; g < ask.groups; g++) {
+    if (!(row.full[g] > 0.0f)) continue;
+    const bool weighted = ask.importance || length_of(ask, g) % LANES;
+    if (grid.symmetric)
+      search_group<true, true>(ask, grid, row, g);
+    else if (weighted)
+      search_group<true, false>(ask, grid, row, g);
+    else
+      search_group<false, false>(ask, grid, row, g);
+  }
+}
+
+// Stores the parameters of a row, and keeps what the stored ones mean. Round to nearest (no stretches) takes scales
+// that are not below the steps and whole zero points, which put 0.0 on a code.
+static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
+  const bool nearest = ask.stretch_count == 0;
+  float largest = SMALLEST_ROW_SCALE;
+  for (int64_t g = 0; g < ask.groups; g++) largest = row.step[g] > largest ? row.step[g] : largest;
+  const float row_scale = up_to_bfloat16(largest);
+  ask.row_scales[r] = bfloat16_bits(row_scale);
+  for (int64_t g = 0; g < ask.groups; g++) {
+    const float root = std::sqrt(row.step[g] / row_scale) * 255.0f;
+    float code = nearest ? round_up(root) : (root + ROUNDER) - ROUNDER;
+    code = code < 1.0f ? 1.0f : code > 255.0f ? 255.0f : code;
+    code = row.step[g] > 0.0f ? code : 0.0f;
+    const float scale = row_scale * (code * code / 65025.0f);
+    const float safe = code > 0.0f ? scale : 1.0f;
+    ask.scales[r * ask.groups + g] = (uint8_t)(int32_t)code;
+    row.scale[g] = scale;
+    row.inverse[g] = code > 0.0f ? 1.0f / safe : 0.0f;
+    row.zero[g] = grid.middle;
+  }
+  for (int64_t g = 0; !grid.symmetric && g < ask.groups; g++) {
+    float zero = row.mean_q[g] - row.mean_w[g] * (row.full[g] * row.inverse[g]);
+    zero = row.inverse[g] > 0.0f ? zero : 0.0f;
+    zero = zero < 0.0f ? 0.0f : zero > grid.max_code ? grid.max_code : zero;
+    zero = nearest ? (zero + ROUNDER) - ROUNDER : zero;
+    const float code = (zero * grid.zero_unit + ROUNDER) - ROUNDER;
+    ask.zero_points[r * ask.groups + g] = (uint8_t)(int32_t)code;
+    row.zero[g] = code / grid.zero_unit;
+  }
+}
+
+struct Sums {
+  double w, q, e;
+};
+
+// Codes of one group as bytes, and the error sums in units of scale^2.
+template <bool MASKED>
+static inline Sums encode_group(const float* w, const float* present, int64_t n, float inverse, float zero, float max_code,
+                         uint8_t* bytes) {
+  Sums total{0, 0, 0};
+  for (int64_t b = 0; b < n; b += BLOCK) {
+    Lanes ww = fill(0.0f), qq = ww, ee = ww;
+    const int64_t end = b + BLOCK < n ? b + BLOCK : n;
+    for (int64_t i = b; i < end; i += LANES) {
+      const Lanes v = load(w + i) * fill(inverse);
+      const Lanes shifted = shift_to_code(min(max(v + fill(zero), fill(0.0f)), fill(max_code)));
+      store_codes(bytes + i, shifted);
+      Lanes d = code_of(shifted) - fill(zero);
+      if (MASKED) d = d * load(present + i);
+      const Lanes e = v - d;
+      ww = ww + v * v;
+      qq = qq + d * d;
+      ee = ee + e * e;
+    }
+    total.w += fold(ww);
+    total.q += fold(qq);
+    total.e += fold(ee);
+  }
+  return total;
+}
+
+static void encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
+  double* sums = ask.sums + 3 * r;
+  sums[0] = sums[1] = sums[2] = 0.0;
+  for (int64_t g = 0; g < ask.groups; g++) {
+    const int64_t length = length_of(ask, g), n = whole_lanes(length);
+    uint8_t* bytes = &row.bytes[g * ask.group];  // codes of a group's padding are overwritten by the next group
+    const float *w = row.group(g), inverse = row.inverse[g], zero = row.zero[g];
+    const Sums part = length == n
+                          ? encode_group<false>(w, nullptr, n, inverse, zero, grid.max_code, bytes)
+                          : encode_group<true>(w, row.columns_of(ask, g), n, inverse, zero, grid.max_code, bytes);
+    const double square = (double)row.scale[g] * (double)row.scale[g];
+    sums[0] += square * part.w;
+    sums[1] += square * part.q;
+    sums[2] += square * part.e;
+  }
+}
+
+static void pack_row(const uint8_t* bytes, uint8_t* out, int64_t columns, int bits) {
+  const int per_byte = 8 / bits;
+  const int64_t whole = columns / per_byte;
+  if (bits == 8) {
+    std::memcpy(out, bytes, columns);
+  } else if (bits == 4) {
+    for (int64_t i = 0; i < whole; i++) {
+      uint16_t x;
+      std::memcpy(&x, bytes + 2 * i, 2);
+      out[i] = (uint8_t)(x | x >> 4);
+    }
+  } else {
+    for (int64_t i = 0; i < whole; i++) {
+      uint32_t x;
+      std::memcpy(&x, bytes + 4 * i, 4);
+      out[i] = (uint8_t)(x | x >> 6 | x >> 12 | x >> 18);
+    }
+  }
+  if (whole * per_byte == columns) return;
+  out[whole] = 0;
+  for (int64_t i = whole * per_byte; i < columns; i++)
+    out[whole] |= (uint8_t)(bytes[i] << bits * (i - whole * per_byte));
+}
+
+static void unpack_row(const uint8_t* packed, uint8_t* bytes, int64_t columns, int bits) {
+  const int per_byte = 8 / bits;
+  const int64_t whole = columns / per_byte;
+  const uint8_t ones = (uint8_t)((1 << bits) - 1);
+  if (bits == 8) {
+    std::memcpy(bytes, packed, columns);
+  } else if (bits == 4) {
+    for (int64_t i = 0; i < whole; i++) {
+      const uint16_t x = (uint16_t)((packed[i] | packed[i] << 4) & 0x0F0F);
+      std::memcpy(bytes + 2 * i, &x, 2);
+    }
+  } else {
+    for (int64_t i = 0; i < whole; i++) {
+      const uint32_t p = packed[i];
+      const uint32_t x = (p | p << 6 | p << 12 | p << 18) & 0x03030303;
+      std::memcpy(bytes + 4 * i, &x, 4);
+    }
+  }
+  for (int64_t i = whole * per_byte; i < columns; i++)
+    bytes[i] = (uint8_t)(packed[whole] >> bits * (i - whole * per_byte)) & ones;
+}
+
+static void quantize(const Quantize& ask, int64_t first, int64_t last) {
+  const Grid grid(ask);
+  Row row(ask);
+  for (int64_t r = first; r < last; r++) {
+    row.read(ask, r);
+    cover(ask, grid, row);
+    if (ask.stretch_count) clip_search(ask, grid, row);
+    settle(ask, grid, row, r);
+    encode(ask, grid, row, r);
+    pack_row(row.bytes.data(), ask.codes + r * ask.row_bytes, ask.columns, ask.bits);
+  }
+}
+
+static inline void put(float* p, Lanes x) { store(p, x); }
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+static inline void put(Bfloat16* p, Lanes x) { store_bfloat16(&p->bits, x); }
+static inline void put(Float16* p, Lanes x) { store_float16(&p->bits, x); }
+
+template <class Item>
+static void dequantize_group(const uint8_t* codes, Item* to, int64_t n, Lanes scale, Lanes zero) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) put(to + i, (load_codes(codes + i) - zero) * scale);
+  if (i == n) return;
+  Item tail[LANES];
+  put(tail, (load_codes(codes + i) - zero) * scale);
+  std::memcpy(to + i, tail, (n - i) * sizeof(Item));
+}
+
+template <class Item>
+static void dequantize_as(const Dequantize& ask, int64_t first, int64_t last) {
+  std::vector<uint8_t> bytes(ask.columns + LANES);
+  const float unit = (float)(255 / ((1 << ask.bits) - 1)), middle = (float)(1 << (ask.bits - 1));
+  for (int64_t r = first; r < last; r++) {
+    unpack_row(ask.codes + r * ask.row_bytes, bytes.data(), ask.columns, ask.bits);
+    const float row_scale = from_bfloat16_bits(ask.row_scales[r]);
+    for (int64_t g = 0; g < ask.groups; g++) {
+      const int64_t at = r * ask.groups + g, start = g * ask.group;
+      const int64_t n = std::min(ask.group, ask.columns - start);
+      const Lanes scale = fill(row_scale * ((float)(ask.scales[at] * ask.scales[at]) / 65025.0f));
+      const Lanes zero = fill(ask.zero_points ? (float)ask.zero_points[at] / unit : middle);
+      dequantize_group(bytes.data() + start, (Item*)ask.weight + r * ask.columns + start, n, scale, zero);
+    }
+  }
+}
+
+static void dequantize(const Dequantize& ask, int64_t first, int64_t last) {
+  if (ask.dtype == FLOAT32) dequantize_as<float>(ask, first, last);
+  if (ask.dtype == BFLOAT16) dequantize_as<Bfloat16>(ask, first, last);
+  if (ask.dtype == FLOAT16) dequantize_as<Float16>(ask, first, last);
+}
+
+static void pack(const Repack& ask, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; r++)
+    pack_row(ask.from + r * ask.columns, ask.to + r * ask.row_bytes, ask.columns, ask.bits);
+}
+
+static void unpack(const Repack& ask, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; r++)
+    unpack_row(ask.from + r * ask.row_bytes, ask.to + r * ask.columns, ask.columns, ask.bits);
+}
+
+#define AQ_NAME_2(isa) #isa
+#define AQ_NAME(isa) AQ_NAME_2(isa)
+extern const KernelTable table;
+const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, pack, unpack};
+
+}  // namespace AQ_ISA

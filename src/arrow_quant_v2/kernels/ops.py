@@ -1,0 +1,224 @@
+"""Every operation on codes, declared once: schema, shapes and meaning; knows nothing of how a device does it.
+
+PyTorch's dispatcher picks the kernel. What is registered here is the reference of kernels/reference.py, which runs
+everywhere; kernels/cpu.py registers the C++ kernels beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence  # noqa: TC003 - torch.library reads the annotations
+
+import torch
+from torch import Tensor
+
+from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.kernels import reference
+from arrow_quant_v2.packed import WIDTHS
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("arrow_quant::pack", mutates_args=())
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, columns) uint8 codes -> (rows, ceil(columns * bits / 8)) uint8; code 0 in the lowest bits of byte 0.
+
+    Raises:
+        QuantizationError: the width is not 2, 4 or 8, or the codes are not a uint8 matrix.
+    """
+    check_pack(codes, bits)
+    return reference.pack(codes, bits)
+
+
+@pack.register_fake
+def _(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty((codes.shape[0], reference.row_bytes(codes.shape[1], bits)))
+
+
+@torch.library.custom_op("arrow_quant::unpack", mutates_args=())
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """(rows, row_bytes) uint8 -> (rows, columns) uint8 codes, the inverse of `pack`.
+
+    Raises:
+        QuantizationError: the width is not 2, 4 or 8, or the bytes of a row do not hold that many columns.
+    """
+    check_unpack(packed, bits, columns)
+    return reference.unpack(packed, bits, columns)
+
+
+@unpack.register_fake
+def _(packed: Tensor, bits: int, columns: int) -> Tensor:  # noqa: ARG001 - a shape needs no width
+    return packed.new_empty((packed.shape[0], columns))
+
+
+@torch.library.custom_op("arrow_quant::dequantize", mutates_args=())
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bits: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Packed codes and their parameters -> (rows, columns) of `dtype`: (code - zero_point) * scale in float32.
+
+    codes (rows, row_bytes) uint8, scales (rows, groups) uint8, zero_points the same or (rows, 0) for symmetric,
+    row_scales (rows,) bfloat16; dtype float32, bfloat16 or float16, rounded half to even.
+
+    Raises:
+        QuantizationError: a width, shape or dtype is not one of these.
+    """
+    check_dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
+    return reference.dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
+
+
+@dequantize.register_fake
+def _(
+    codes: Tensor,
+    scales: Tensor,  # noqa: ARG001
+    zero_points: Tensor,  # noqa: ARG001
+    row_scales: Tensor,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+    columns: int,
+    group_size: int,  # noqa: ARG001
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], columns), dtype=dtype)
+
+
+@torch.library.custom_op("arrow_quant::quantize", mutates_args=())
+def quantize(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    stretches: Sequence[float],
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A weight matrix -> packed codes, their parameters and the error, in one pass.
+
+    weight (rows, columns) float32, bfloat16 or float16. Without `stretches`: round to nearest on the smallest grid
+    that covers each group and 0.0, error at most half a step. With them (each 1 / clipping ratio): the candidate
+    whose least-squares refit, weighted by `importance` (columns,) float32 or 1, explains most of the group.
+
+    Returns codes (rows, row_bytes) uint8; scales (rows, groups) uint8; zero_points the same, or (rows, 0) when
+    symmetric; row_scales (rows,) bfloat16; and sums (rows, 3) float64 of w^2, q^2 and (w - q)^2, which are not
+    finite where the row is not.
+
+    Raises:
+        QuantizationError: a width, shape or dtype is not one of these.
+    """
+    check_quantize(weight, bits, group_size, importance)
+    return reference.quantize(weight, bits, group_size, symmetric, stretches, importance)
+
+
+@quantize.register_fake
+def _(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    stretches: Sequence[float],  # noqa: ARG001
+    importance: Tensor | None = None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return empty_result(weight, bits, group_size, symmetric=symmetric)
+
+
+def empty_result(
+    weight: Tensor, bits: int, group_size: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for what `quantize` returns."""
+    rows, columns = weight.shape
+    groups = -(-columns // group_size)
+    return (
+        weight.new_empty((rows, reference.row_bytes(columns, bits)), dtype=torch.uint8),
+        weight.new_empty((rows, groups), dtype=torch.uint8),
+        weight.new_empty((rows, 0 if symmetric else groups), dtype=torch.uint8),
+        weight.new_empty((rows,), dtype=torch.bfloat16),
+        weight.new_empty((rows, 3), dtype=torch.float64),
+    )
+
+
+def check_quantize(weight: Tensor, bits: int, group_size: int, importance: Tensor | None) -> None:
+    """Refuse what the kernels of `quantize` must not see.
+
+    Raises:
+        QuantizationError: a width, shape or dtype does not fit.
+    """
+    _check_bits("quantize", bits)
+    _check_matrix("quantize: weight", weight, FLOATS)
+    rows, columns = weight.shape
+    if rows == 0 or columns == 0:
+        raise QuantizationError(f"quantize: the weight is {rows} x {columns}; it needs a row and a column")
+    if group_size < columns and (group_size < 8 or group_size % 8):  # noqa: PLR2004 - whole bytes at every width
+        raise QuantizationError(
+            f"quantize: group_size is {group_size}; allowed: a multiple of 8, or all {columns} columns"
+        )
+    if importance is not None and (importance.shape != (columns,) or importance.dtype != torch.float32):
+        raise QuantizationError(
+            f"quantize: importance is {importance.dtype} {tuple(importance.shape)}; allowed: float32 ({columns},)"
+        )
+
+
+def check_pack(codes: Tensor, bits: int) -> None:
+    """Refuse what is not a matrix of codes.
+
+    Raises:
+        QuantizationError: a width, shape or dtype does not fit.
+    """
+    _check_bits("pack", bits)
+    _check_matrix("pack: codes", codes, (torch.uint8,))
+
+
+def check_unpack(packed: Tensor, bits: int, columns: int) -> None:
+    """Refuse bytes that do not hold `columns` codes a row.
+
+    Raises:
+        QuantizationError: a width, shape or dtype does not fit.
+    """
+    _check_bits("unpack", bits)
+    _check_matrix("unpack: packed", packed, (torch.uint8,))
+    needed = reference.row_bytes(columns, bits)
+    if packed.shape[1] != needed:
+        raise QuantizationError(
+            f"unpack: a row has {packed.shape[1]} bytes; {columns} codes of {bits} bits take {needed}"
+        )
+
+
+def check_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bits: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse parameters that do not belong to the codes.
+
+    Raises:
+        QuantizationError: a width, shape or dtype does not fit.
+    """
+    check_unpack(codes, bits, columns)
+    groups = -(-columns // max(1, group_size))
+    wanted = {"scales": (scales, (codes.shape[0], groups)), "row_scales": (row_scales, (codes.shape[0],))}
+    if zero_points.numel():
+        wanted["zero_points"] = (zero_points, (codes.shape[0], groups))
+    for what, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise QuantizationError(f"dequantize: {what} are {tuple(tensor.shape)}; the codes ask for {shape}")
+    if dtype not in FLOATS:
+        raise QuantizationError(f"dequantize: dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}")
+
+
+def _check_bits(who: str, bits: int) -> None:
+    if bits not in WIDTHS:
+        raise QuantizationError(f"{who}: bits is {bits}; allowed: {', '.join(map(str, WIDTHS))}")
+
+
+def _check_matrix(who: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.ndim != 2 or tensor.dtype not in dtypes:  # noqa: PLR2004 - a matrix
+        names = ", ".join(str(dtype) for dtype in dtypes)
+        raise QuantizationError(f"{who} is {tensor.dtype} with {tensor.ndim} dimensions; allowed: a matrix of {names}")

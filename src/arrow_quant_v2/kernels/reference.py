@@ -1,0 +1,240 @@
+"""What every operation on codes means, in plain torch, bit for bit; knows nothing of speed.
+
+All sums run in sixteen float32 lanes that are folded in halves, in blocks of 512 columns that go on in float64,
+so that a vector kernel can repeat them exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+LANES = 16
+BLOCK = 512
+SMALLEST_ROW_SCALE = 2.0**-100
+SMALLEST_STEP = 2.0**-126
+LARGEST_BFLOAT16 = 0x7F7F
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a packed row: every row starts on a byte."""
+    return -(-columns * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, columns) uint8 codes -> (rows, row_bytes) uint8; code 0 sits in the lowest bits of byte 0."""
+    per_byte = 8 // bits
+    rows, columns = codes.shape
+    padded = pad(codes, (0, row_bytes(columns, bits) * per_byte - columns))
+    fields = padded.reshape(rows, -1, per_byte).to(torch.int32)  # (rows, row_bytes, per_byte)
+    shifts = torch.arange(per_byte, dtype=torch.int32, device=codes.device) * bits
+    return (fields << shifts).sum(dim=-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """(rows, row_bytes) uint8 -> (rows, columns) uint8, the inverse of `pack`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=packed.device)
+    fields = packed.to(torch.int32)[..., None] >> shifts  # (rows, row_bytes, per_byte)
+    return (fields & (2**bits - 1)).to(torch.uint8).reshape(packed.shape[0], -1)[:, :columns].contiguous()
+
+
+def scale_of(scales: Tensor, row_scales: Tensor) -> Tensor:
+    """(rows, groups) uint8 codes and (rows,) bfloat16 -> (rows, groups) float32: row_scale * (code / 255)^2."""
+    squares = scales.to(torch.float32) * scales.to(torch.float32)
+    return row_scales.to(torch.float32)[:, None] * (squares / 65025.0)
+
+
+def zero_of(zero_points: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """(rows, groups) uint8 codes -> (rows, groups) float32 zero points; an empty tensor means symmetric."""
+    if zero_points.numel() == 0:
+        return torch.full(scales.shape, float(2 ** (bits - 1)), device=scales.device)
+    return zero_points.to(torch.float32) / float(255 // (2**bits - 1))
+
+
+def per_column(parameters: Tensor, group_size: int, columns: int) -> Tensor:
+    """(rows, groups) -> (rows, columns): every column gets its group's parameter."""
+    return parameters.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bits: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(rows, row_bytes) packed codes and their parameters -> (rows, columns): (code - zero_point) * scale."""
+    scale = per_column(scale_of(scales, row_scales), group_size, columns)
+    zero = per_column(zero_of(zero_points, scales, bits), group_size, columns)
+    return ((unpack(codes, bits, columns).to(torch.float32) - zero) * scale).to(dtype)
+
+
+def lane_sum(values: Tensor) -> Tensor:
+    """(..., n) float32 -> (...) float64, added in lanes and blocks; zeros added at the end change nothing."""
+    block = BLOCK if values.shape[-1] > BLOCK else -(-values.shape[-1] // LANES) * LANES
+    padded = pad(values, (0, -values.shape[-1] % block))
+    lanes = padded.unflatten(-1, (-1, block // LANES, LANES))  # (..., blocks, steps, lanes)
+    total = lanes[..., 0, :]
+    for step in range(1, lanes.shape[-2]):
+        total = total + lanes[..., step, :]
+    while total.shape[-1] > 1:
+        half = total.shape[-1] // 2
+        total = total[..., :half] + total[..., half:]
+    blocks = total[..., 0].to(torch.float64)  # (..., blocks)
+    return _in_order(blocks)
+
+
+def _in_order(terms: Tensor) -> Tensor:
+    """(..., n) -> (...): the sum from the first to the last, in this order."""
+    total = terms[..., 0]
+    for i in range(1, terms.shape[-1]):
+        total = total + terms[..., i]
+    return total
+
+
+def split_groups(weight: Tensor, group_size: int) -> Tensor:
+    """(rows, columns) -> (rows, groups, group_size), the ragged tail padded with zeros."""
+    return pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fit:
+    """What a method wants of each group, before parameters are stored; every tensor is (rows, groups) float32.
+
+    zero_point = mean_q - mean_w * full / scale, where scale is what `step` becomes when it is stored.
+    """
+
+    step: Tensor
+    full: Tensor
+    mean_q: Tensor
+    mean_w: Tensor
+
+
+def cover(groups: Tensor, bits: int, symmetric: bool) -> Fit:
+    """The smallest step whose grid covers each group; 0.0 always lies in the range. groups: (rows, n, group_size)."""
+    low = groups.amin(dim=-1).clamp(max=0.0)
+    high = groups.amax(dim=-1).clamp(min=0.0)
+    if symmetric:
+        step = torch.maximum(high, -low) / float(2 ** (bits - 1) - 1)
+    else:
+        step = high / float(2**bits - 1) - low / float(2**bits - 1)
+    full = torch.where(high > low, step.clamp(min=SMALLEST_STEP), 0.0)
+    if symmetric:
+        middle = torch.full_like(full, float(2 ** (bits - 1)))
+        return Fit(step=full, full=full, mean_q=middle, mean_w=torch.zeros_like(full))
+    offset = torch.where(full > 0.0, low / torch.where(full > 0.0, full, 1.0), 0.0)
+    return Fit(step=full, full=full, mean_q=torch.zeros_like(full), mean_w=offset)
+
+
+def clip_search(
+    groups: Tensor, mask: Tensor, cover_all: Fit, bits: int, symmetric: bool, stretches: Sequence[float]
+) -> Fit:
+    """The clipping ratio whose codes, refitted by weighted least squares, explain most of each group.
+
+    For the codes q of one candidate, scale = cov(w, q) / var(q) minimises sum mask (w - scale q - b)^2 over scale
+    and b, and cov^2 / var is what it explains. A stretch is 1 / clipping ratio.
+    """
+    full = cover_all.full
+    units = groups * torch.where(full > 0.0, 1.0 / torch.where(full > 0.0, full, 1.0), 0.0)[..., None]
+    middle = float(2 ** (bits - 1))
+    zero = torch.full_like(full, middle) if symmetric else 0.0 - cover_all.mean_w
+    mass, total_w = lane_sum(mask), lane_sum(mask * units)
+    fit, best = cover_all, torch.zeros_like(total_w)
+    for stretch in stretches:
+        codes = rounded(units * stretch + zero[..., None], float(2**bits - 1)) - (middle if symmetric else 0.0)
+        weighted = codes * mask
+        sum_q, sum_qq, sum_qw = lane_sum(weighted), lane_sum(weighted * codes), lane_sum(weighted * units)
+        mean = torch.zeros_like(sum_q) if symmetric else sum_q / mass
+        variance, covariance = sum_qq - sum_q * mean, sum_qw - total_w * mean
+        usable = (variance > 0.0) & (covariance > 0.0)
+        gain = torch.where(usable, covariance * covariance / variance, 0.0)
+        better = gain > best
+        best = torch.where(better, gain, best)
+        step = (covariance / variance * full.to(torch.float64)).to(torch.float32)
+        fit = replace(fit, step=torch.where(better, step, fit.step))
+        if not symmetric:
+            mean_w = (total_w / mass).to(torch.float32)
+            fit = replace(
+                fit,
+                mean_q=torch.where(better, mean.to(torch.float32), fit.mean_q),
+                mean_w=torch.where(better, mean_w, fit.mean_w),
+            )
+    return fit
+
+
+def up_to_bfloat16(values: Tensor) -> Tensor:
+    """The smallest bfloat16 that is not below each positive float32 (the largest finite one at the top)."""
+    upper = (values.view(torch.int32) + 0xFFFF) >> 16
+    return (upper.clamp(max=LARGEST_BFLOAT16) << 16).view(torch.float32).to(torch.bfloat16)
+
+
+def rounded(codes: Tensor, max_code: float) -> Tensor:
+    """Clip to [0, max_code], then round half to even; NaN, which no caller lets through, becomes 0."""
+    return codes.nan_to_num(nan=0.0).clamp(0.0, max_code).round()
+
+
+def scale_codes(step: Tensor, row_scales: Tensor, *, cover_all: bool) -> Tensor:
+    """(rows, groups) steps -> uint8 codes; round to nearest needs scales that are not below the steps."""
+    roots = torch.sqrt(step / row_scales.to(torch.float32)[:, None]) * 255.0
+    whole = roots.ceil() if cover_all else roots.round()
+    return torch.where(step > 0.0, whole.clamp(1.0, 255.0), 0.0).to(torch.uint8)
+
+
+def zero_codes(fit: Fit, inverse: Tensor, bits: int, *, whole: bool) -> Tensor:
+    """(rows, groups) uint8 codes of the zero points; whole zero points put 0.0 exactly on a code."""
+    zeros = torch.where(inverse > 0.0, fit.mean_q - fit.mean_w * (fit.full * inverse), 0.0)
+    zeros = zeros.clamp(0.0, float(2**bits - 1))
+    zeros = zeros.round() if whole else zeros
+    return (zeros * float(255 // (2**bits - 1))).round().to(torch.uint8)
+
+
+def quantize(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    stretches: Sequence[float],
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Round to nearest (no stretches) or clip search with least-squares refit; see ops.quantize."""
+    columns = weight.shape[1]
+    group_size = min(group_size, columns)
+    groups = split_groups(weight.to(torch.float32), group_size)
+    present = split_groups(torch.ones(1, columns, device=weight.device), group_size)
+    fit = cover(groups, bits, symmetric)
+    if stretches:
+        mask = present if importance is None else split_groups(importance[None].to(torch.float32), group_size)
+        fit = clip_search(groups, mask, fit, bits, symmetric, stretches)
+    row_scales = up_to_bfloat16(fit.step.amax(dim=1).clamp(min=SMALLEST_ROW_SCALE))
+    scales = scale_codes(fit.step, row_scales, cover_all=not stretches)
+    scale = scale_of(scales, row_scales)
+    inverse = torch.where(scales > 0, 1.0 / torch.where(scales > 0, scale, 1.0), 0.0)
+    zero_points = torch.empty(weight.shape[0], 0, dtype=torch.uint8, device=weight.device)
+    if not symmetric:
+        zero_points = zero_codes(fit, inverse, bits, whole=not stretches)
+    codes, sums = _encode(groups, present, scale, inverse, zero_of(zero_points, scales, bits), bits)
+    return pack(codes.flatten(1)[:, :columns], bits), scales, zero_points, row_scales, sums
+
+
+def _encode(
+    groups: Tensor, present: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Nearest codes, and (rows, 3) float64 sums of w^2, q^2, (w - q)^2, counted in units of scale first."""
+    scaled = groups * inverse[..., None]
+    codes = rounded(scaled + zero[..., None], float(2**bits - 1))
+    levels = (codes - zero[..., None]) * present
+    squares = scale.to(torch.float64) * scale.to(torch.float64)
+    terms = (scaled, levels, scaled - levels)
+    sums = torch.stack([_in_order(squares * lane_sum(x * x)) for x in terms], dim=1)
+    return codes.to(torch.uint8), sums

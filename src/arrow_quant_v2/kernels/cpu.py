@@ -1,4 +1,4 @@
-"""The C++ kernels, found, loaded through ctypes and registered beside the reference; knows nothing of the mathematics."""
+"""The C++ kernels: found, loaded with ctypes, registered beside the reference; knows no mathematics."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ import os
 import warnings
 from collections.abc import Sequence  # noqa: TC003 - torch.library reads the annotations
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-import arrow_quant_v2.kernels as here
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.kernels import ops, reference
+from arrow_quant_v2.kernels.native import find_library, open_library
 
-LIBRARY = "libarrow_quant_kernels.so"
-ABI = 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 threads_per_call: ContextVar[int | None] = ContextVar("threads_per_call", default=None)
 """How many threads one kernel call may use; None: as many as torch uses. A worker that shares the cores sets 1."""
 
-
-def find_library() -> Path | None:
-    """The shared library beside this package, wherever the installer put it; None when it was not built."""
-    found = (Path(folder) / LIBRARY for folder in here.__path__)
-    return next((path for path in found if path.is_file()), None)
+_one_at_a_time = Lock()  # two threads that register at once would do it twice
 
 
 def load_library(path: Path) -> ctypes.CDLL:
@@ -36,12 +32,7 @@ def load_library(path: Path) -> ctypes.CDLL:
     Raises:
         ConfigurationError: the library is of another version, or this processor lacks that instruction set.
     """
-    library = ctypes.CDLL(str(path))
-    library.aq_isa.restype = ctypes.c_char_p
-    if library.aq_abi() != ABI:
-        raise ConfigurationError(
-            f"{path}: its kernels have ABI {library.aq_abi()}, this package needs {ABI}; reinstall"
-        )
+    library = open_library(path)
     wanted = os.environ.get("ARROW_QUANT_ISA")
     if wanted and library.aq_use_isa(wanted.encode()):
         raise ConfigurationError(
@@ -116,7 +107,7 @@ def register(library: ctypes.CDLL) -> None:
         stretches: Sequence[float],
         importance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        ops.check_quantize(weight, bits, group_size, importance)
+        ops.check_quantize(weight, bits, group_size, stretches, importance)
         source = weight.contiguous()
         result = ops.empty_result(source, bits, min(group_size, weight.shape[1]), symmetric=symmetric)
         candidates = (ctypes.c_float * len(stretches))(*stretches)
@@ -140,8 +131,8 @@ def _sizes(rows: int, columns: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:
     return ctypes.c_int64(rows), ctypes.c_int64(columns)
 
 
-def activate() -> str:
-    """Register the C++ kernels unless ARROW_QUANT_KERNELS=reference; the name of what runs now.
+def wanted_library() -> ctypes.CDLL | None:
+    """The C++ kernels; None where ARROW_QUANT_KERNELS=reference, or, with a warning, where they were not built.
 
     Raises:
         ConfigurationError: ARROW_QUANT_KERNELS or ARROW_QUANT_ISA has a value that is not allowed.
@@ -149,16 +140,32 @@ def activate() -> str:
     wanted = os.environ.get("ARROW_QUANT_KERNELS", "native")
     if wanted not in {"native", "reference"}:
         raise ConfigurationError(f"ARROW_QUANT_KERNELS is {wanted!r}; allowed: native, reference")
-    path = find_library()
     if wanted == "reference":
-        return "reference"
+        return None
+    path = find_library()
     if path is None:
         warnings.warn(
             "arrow_quant_v2 was installed without its C++ kernels: the PyTorch reference runs, with the same results"
             " but slower; install a C++ compiler and reinstall to change that",
             stacklevel=2,
         )
+    return None if path is None else load_library(path)
+
+
+@cache
+def _activate() -> str:
+    library = wanted_library()
+    if library is None:
         return "reference"
-    library = load_library(path)
     register(library)
     return str(library.aq_isa().decode())
+
+
+def activate() -> str:
+    """Register the C++ kernels, the first time that it is called; the name of what was chosen then.
+
+    Raises:
+        ConfigurationError: ARROW_QUANT_KERNELS or ARROW_QUANT_ISA has a value that is not allowed.
+    """
+    with _one_at_a_time:
+        return _activate()

@@ -6,6 +6,7 @@ everywhere; kernels/cpu.py registers the C++ kernels beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence  # noqa: TC003 - torch.library reads the annotations
 
 import torch
@@ -107,9 +108,9 @@ def quantize(
     finite where the row is not.
 
     Raises:
-        QuantizationError: a width, shape or dtype is not one of these.
+        QuantizationError: a width, shape, dtype, stretch or importance is not one of these.
     """
-    check_quantize(weight, bits, group_size, importance)
+    check_quantize(weight, bits, group_size, stretches, importance)
     return reference.quantize(weight, bits, group_size, symmetric, stretches, importance)
 
 
@@ -140,11 +141,13 @@ def empty_result(
     )
 
 
-def check_quantize(weight: Tensor, bits: int, group_size: int, importance: Tensor | None) -> None:
+def check_quantize(
+    weight: Tensor, bits: int, group_size: int, stretches: Sequence[float], importance: Tensor | None
+) -> None:
     """Refuse what the kernels of `quantize` must not see.
 
     Raises:
-        QuantizationError: a width, shape or dtype does not fit.
+        QuantizationError: a width, shape, dtype, stretch or importance does not fit.
     """
     _check_bits("quantize", bits)
     _check_matrix("quantize: weight", weight, FLOATS)
@@ -155,10 +158,20 @@ def check_quantize(weight: Tensor, bits: int, group_size: int, importance: Tenso
         raise QuantizationError(
             f"quantize: group_size is {group_size}; allowed: a multiple of 8, or all {columns} columns"
         )
-    if importance is not None and (importance.shape != (columns,) or importance.dtype != torch.float32):
+    if not all(0.0 < stretch < math.inf for stretch in stretches):
+        raise QuantizationError(f"quantize: stretches are {list(stretches)}; allowed: finite numbers above 0")
+    if importance is not None:
+        _check_importance(importance, columns)
+
+
+def _check_importance(importance: Tensor, columns: int) -> None:
+    if importance.shape != (columns,) or importance.dtype != torch.float32:
         raise QuantizationError(
             f"quantize: importance is {importance.dtype} {tuple(importance.shape)}; allowed: float32 ({columns},)"
         )
+    least, most = float(importance.min()), float(importance.max())
+    if not 0.0 <= least <= most < math.inf:
+        raise QuantizationError(f"quantize: importance goes from {least} to {most}; allowed: finite, not below 0")
 
 
 def check_pack(codes: Tensor, bits: int) -> None:
@@ -180,7 +193,7 @@ def check_unpack(packed: Tensor, bits: int, columns: int) -> None:
     _check_bits("unpack", bits)
     _check_matrix("unpack: packed", packed, (torch.uint8,))
     needed = reference.row_bytes(columns, bits)
-    if packed.shape[1] != needed:
+    if columns < 0 or packed.shape[1] != needed:
         raise QuantizationError(
             f"unpack: a row has {packed.shape[1]} bytes; {columns} codes of {bits} bits take {needed}"
         )
@@ -202,15 +215,22 @@ def check_dequantize(
         QuantizationError: a width, shape or dtype does not fit.
     """
     check_unpack(codes, bits, columns)
-    groups = -(-columns // max(1, group_size))
-    wanted = {"scales": (scales, (codes.shape[0], groups)), "row_scales": (row_scales, (codes.shape[0],))}
+    if group_size < 1:
+        raise QuantizationError(f"dequantize: group_size is {group_size}; allowed: 1 or more columns")
+    rows, groups = codes.shape[0], -(-columns // group_size)
+    _check_parameters("scales", scales, torch.uint8, (rows, groups))
     if zero_points.numel():
-        wanted["zero_points"] = (zero_points, (codes.shape[0], groups))
-    for what, (tensor, shape) in wanted.items():
-        if tuple(tensor.shape) != shape:
-            raise QuantizationError(f"dequantize: {what} are {tuple(tensor.shape)}; the codes ask for {shape}")
+        _check_parameters("zero_points", zero_points, torch.uint8, (rows, groups))
+    _check_parameters("row_scales", row_scales, torch.bfloat16, (rows,))
     if dtype not in FLOATS:
         raise QuantizationError(f"dequantize: dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}")
+
+
+def _check_parameters(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise QuantizationError(
+            f"dequantize: {what} are {tensor.dtype} {tuple(tensor.shape)}; the codes ask for {dtype} {shape}"
+        )
 
 
 def _check_bits(who: str, bits: int) -> None:

@@ -6,7 +6,7 @@ so that a vector kernel can repeat them exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ LANES = 16
 BLOCK = 512
 SMALLEST_ROW_SCALE = 2.0**-100
 SMALLEST_STEP = 2.0**-126
+FLAT = 2.0**-16  # codes of a smaller variance, relative to their squares, are all the same but for rounding
 LARGEST_BFLOAT16 = 0x7F7F
 
 
@@ -33,8 +34,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, columns) uint8 codes -> (rows, row_bytes) uint8; code 0 sits in the lowest bits of byte 0."""
     per_byte = 8 // bits
     rows, columns = codes.shape
-    padded = pad(codes, (0, row_bytes(columns, bits) * per_byte - columns))
-    fields = padded.reshape(rows, -1, per_byte).to(torch.int32)  # (rows, row_bytes, per_byte)
+    in_row = row_bytes(columns, bits)
+    padded = pad(codes, (0, in_row * per_byte - columns))
+    fields = padded.reshape(rows, in_row, per_byte).to(torch.int32)
     shifts = torch.arange(per_byte, dtype=torch.int32, device=codes.device) * bits
     return (fields << shifts).sum(dim=-1).to(torch.uint8)
 
@@ -43,7 +45,8 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """(rows, row_bytes) uint8 -> (rows, columns) uint8, the inverse of `pack`."""
     shifts = torch.arange(0, 8, bits, dtype=torch.int32, device=packed.device)
     fields = packed.to(torch.int32)[..., None] >> shifts  # (rows, row_bytes, per_byte)
-    return (fields & (2**bits - 1)).to(torch.uint8).reshape(packed.shape[0], -1)[:, :columns].contiguous()
+    codes: Tensor = (fields & (2**bits - 1)).to(torch.uint8)
+    return codes.flatten(1)[:, :columns].contiguous()
 
 
 def scale_of(scales: Tensor, row_scales: Tensor) -> Tensor:
@@ -75,6 +78,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """(rows, row_bytes) packed codes and their parameters -> (rows, columns): (code - zero_point) * scale."""
+    group_size = min(group_size, columns)
     scale = per_column(scale_of(scales, row_scales), group_size, columns)
     zero = per_column(zero_of(zero_points, scales, bits), group_size, columns)
     return ((unpack(codes, bits, columns).to(torch.float32) - zero) * scale).to(dtype)
@@ -84,7 +88,7 @@ def lane_sum(values: Tensor) -> Tensor:
     """(..., n) float32 -> (...) float64, added in lanes and blocks; zeros added at the end change nothing."""
     block = BLOCK if values.shape[-1] > BLOCK else -(-values.shape[-1] // LANES) * LANES
     padded = pad(values, (0, -values.shape[-1] % block))
-    lanes = padded.unflatten(-1, (-1, block // LANES, LANES))  # (..., blocks, steps, lanes)
+    lanes = padded.reshape(*values.shape[:-1], -1, block // LANES, LANES)  # (..., blocks, steps, lanes)
     total = lanes[..., 0, :]
     for step in range(1, lanes.shape[-2]):
         total = total + lanes[..., step, :]
@@ -105,7 +109,7 @@ def _in_order(terms: Tensor) -> Tensor:
 
 def split_groups(weight: Tensor, group_size: int) -> Tensor:
     """(rows, columns) -> (rows, groups, group_size), the ragged tail padded with zeros."""
-    return pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    return pad(weight, (0, -weight.shape[1] % group_size)).reshape(weight.shape[0], -1, group_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,37 +144,67 @@ def cover(groups: Tensor, bits: int, symmetric: bool) -> Fit:
 def clip_search(
     groups: Tensor, mask: Tensor, cover_all: Fit, bits: int, symmetric: bool, stretches: Sequence[float]
 ) -> Fit:
-    """The clipping ratio whose codes, refitted by weighted least squares, explain most of each group.
+    """The clipping ratio whose codes, refitted by least squares weighted with `mask`, explain most of each group.
 
-    For the codes q of one candidate, scale = cov(w, q) / var(q) minimises sum mask (w - scale q - b)^2 over scale
-    and b, and cov^2 / var is what it explains. A stretch is 1 / clipping ratio.
+    A stretch is 1 / clipping ratio. Symmetric codes are counted from the middle one, where their zero point stays.
     """
     full = cover_all.full
     units = groups * torch.where(full > 0.0, 1.0 / torch.where(full > 0.0, full, 1.0), 0.0)[..., None]
     middle = float(2 ** (bits - 1))
     zero = torch.full_like(full, middle) if symmetric else 0.0 - cover_all.mean_w
-    mass, total_w = lane_sum(mask), lane_sum(mask * units)
-    fit, best = cover_all, torch.zeros_like(total_w)
+    mass, sum_w = lane_sum(mask), lane_sum(mask * units)
+    fit, best = cover_all, torch.full_like(mass, -torch.inf)
     for stretch in stretches:
         codes = rounded(units * stretch + zero[..., None], float(2**bits - 1)) - (middle if symmetric else 0.0)
         weighted = codes * mask
         sum_q, sum_qq, sum_qw = lane_sum(weighted), lane_sum(weighted * codes), lane_sum(weighted * units)
-        mean = torch.zeros_like(sum_q) if symmetric else sum_q / mass
-        variance, covariance = sum_qq - sum_q * mean, sum_qw - total_w * mean
-        usable = (variance > 0.0) & (covariance > 0.0)
-        gain = torch.where(usable, covariance * covariance / variance, 0.0)
-        better = gain > best
-        best = torch.where(better, gain, best)
-        step = (covariance / variance * full.to(torch.float64)).to(torch.float32)
-        fit = replace(fit, step=torch.where(better, step, fit.step))
-        if not symmetric:
-            mean_w = (total_w / mass).to(torch.float32)
-            fit = replace(
-                fit,
-                mean_q=torch.where(better, mean.to(torch.float32), fit.mean_q),
-                mean_w=torch.where(better, mean_w, fit.mean_w),
-            )
+        line = least_squares(sum_q, sum_qq, sum_qw, sum_w, mass, last_zero=0.0 if symmetric else float(2**bits - 1))
+        better = line.gain > best
+        best = torch.where(better, line.gain, best)
+        step = (line.slope * full.to(torch.float64)).to(torch.float32).clamp(min=SMALLEST_STEP)
+        fit = Fit(
+            step=torch.where(better, step, fit.step),
+            full=full,
+            mean_q=torch.where(better, line.mean_q.to(torch.float32), fit.mean_q),
+            mean_w=torch.where(better, line.mean_w.to(torch.float32), fit.mean_w),
+        )
     return fit
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Line:
+    """w = slope (q - mean_q) + mean_w, and the squares that it explains beyond the mean; (rows, groups) float64.
+
+    The gain is -inf where the codes tell nothing of the weights.
+    """
+
+    slope: Tensor
+    mean_q: Tensor
+    mean_w: Tensor
+    gain: Tensor
+
+
+def least_squares(sum_q: Tensor, sum_qq: Tensor, sum_qw: Tensor, sum_w: Tensor, mass: Tensor, last_zero: float) -> Line:
+    """The line through codes q and weights w that leaves the least squares, its zero point within [0, last_zero].
+
+    The free line has slope cov(q, w) / var(q) and zero point mean_q - mean_w / slope. Where that lies outside, or the
+    codes do not vary, the best zero point is the end that the weights lean away from, and the line pivots there.
+    """
+    mean_q, mean_w = sum_q * mass.reciprocal(), sum_w / mass
+    variance, covariance = sum_qq - sum_q * mean_q, sum_qw - sum_w * mean_q
+    zero = mean_q * covariance - mean_w * variance  # times covariance
+    varies = (variance > FLAT * sum_qq) & (covariance > 0.0)
+    free = varies & (zero >= 0.0) & (zero <= last_zero * covariance)
+    end = torch.where(sum_w < 0.0, last_zero, 0.0)
+    variance = torch.where(free, variance, sum_qq - end * (2.0 * sum_q - end * mass))
+    covariance = torch.where(free, covariance, sum_qw - end * sum_w)
+    gain = covariance * covariance / variance - torch.where(free, 0.0, sum_w * mean_w)
+    return Line(
+        slope=covariance / variance,
+        mean_q=torch.where(free, mean_q, end),
+        mean_w=torch.where(free, mean_w, 0.0),
+        gain=torch.where((variance > 0.0) & (covariance > 0.0), gain, -torch.inf),
+    )
 
 
 def up_to_bfloat16(values: Tensor) -> Tensor:
@@ -186,7 +220,8 @@ def rounded(codes: Tensor, max_code: float) -> Tensor:
 
 def scale_codes(step: Tensor, row_scales: Tensor, *, cover_all: bool) -> Tensor:
     """(rows, groups) steps -> uint8 codes; round to nearest needs scales that are not below the steps."""
-    roots = torch.sqrt(step / row_scales.to(torch.float32)[:, None]) * 255.0
+    squares = step / row_scales.to(torch.float32)[:, None]
+    roots = squares.to(torch.float64).sqrt().to(torch.float32) * 255.0  # torch's float32 sqrt may be an ulp off
     whole = roots.ceil() if cover_all else roots.round()
     return torch.where(step > 0.0, whole.clamp(1.0, 255.0), 0.0).to(torch.uint8)
 
@@ -194,7 +229,7 @@ def scale_codes(step: Tensor, row_scales: Tensor, *, cover_all: bool) -> Tensor:
 def zero_codes(fit: Fit, inverse: Tensor, bits: int, *, whole: bool) -> Tensor:
     """(rows, groups) uint8 codes of the zero points; whole zero points put 0.0 exactly on a code."""
     zeros = torch.where(inverse > 0.0, fit.mean_q - fit.mean_w * (fit.full * inverse), 0.0)
-    zeros = zeros.clamp(0.0, float(2**bits - 1))
+    zeros = zeros.nan_to_num(nan=0.0).clamp(0.0, float(2**bits - 1))
     zeros = zeros.round() if whole else zeros
     return (zeros * float(255 // (2**bits - 1))).round().to(torch.uint8)
 

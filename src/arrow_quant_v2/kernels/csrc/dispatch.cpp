@@ -4,16 +4,11 @@
 // between is safe, and each row is written by one thread, so results do not depend on how many there are.
 #include <atomic>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 #include "kernels.hpp"
-
-#if defined(_WIN32)
-#define AQ_EXPORT extern "C" __declspec(dllexport)
-#else
-#define AQ_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace portable {
 extern const KernelTable table;
@@ -67,7 +62,10 @@ void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int
   };
   const int64_t useful = (rows + step - 1) / step;
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads && i < useful; i++) others.emplace_back(share);
+  try {
+    for (int64_t i = 1; i < threads && i < useful; i++) others.emplace_back(share);
+  } catch (const std::system_error&) {  // no more threads to be had: those that started do the work
+  }
   share();
   for (std::thread& other : others) other.join();
 }

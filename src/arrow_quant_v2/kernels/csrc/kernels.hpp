@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#define AQ_EXPORT extern "C" __attribute__((visibility("default")))
+
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // weight (rows, columns) row-major; group columns share one scale; the last group of a row may be shorter.

@@ -206,13 +206,13 @@ static inline Lanes load_float16(const uint16_t* p) {
 #endif
 }
 
-// Float to IEEE half, half to even; too large becomes infinity.
+// Float to IEEE half, half to even; too large becomes infinity, NaN stays NaN.
 static inline uint16_t to_float16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000;
   bits &= 0x7FFFFFFF;
-  if (bits >= 0x47800000) return (uint16_t)(sign | 0x7C00);
+  if (bits >= 0x47800000) return (uint16_t)(sign | (bits > 0x7F800000 ? 0x7E00 : 0x7C00));
   if (bits < 0x38800000) {  // subnormal: adding 2^-1 leaves the rounded half in the low bits
     float value;
     std::memcpy(&value, &bits, 4);

@@ -5,8 +5,8 @@
 //   zero       z = zero_code / (255 / (2^bits - 1)); symmetric: f = max|w| / (2^(bits-1) - 1), z = 2^(bits-1)
 //   code       q = round(clip(w / s + z, 0, 2^bits - 1)), half to even
 //
-// Round to nearest takes s >= f. The clip search tries f / stretch, fits scale and offset to the codes of each by
-// (weighted) least squares, and keeps the candidate that explains most of the variance. The meaning is written down
+// Round to nearest takes s >= f. The clip search tries f / stretch, fits scale and zero to the codes of each by
+// (weighted) least squares, and keeps the candidate that explains most of the squares. The meaning is written down
 // in kernels/reference.py, bit for bit. Assumes what kernels/ops.py has checked: shapes, widths, contiguity.
 // Measured on an EPYC 7003 (AVX2, 2 cores): python bench/kernels.py.
 #include <algorithm>
@@ -19,7 +19,7 @@
 namespace AQ_ISA {
 
 constexpr int64_t BLOCK = 512;  // columns added in float before the sum goes on in double
-constexpr int MOST_CANDIDATES = 32;
+constexpr double FLAT = 0x1p-16;  // codes of a smaller variance, relative to their squares, are all the same
 constexpr float SMALLEST_ROW_SCALE = 0x1p-100f;
 constexpr float SMALLEST_STEP = 0x1p-126f;
 constexpr uint32_t LARGEST_BFLOAT16 = 0x7F7F0000;
@@ -71,6 +71,11 @@ static int64_t length_of(const Quantize& ask, int64_t g) {
 
 static int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
+// Weighted sums over one group: q, q^2 and q w of one candidate.
+struct Moments {
+  double q, qq, qw;
+};
+
 // What one row needs while it is worked on. Groups are padded with zeros to whole lanes, and `weights` is 0 there.
 struct Row {
   int64_t stride;
@@ -80,6 +85,7 @@ struct Row {
   std::vector<float> low, high;                   // (groups,)
   std::vector<float> full, step, mean_q, mean_w;  // zero point = mean_q - mean_w * full / scale
   std::vector<float> scale, inverse, zero;
+  std::vector<Moments> moments;  // of each candidate
   std::vector<uint8_t> bytes;
 
   explicit Row(const Quantize& ask)
@@ -89,6 +95,7 @@ struct Row {
         units(stride),
         weights(ask.stretch_count ? ask.groups * stride : 0),
         present(2 * stride),
+        moments(ask.stretch_count),
         bytes(ask.groups * stride + LANES) {
     for (auto* array : {&low, &high, &full, &step, &mean_q, &mean_w, &scale, &inverse, &zero})
       array->resize(ask.groups);
@@ -125,6 +132,22 @@ struct Row {
   }
 };
 
+// Loops over groups take plain pointers that do not overlap, so that the compiler makes vectors of them.
+static void steps_of(const float* __restrict low, const float* __restrict high, const Grid& grid, int64_t groups,
+                     float* __restrict full, float* __restrict mean_w) {
+  const float max_code = grid.max_code, side = grid.middle - 1.0f;
+  const bool symmetric = grid.symmetric;
+  for (int64_t g = 0; g < groups; g++) {
+    const float largest = high[g] > -low[g] ? high[g] : -low[g];
+    const float wide = high[g] / max_code - low[g] / max_code;
+    float step = symmetric ? largest / side : wide;
+    step = step < SMALLEST_STEP ? SMALLEST_STEP : step;
+    const float offset = low[g] / step;
+    full[g] = high[g] > low[g] ? step : 0.0f;
+    mean_w[g] = !symmetric && high[g] > low[g] ? offset : 0.0f;
+  }
+}
+
 // The step that covers each group, and the zero point that goes with it.
 static void cover(const Quantize& ask, const Grid& grid, Row& row) {
   for (int64_t g = 0; g < ask.groups; g++) {
@@ -138,23 +161,12 @@ static void cover(const Quantize& ask, const Grid& grid, Row& row) {
     row.low[g] = least(low);
     row.high[g] = greatest(high);
   }
-  for (int64_t g = 0; g < ask.groups; g++) {
-    const float low = row.low[g], high = row.high[g], largest = high > -low ? high : -low;
-    const float wide = high / grid.max_code - low / grid.max_code;
-    const float step = grid.symmetric ? largest / (grid.middle - 1.0f) : wide;
-    const float full = step < SMALLEST_STEP ? SMALLEST_STEP : step;
-    const bool empty = !(high > low);
-    row.step[g] = row.full[g] = empty ? 0.0f : full;
-    row.mean_q[g] = grid.symmetric ? grid.middle : 0.0f;
-    row.mean_w[g] = grid.symmetric || empty ? 0.0f : low / full;
-  }
+  steps_of(row.low.data(), row.high.data(), grid, ask.groups, row.full.data(), row.mean_w.data());
+  row.step = row.full;
+  std::fill(row.mean_q.begin(), row.mean_q.end(), grid.symmetric ? grid.middle : 0.0f);
 }
 
-struct Moments {
-  double q, qq, qw;
-};
-
-// Sums of weights * (q, q^2, q w) over the codes of one candidate; u is w in units of the full step.
+// Moments of the codes of one candidate; u is w in units of the full step.
 template <bool WEIGHTED, bool SYMMETRIC>
 static inline Moments moments(const float* u, const float* weights, int64_t n, float stretch, float zero,
                               float max_code) {
@@ -180,11 +192,16 @@ static inline Moments moments(const float* u, const float* weights, int64_t n, f
 }
 
 struct Mass {
-  double one, w;
+  double one, w, mean_w, inverse;
+};
+
+// w = covariance / variance (q - mean_q) + mean_w, and the squares that it explains beyond the mean
+struct Line {
+  double covariance, variance, mean_q, mean_w, gain;
 };
 
 static Mass mass(const float* u, const float* weights, int64_t n) {
-  Mass total{0, 0};
+  double total_one = 0, total_w = 0;
   for (int64_t b = 0; b < n; b += BLOCK) {
     Lanes one = fill(0.0f), w = one;
     const int64_t end = b + BLOCK < n ? b + BLOCK : n;
@@ -192,13 +209,28 @@ static Mass mass(const float* u, const float* weights, int64_t n) {
       one = one + load(weights + i);
       w = w + load(weights + i) * load(u + i);
     }
-    total.one += fold(one);
-    total.w += fold(w);
+    total_one += fold(one);
+    total_w += fold(w);
   }
-  return total;
+  return {total_one, total_w, total_w / total_one, 1.0 / total_one};
 }
 
-// Least squares of w on the codes of each candidate; the one with the largest explained variance wins.
+// Least squares of w on the codes, with a zero point within [0, last_zero]: where the free line's lies outside, or the
+// codes do not vary, the line pivots on the end that the weights lean away from.
+static Line least_squares(const Moments& m, const Mass& all, double last_zero) {
+  const double mean_q = m.q * all.inverse;
+  const double variance = m.qq - m.q * mean_q, covariance = m.qw - all.w * mean_q;
+  const double zero = mean_q * covariance - all.mean_w * variance;  // times covariance, which is positive
+  const bool varies = variance > FLAT * m.qq && covariance > 0.0;
+  if (varies && zero >= 0.0 && zero <= last_zero * covariance)
+    return {covariance, variance, mean_q, all.mean_w, covariance * covariance / variance};
+  const double end = all.w < 0.0 ? last_zero : 0.0;
+  const double about = m.qq - end * (2.0 * m.q - end * all.one), with = m.qw - end * all.w;
+  const double gain = with * with / about - all.w * all.mean_w;
+  return {with, about, end, 0.0, about > 0.0 && with > 0.0 ? gain : -INFINITY};
+}
+
+// The candidate whose line explains most wins.
 template <bool WEIGHTED, bool SYMMETRIC>
 static void search_group(const Quantize& ask, const Grid& grid, Row& row, int64_t g) {
   const int64_t n = whole_lanes(length_of(ask, g));
@@ -207,22 +239,17 @@ static void search_group(const Quantize& ask, const Grid& grid, Row& row, int64_
   const float unit = 1.0f / row.full[g], zero = SYMMETRIC ? grid.middle : 0.0f - row.mean_w[g];
   for (int64_t i = 0; i < n; i += LANES) store(u + i, load(w + i) * fill(unit));
   const Mass all = mass(u, weights, n);
-  Moments m[MOST_CANDIDATES];
-  double slope[MOST_CANDIDATES], gain[MOST_CANDIDATES];
   for (int k = 0; k < ask.stretch_count; k++)
-    m[k] = moments<WEIGHTED, SYMMETRIC>(u, weights, n, ask.stretches[k], zero, grid.max_code);
-  for (int k = 0; k < ask.stretch_count; k++) {
-    const double mean = SYMMETRIC ? 0.0 : m[k].q / all.one;
-    const double variance = m[k].qq - m[k].q * mean, covariance = m[k].qw - all.w * mean;
-    slope[k] = covariance / variance;
-    gain[k] = variance > 0.0 && covariance > 0.0 ? covariance * covariance / variance : 0.0;
+    row.moments[k] = moments<WEIGHTED, SYMMETRIC>(u, weights, n, ask.stretches[k], zero, grid.max_code);
+  Line best{0.0, 0.0, 0.0, 0.0, -INFINITY};
+  for (const Moments& m : row.moments) {
+    const Line line = least_squares(m, all, SYMMETRIC ? 0.0 : (double)grid.max_code);
+    if (line.gain > best.gain) best = line;
   }
-  const auto best = std::max_element(gain, gain + ask.stretch_count) - gain;
-  if (!(gain[best] > 0.0)) return;
-  row.step[g] = (float)(slope[best] * (double)row.full[g]);
-  if (SYMMETRIC) return;
-  row.mean_q[g] = (float)(m[best].q / all.one);
-  row.mean_w[g] = (float)(all.w / all.one);
+  if (!(best.gain > -INFINITY)) return;
+  row.step[g] = std::max((float)(best.covariance / best.variance * (double)row.full[g]), SMALLEST_STEP);
+  row.mean_q[g] = (float)best.mean_q;
+  row.mean_w[g] = (float)best.mean_w;
 }
 
 static void clip_search(const Quantize& ask, const Grid& grid, Row& row) {
@@ -238,35 +265,56 @@ static void clip_search(const Quantize& ask, const Grid& grid, Row& row) {
   }
 }
 
-// Stores the parameters of a row, and keeps what the stored ones mean. Round to nearest (no stretches) takes scales
-// that are not below the steps and whole zero points, which put 0.0 on a code.
+// The scale that is stored for each step, as a code, a number and its inverse. Round to nearest takes scales that are
+// not below the steps.
+static void settle_scales(const float* __restrict step, float row_scale, bool nearest, int64_t groups,
+                          uint8_t* __restrict stored, float* __restrict scale, float* __restrict inverse) {
+  for (int64_t g = 0; g < groups; g++) {
+    const float root = std::sqrt(step[g] / row_scale) * 255.0f;
+    const float near = (root + ROUNDER) - ROUNDER;
+    float code = nearest && near < root ? near + 1.0f : near;
+    code = code < 1.0f ? 1.0f : code;
+    code = code > 255.0f ? 255.0f : code;
+    code = step[g] > 0.0f ? code : 0.0f;
+    const float s = row_scale * (code * code / 65025.0f);
+    const float reciprocal = 1.0f / s;
+    stored[g] = (uint8_t)(int32_t)code;
+    scale[g] = s;
+    inverse[g] = code > 0.0f ? reciprocal : 0.0f;
+  }
+}
+
+// The zero point that goes with each stored scale. Round to nearest takes whole ones, which put 0.0 on a code.
+static void settle_zeros(const Row& row, const Grid& grid, bool nearest, int64_t groups, uint8_t* __restrict stored,
+                         float* __restrict zero) {
+  const float *mean_q = row.mean_q.data(), *mean_w = row.mean_w.data();
+  const float *full = row.full.data(), *inverse = row.inverse.data();
+  const float max_code = grid.max_code, unit = grid.zero_unit;
+  for (int64_t g = 0; g < groups; g++) {
+    float z = mean_q[g] - mean_w[g] * (full[g] * inverse[g]);
+    z = z > 0.0f ? z : 0.0f;  // NaN becomes 0
+    z = inverse[g] > 0.0f ? z : 0.0f;
+    z = z > max_code ? max_code : z;
+    const float whole = (z + ROUNDER) - ROUNDER;
+    z = nearest ? whole : z;
+    const float code = (z * unit + ROUNDER) - ROUNDER;
+    stored[g] = (uint8_t)(int32_t)code;
+    zero[g] = code / unit;
+  }
+}
+
+// Stores the parameters of a row, and keeps what the stored ones mean.
 static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
   const bool nearest = ask.stretch_count == 0;
   float largest = SMALLEST_ROW_SCALE;
   for (int64_t g = 0; g < ask.groups; g++) largest = row.step[g] > largest ? row.step[g] : largest;
   const float row_scale = up_to_bfloat16(largest);
   ask.row_scales[r] = bfloat16_bits(row_scale);
-  for (int64_t g = 0; g < ask.groups; g++) {
-    const float root = std::sqrt(row.step[g] / row_scale) * 255.0f;
-    float code = nearest ? round_up(root) : (root + ROUNDER) - ROUNDER;
-    code = code < 1.0f ? 1.0f : code > 255.0f ? 255.0f : code;
-    code = row.step[g] > 0.0f ? code : 0.0f;
-    const float scale = row_scale * (code * code / 65025.0f);
-    const float safe = code > 0.0f ? scale : 1.0f;
-    ask.scales[r * ask.groups + g] = (uint8_t)(int32_t)code;
-    row.scale[g] = scale;
-    row.inverse[g] = code > 0.0f ? 1.0f / safe : 0.0f;
-    row.zero[g] = grid.middle;
-  }
-  for (int64_t g = 0; !grid.symmetric && g < ask.groups; g++) {
-    float zero = row.mean_q[g] - row.mean_w[g] * (row.full[g] * row.inverse[g]);
-    zero = row.inverse[g] > 0.0f ? zero : 0.0f;
-    zero = zero < 0.0f ? 0.0f : zero > grid.max_code ? grid.max_code : zero;
-    zero = nearest ? (zero + ROUNDER) - ROUNDER : zero;
-    const float code = (zero * grid.zero_unit + ROUNDER) - ROUNDER;
-    ask.zero_points[r * ask.groups + g] = (uint8_t)(int32_t)code;
-    row.zero[g] = code / grid.zero_unit;
-  }
+  settle_scales(row.step.data(), row_scale, nearest, ask.groups, ask.scales + r * ask.groups, row.scale.data(),
+                row.inverse.data());
+  std::fill(row.zero.begin(), row.zero.end(), grid.middle);
+  if (grid.symmetric) return;
+  settle_zeros(row, grid, nearest, ask.groups, ask.zero_points + r * ask.groups, row.zero.data());
 }
 
 struct Sums {
@@ -275,8 +323,8 @@ struct Sums {
 
 // Codes of one group as bytes, and the error sums in units of scale^2.
 template <bool MASKED>
-static inline Sums encode_group(const float* w, const float* present, int64_t n, float inverse, float zero, float max_code,
-                         uint8_t* bytes) {
+static inline Sums encode_group(const float* w, const float* present, int64_t n, float inverse, float zero,
+                                float max_code, uint8_t* bytes) {
   Sums total{0, 0, 0};
   for (int64_t b = 0; b < n; b += BLOCK) {
     Lanes ww = fill(0.0f), qq = ww, ee = ww;

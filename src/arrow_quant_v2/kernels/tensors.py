@@ -1,0 +1,47 @@
+"""PackedTensor to torch tensors and back to weights; knows nothing of files or methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from arrow_quant_v2.kernels import cpu, ops
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from arrow_quant_v2.packed import PackedTensor
+
+
+class _Shared:
+    """Another array's memory without its read-only flag, which torch has no notion of; nothing here writes to it."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+        self.owner = array
+
+
+def shared_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """The same memory as a tensor, also where it is a read-only map of a file."""
+    usable = array if array.flags.writeable or not array.size else np.asarray(_Shared(array))
+    return torch.from_numpy(usable if array.size else array.copy())
+
+
+def dequantized(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Codes -> (rows, columns) weights, computed in float32 and rounded once to `dtype` (any floating dtype)."""
+    cpu.activate()
+    layout = packed.layout
+    zeros = np.empty((packed.rows, 0), np.uint8) if packed.zero_points is None else packed.zero_points
+    weight: torch.Tensor = ops.dequantize(
+        shared_tensor(packed.codes),
+        shared_tensor(packed.scales),
+        shared_tensor(zeros),
+        shared_tensor(packed.row_scales).view(torch.bfloat16),
+        layout.bits,
+        layout.columns,
+        layout.group,
+        dtype if dtype in ops.FLOATS else torch.float32,
+    )
+    return weight if weight.dtype == dtype else weight.to(dtype)

@@ -163,10 +163,12 @@ class WeightError:
 
     @property
     def cosine(self) -> float:
-        """Cosine between weight and quantized weight, 1.0 where both are zero."""
+        """Cosine between weight and quantized weight, exactly 1.0 where they are equal."""
+        if self.difference == 0.0:
+            return 1.0
         norm = math.sqrt(self.original) * math.sqrt(self.quantized)
         if norm == 0.0:
-            return 1.0 if self.original == self.quantized else 0.0
+            return 0.0
         return max(-1.0, min(1.0, (self.original + self.quantized - self.difference) / (2.0 * norm)))
 
     @property

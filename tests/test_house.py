@@ -14,8 +14,9 @@ FILES = sorted(HOUSE.rglob("*.py"))
 
 # From top to bottom: a room imports only rooms above it.
 ORDER = (
-    "errors", "decisions", "packed", "config", "kernels", "engines", "store", "sources", "plan",
-    "quantizers", "validation", "export", "orchestrator", "api", "cli",
+    "errors", "decisions", "packed", "config", "progress", "kernels", "engines", "store", "sources", "plan",
+    "quantizers", "one_tensor", "validation", "layers", "budget", "workfolder", "publish", "export", "doctor",
+    "orchestrator", "results", "api", "cli_progress", "cli_tables", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}
 FREE = {"__init__", "__main__"}

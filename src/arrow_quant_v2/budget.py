@@ -1,0 +1,116 @@
+"""How much memory and disk a plan will take, before any work; reads no values."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.layers import CHUNK_BYTES
+from arrow_quant_v2.packed import ITEM_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from arrow_quant_v2.config import DiffusionQuantConfig
+    from arrow_quant_v2.plan import LayerPlan
+
+LARGEST_SLICE = 8 * 2**20  # small enough to stay in the last cache between reading and quantizing
+SMALLEST_SLICE = 2**20
+SLICES_AT_WORK = 64 * 2**20  # of all workers together: many cores take smaller slices
+SLICES_PER_WORKER = 2
+NATIVE = ("float32", "bfloat16", "float16")  # the others are widened to float32 first
+COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
+LIBRARIES = 64 * 2**20  # what Arrow and the threads still take once work begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How a run uses memory: `workers` threads on slices of `slice_bytes`, and the predicted peak in bytes."""
+
+    workers: int
+    slice_bytes: int
+    peak_bytes: int
+
+    @property
+    def in_flight(self) -> int:
+        """Slices that may be started and not yet stored."""
+        return self.workers * SLICES_PER_WORKER
+
+
+def plan_budget(plans: Sequence[LayerPlan], config: DiffusionQuantConfig) -> Budget:
+    """The fastest budget that keeps the peak below `max_memory`.
+
+    Raises:
+        ConfigurationError: not even the smallest one does.
+    """
+    workers = config.threads or cores()
+    slice_bytes = min(LARGEST_SLICE, max(SMALLEST_SLICE, SLICES_AT_WORK // workers))
+    budget = _budget(plans, workers, slice_bytes)
+    while config.max_memory is not None and budget.peak_bytes > config.max_memory:
+        if workers == 1 and slice_bytes <= SMALLEST_SLICE:
+            raise ConfigurationError(
+                f"max_memory is {megabytes(config.max_memory)}; this model needs {megabytes(budget.peak_bytes)},"
+                f" because its largest layer is {_largest(plans).tensor.name}; allow that much"
+            )
+        workers, slice_bytes = (
+            (workers, slice_bytes // 2) if slice_bytes > SMALLEST_SLICE else (workers // 2, slice_bytes)
+        )
+        budget = _budget(plans, workers, slice_bytes)
+    return budget
+
+
+def _budget(plans: Sequence[LayerPlan], workers: int, slice_bytes: int) -> Budget:
+    largest = _largest(plans) if plans else None
+    stored = largest.stored_bytes if largest else 0
+    slices = max((_slices_bytes(plan, workers, slice_bytes) for plan in plans), default=0)
+    writing = COPIES_OF_CHUNK * min(stored, CHUNK_BYTES)
+    joining = stored if largest and largest.tensor.nbytes > slice_bytes else 0
+    peak = resident_bytes() + LIBRARIES + slices + stored + joining + writing
+    return Budget(workers=workers, slice_bytes=slice_bytes, peak_bytes=peak)
+
+
+def _slices_bytes(plan: LayerPlan, workers: int, slice_bytes: int) -> int:
+    """Every slice in flight as its result, no larger than itself; those at work also as read and as float32."""
+    tensor = plan.tensor
+    row = tensor.nbytes // plan.layout.rows if plan.layout else 0
+    piece = min(tensor.nbytes, max(slice_bytes, row))
+    widened = 0 if plan.layout is None or tensor.dtype in NATIVE else piece * 32 // ITEM_BITS[tensor.dtype]
+    return workers * (SLICES_PER_WORKER * piece + piece + widened)
+
+
+def _largest(plans: Sequence[LayerPlan]) -> LayerPlan:
+    return max(plans, key=lambda plan: plan.stored_bytes)
+
+
+def resident_bytes() -> int:
+    """Memory that this process takes now; where the system does not tell, the most that it ever took."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int:
+    """Memory that this machine can give now; where the system does not tell, all that it has."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fields = dict(line.split(":", 1) for line in table.read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def megabytes(count: float) -> str:
+    """Like "512 MB" or "1.25 GB", in decimal units."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"  # noqa: PLR2004

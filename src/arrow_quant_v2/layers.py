@@ -1,0 +1,157 @@
+"""One planned layer, cut into slices, worked on slice by slice, and put together as rows of the store.
+
+Knows nothing of files, of other layers or of the order in which slices are done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.kernels.cpu import threads_per_call
+from arrow_quant_v2.packed import PackedTensor
+from arrow_quant_v2.quantizers import quantizer
+from arrow_quant_v2.quantizers.result import QuantizedRows, joined, not_finite, weight_error
+from arrow_quant_v2.store.crc32 import combine, crc32
+from arrow_quant_v2.store.record import LayerRecord, RawTensor, split
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from arrow_quant_v2.config import Modality
+    from arrow_quant_v2.packed import Bytes
+    from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.sources.base import Source
+
+CHUNK_BYTES = 256 * 2**20  # a layer that packs to more becomes several rows of the file
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Elements [start, stop) of one tensor: whole rows where it is quantized. `last` ends the layer."""
+
+    plan: LayerPlan
+    start: int
+    stop: int
+    last: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """What became of one slice: rows of codes, the untouched bytes, or nothing where only the CRC was asked."""
+
+    slice: Slice
+    crc: int
+    source_bytes: int
+    result: QuantizedRows | Bytes | None
+
+
+def slices(plan: LayerPlan, slice_bytes: int) -> Iterator[Slice]:
+    """The whole tensor in slices of about `slice_bytes`; at least one, and at least a row each."""
+    unit = 1 if plan.layout is None else plan.layout.columns
+    item = max(1, plan.tensor.nbytes // max(1, plan.tensor.numel))
+    step = max(1, slice_bytes // (unit * item)) * unit
+    starts = [*range(0, max(1, plan.tensor.numel), step), plan.tensor.numel]
+    for start, stop in pairwise(starts):
+        yield Slice(plan=plan, start=start, stop=stop, last=stop == plan.tensor.numel)
+
+
+def work(source: Source, piece: Slice) -> Piece:
+    """Read one slice and quantize it, or keep its bytes.
+
+    Raises:
+        SourceError: it cannot be read.
+        QuantizationError: a value is NaN or infinite; the message names tensor, position and value.
+    """
+    values = source.read(piece.plan.tensor.name, piece.start, piece.stop)
+    raw = _bytes_of(values)
+    result = raw if piece.plan.layout is None else _quantized(values, piece)
+    return Piece(slice=piece, crc=crc32(raw), source_bytes=raw.nbytes, result=result)
+
+
+def checksum_only(source: Source, piece: Slice) -> Piece:
+    """Read one slice of a layer that is already done, to know whether it is still the same tensor.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    raw = _bytes_of(source.read(piece.plan.tensor.name, piece.start, piece.stop))
+    return Piece(slice=piece, crc=crc32(raw), source_bytes=raw.nbytes, result=None)
+
+
+def source_checksum(pieces: Sequence[Piece]) -> int:
+    """CRC-32 of the whole tensor's bytes."""
+    total = 0
+    for piece in pieces:
+        total = combine(total, piece.crc, piece.source_bytes)
+    return total
+
+
+def records(plan: LayerPlan, pieces: Sequence[Piece], modality: Modality) -> Iterator[LayerRecord]:
+    """The rows of the store that hold this layer: one, or several where it packs to more than CHUNK_BYTES."""
+    checksum, results = source_checksum(pieces), [piece.result for piece in pieces]
+    rows = [result for result in results if isinstance(result, QuantizedRows)]
+    error = None
+    if rows:
+        whole = joined(rows)
+        error = weight_error(whole.sums, plan.tensor.numel)
+        payload: PackedTensor | RawTensor = _packed(plan, whole)
+    else:
+        payload = _kept(plan, [result for result in results if isinstance(result, np.ndarray)])
+    for chunk, part in enumerate(split(payload, CHUNK_BYTES)):
+        yield LayerRecord(
+            payload=part,
+            chunk=chunk,
+            bits_per_weight=plan.bits_per_weight,
+            source_checksum=checksum,
+            decision=str(plan.decision),
+            method=plan.decision.method,
+            cosine_similarity=None if error is None else error.cosine,
+            mse=None if error is None else error.mse,
+            modality=modality,
+        )
+
+
+def _bytes_of(values: torch.Tensor) -> Bytes:
+    raw: Bytes = values.view(torch.uint8).numpy()
+    return raw
+
+
+def _packed(plan: LayerPlan, whole: QuantizedRows) -> PackedTensor:
+    if plan.layout is None:
+        raise QuantizationError(f"{plan.tensor.name}: was quantized without a layout; this is a bug, please report it")
+    return PackedTensor(
+        name=plan.tensor.name,
+        dtype=plan.tensor.dtype,
+        layout=plan.layout,
+        codes=whole.codes,
+        scales=whole.scales,
+        zero_points=whole.zero_points,
+        row_scales=whole.row_scales,
+    )
+
+
+def _kept(plan: LayerPlan, parts: Sequence[Bytes]) -> RawTensor:
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return RawTensor(name=plan.tensor.name, shape=plan.tensor.shape, dtype=plan.tensor.dtype, values=values)
+
+
+def _quantized(values: torch.Tensor, piece: Slice) -> QuantizedRows:
+    """Quantize whole rows on one thread: the other cores have slices of their own."""
+    plan = piece.plan
+    if plan.spec is None or plan.layout is None:
+        raise QuantizationError(f"{plan.tensor.name}: has no spec to be quantized by; this is a bug, please report it")
+    rows = values.reshape(-1, plan.layout.columns)  # (rows, columns)
+    threads_per_call.set(1)
+    result = quantizer(plan.spec.method)(rows if rows.dtype in NATIVE else rows.to(torch.float32), plan.spec)
+    if not np.isfinite(result.sums).all():
+        tensor = plan.tensor
+        remedy = f"repair the model, or keep this tensor as it is: --keep '{tensor.name}'"
+        raise not_finite(values, tensor.name, tensor.shape, offset=piece.start, remedy=remedy)
+    return result

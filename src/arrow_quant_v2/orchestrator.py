@@ -1,0 +1,193 @@
+"""A model in, a quantized model out: read, plan, quantize, store. Knows no command line and no mathematics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from arrow_quant_v2 import __version__
+from arrow_quant_v2.budget import plan_budget
+from arrow_quant_v2.engines.local import in_background, ordered_map
+from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
+from arrow_quant_v2.layers import checksum_only, records, slices, source_checksum, work
+from arrow_quant_v2.plan import plan_model
+from arrow_quant_v2.progress import Progress
+from arrow_quant_v2.publish import CONFIG, Description, assemble, read_object, source_hash
+from arrow_quant_v2.store.reader import StoredModel
+from arrow_quant_v2.store.writer import make_durable, write_part
+from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from arrow_quant_v2.budget import Budget
+    from arrow_quant_v2.config import DiffusionQuantConfig, Modality
+    from arrow_quant_v2.layers import Piece, Slice
+    from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.sources.base import Source
+    from arrow_quant_v2.sources.folder import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one run is asked: a model, its modality, a configuration and where the result goes."""
+
+    source: Source
+    model: Model | None  # None: a live module, with no files beside its weights
+    modality: Modality
+    config: DiffusionQuantConfig
+    out: Path
+    overwrite: bool = False
+    should_stop: Callable[[], bool] = bool  # asked after every layer; bool() is False
+
+    @property
+    def component(self) -> str:
+        """The subfolder that holds the weights, in the source and in the result."""
+        return self.model.component if self.model else ""
+
+
+def quantize_model(job: Job, report: Callable[[str, float], object] | None = None) -> float:
+    """Quantize every tensor of the source into `job.out`, which appears whole or not at all; seconds it took.
+
+    An interrupted run goes on where it stopped, and ends with the same bytes as one that was not.
+
+    Raises:
+        ConfigurationError: the output exists, lies inside the source, or the settings cannot be met.
+        QuantizationError: a tensor cannot be quantized, or misses the bar with `fail_fast`.
+        SourceError: the source cannot be read.
+        StoreError: the output cannot be written.
+        InterruptedRunError: `should_stop` said so; finished layers are kept.
+    """
+    started = time.monotonic()
+    _refuse_unusable(job)
+    plans = plan_model(job.source.tensors, job.config)
+    if not plans:
+        raise QuantizationError(f"{job.source.location}: holds no tensors; give a folder with a model's weights")
+    budget = plan_budget(plans, job.config)
+    description = Description(
+        config=job.config, modality=job.modality, component=job.component, source_hash=source_hash(job.source.tensors)
+    )
+    with WorkFolder(job.out, _identity(description), overwrite=job.overwrite) as folder:
+        _work_on_layers(job, _Run(plans=plans, budget=budget, description=description, folder=folder), report)
+        assemble(folder, plans, description, job.model)
+        folder.publish()
+    return time.monotonic() - started
+
+
+def _identity(description: Description) -> dict[str, object]:
+    """What must be the same for a run to go on: words that a person finds in a refusal."""
+    return {
+        "program version": __version__,
+        "configuration": description.config.identity(),
+        "modality": description.modality,
+        "component": description.component,
+        "model": description.source_hash,
+    }
+
+
+def _refuse_unusable(job: Job) -> None:
+    """Find out before any work what would go wrong after all of it."""
+    if job.model is None:
+        return
+    beside = [job.model.root / path for path in job.model.side_files]
+    refuse_overlap(job.out, job.model.root, [*job.source.weight_files, *beside])
+    for path in beside:
+        _refuse_unreadable(path)
+    config = job.model.folder / CONFIG
+    if config.exists():
+        read_object(config)
+
+
+def _refuse_unreadable(path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise SourceError(
+            f"{path}: cannot be read: {error.strerror}; make it readable, or remove it from the model"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What follows from a job before the first layer."""
+
+    plans: Sequence[LayerPlan]
+    budget: Budget
+    description: Description
+    folder: WorkFolder
+
+
+def _work_on_layers(job: Job, run: _Run, report: Callable[[str, float], object] | None) -> None:
+    """Make the part of every layer that has none, and make sure that those of an earlier run still fit."""
+    plans, budget, folder = run.plans, run.budget, run.folder
+    done = {index for index in range(len(plans)) if _is_whole(folder.part(index), plans[index])}
+    progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
+
+    def one(item: tuple[int, Slice]) -> Piece:
+        index, piece = item
+        return checksum_only(job.source, piece) if index in done else work(job.source, piece)
+
+    items = ((i, piece) for i, plan in enumerate(plans) for piece in slices(plan, budget.slice_bytes))
+    with (
+        in_background() as later,
+        ordered_map(one, items, workers=budget.workers, in_flight=budget.in_flight) as results,
+    ):
+        for index, pieces in enumerate(_by_layer(results, progress)):
+            if index in done:
+                _refuse_changed(folder.part(index), plans[index], pieces)
+            else:
+                layer = list(records(plans[index], pieces, job.modality))
+                _refuse_poor(job.config, layer[0].payload.name, layer[0].cosine_similarity)
+                write_part(folder.part(index), layer, run.description.file_metadata())
+                later(make_durable, folder.part(index))
+            progress.tell(f"{index + 1}/{len(plans)} {plans[index].tensor.name}")
+            if job.should_stop() and index + 1 < len(plans):
+                raise InterruptedRunError(
+                    f"stopped after {index + 1} of {len(plans)} layers; they are kept in {folder.folder}"
+                )
+
+
+def _by_layer(results: Iterator[Piece], progress: Progress) -> Iterator[list[Piece]]:
+    """The pieces of one layer after the other."""
+    pieces: list[Piece] = []
+    for piece in results:
+        pieces.append(piece)
+        if piece.result is None:
+            progress.skip(piece.source_bytes)
+        else:
+            progress.advance(piece.source_bytes, piece.slice.plan.tensor.name)
+        if piece.slice.last:
+            yield pieces
+            pieces = []
+
+
+def _is_whole(part: Path, plan: LayerPlan) -> bool:
+    """Whether an earlier run finished this layer; a damaged part is made again."""
+    if not part.exists():
+        return False
+    try:
+        with StoredModel(part) as stored:
+            stored.read(plan.tensor.name)
+            return stored.names == (plan.tensor.name,)
+    except StoreError:
+        return False
+
+
+def _refuse_changed(part: Path, plan: LayerPlan, pieces: Sequence[Piece]) -> None:
+    with StoredModel(part) as stored:
+        before = stored.entries[0].source_checksum
+    if before != source_checksum(pieces):
+        raise ConfigurationError(
+            f"{plan.tensor.name}: has other values than when this run was interrupted: the model was changed;"
+            f" restore it, or remove {part.parent.parent} to start anew"
+        )
+
+
+def _refuse_poor(config: DiffusionQuantConfig, name: str, cosine: float | None) -> None:
+    if config.fail_fast and cosine is not None and cosine < config.min_accuracy:
+        raise QuantizationError(
+            f"{name}: weight cosine {cosine:.4f} at {config.bit_width} bits is below min_accuracy"
+            f" {config.min_accuracy}; use more bits, smaller groups or a lower bar"
+        )

@@ -1,0 +1,99 @@
+"""Config and tensor list in, one plan per tensor out: the only place that skips or chooses. Reads no values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from arrow_quant_v2.config import LayerSpec
+from arrow_quant_v2.decisions import Decision
+from arrow_quant_v2.packed import ITEM_BITS, Layout, TensorInfo
+from arrow_quant_v2.store.sizes import row_bytes, stored_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from arrow_quant_v2.config import DiffusionQuantConfig
+
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+FEWEST_WEIGHTS = 1024  # below this the parameters and the file's own bytes eat what packing saves
+LONGEST_KERNEL = 31  # a 3-D weight with a longer last axis is a stack of experts, not a 1-D convolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What will be done with one tensor: quantized as `spec` says, lying as `layout` says, or kept (both None)."""
+
+    tensor: TensorInfo
+    decision: Decision
+    spec: LayerSpec | None = None
+    layout: Layout | None = None
+
+    @property
+    def rows_and_bytes(self) -> tuple[int, int]:
+        """What the store cuts into chunks: rows of codes, or elements where kept, and the stored bytes of one."""
+        if self.layout is None or self.spec is None:
+            return self.tensor.numel, ITEM_BITS[self.tensor.dtype] // 8
+        return self.layout.rows, row_bytes(self.layout, symmetric=self.spec.symmetric)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensor's payload in the store, parameters included."""
+        return math.prod(self.rows_and_bytes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per element, parameters included; 0.0 for a tensor without elements."""
+        return 8 * self.stored_bytes / self.tensor.numel if self.tensor.numel else 0.0
+
+
+def plan_model(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig) -> tuple[LayerPlan, ...]:
+    """One plan per tensor, in the order given."""
+    return tuple(_plan(tensor, config) for tensor in tensors)
+
+
+def _plan(tensor: TensorInfo, config: DiffusionQuantConfig) -> LayerPlan:
+    spec = LayerSpec(
+        bits=config.bit_width, group_size=config.group_size, method=config.method, symmetric=config.symmetric
+    )
+    reason = _reason_to_keep(tensor, config)
+    if reason is None:
+        layout = Layout(
+            shape=tensor.shape, bits=spec.bits, quant_axis=quant_axis(tensor.shape), group_size=spec.group_size
+        )
+        if stored_bytes(layout, symmetric=spec.symmetric) < tensor.nbytes:
+            return LayerPlan(tensor=tensor, spec=spec, layout=layout, decision=_quantized(tensor, spec, layout))
+        reason = f"int{spec.bits} with its parameters would not be smaller than {tensor.dtype}"
+    decision = Decision(layer_name=tensor.name, kind="kept", asked=f"int{spec.bits}", got=tensor.dtype, because=reason)
+    return LayerPlan(tensor=tensor, decision=decision)
+
+
+def _quantized(tensor: TensorInfo, spec: LayerSpec, layout: Layout) -> Decision:
+    tail = layout.columns % layout.group
+    ragged = f", the last group of a row has {tail} columns" if tail else ""
+    width, _, rest = str(spec).partition(" ")
+    because = f"{rest} as asked{ragged}"
+    return Decision(
+        layer_name=tensor.name, kind="quantized", asked=width, got=width, because=because, method=spec.method
+    )
+
+
+def quant_axis(shape: tuple[int, ...]) -> int:
+    """The first axis of the columns: 1 for linear, embedding and convolution weights, 2 for 3-D expert weights."""
+    return 2 if len(shape) == 3 and shape[2] > LONGEST_KERNEL else 1  # noqa: PLR2004 - axes of experts
+
+
+def _reason_to_keep(tensor: TensorInfo, config: DiffusionQuantConfig) -> str | None:
+    """Why a tensor stays in its own dtype; None when it is a weight to quantize."""
+    pattern = next((p for p in config.keep if fnmatchcase(tensor.name, p)), None)
+    if pattern is not None:
+        return f"its name matches keep pattern {pattern!r}"
+    if tensor.dtype not in FLOATS:
+        return f"{tensor.dtype} values are no weights"
+    if len(tensor.shape) < 2:  # noqa: PLR2004 - a matrix
+        return "a bias, norm or other 1-D tensor"
+    if tensor.numel < FEWEST_WEIGHTS:
+        return f"only {tensor.numel} elements, fewer than {FEWEST_WEIGHTS}"
+    return None

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Sequence  # noqa: TC003 - torch.library reads the annotations
 from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch import Tensor
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.kernels import ops, reference
 from arrow_quant_v2.kernels.native import find_library, open_library
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -44,7 +47,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 def isas(library: ctypes.CDLL) -> tuple[str, ...]:
     """Instruction sets that this library has and this processor runs, best first; the choice stays as it was."""
     chosen = library.aq_isa()
-    names = tuple(n for n in ("avx512", "avx2", "portable") if library.aq_use_isa(n.encode()) == 0)
+    names = tuple(n for n in ("avx512", "avx2", "neon", "portable") if library.aq_use_isa(n.encode()) == 0)
     library.aq_use_isa(chosen)
     return names
 

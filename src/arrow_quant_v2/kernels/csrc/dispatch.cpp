@@ -10,9 +10,21 @@
 
 #include "kernels.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#if defined(__aarch64__)
+namespace neon {
+extern const KernelTable table;
+}
+namespace baseline = neon;
+#else
 namespace portable {
 extern const KernelTable table;
 }
+namespace baseline = portable;
+#endif
 #if defined(__x86_64__)
 namespace avx2 {
 extern const KernelTable table;
@@ -26,12 +38,20 @@ namespace {
 
 constexpr int64_t CHUNK_VALUES = 1 << 16;  // below this a thread costs more than it saves
 
+#if defined(__x86_64__)
+// Clang's __builtin_cpu_supports knows no "f16c" (seen with 14).
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool runs_here(const KernelTable& candidate) {
 #if defined(__x86_64__)
   if (&candidate == &avx512::table)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c");
-  if (&candidate == &avx2::table) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_f16c();
+  if (&candidate == &avx2::table) return __builtin_cpu_supports("avx2") && has_f16c();
 #endif
   (void)candidate;
   return true;
@@ -41,12 +61,12 @@ const KernelTable* const CANDIDATES[] = {
 #if defined(__x86_64__)
     &avx512::table, &avx2::table,
 #endif
-    &portable::table};
+    &baseline::table};
 
 const KernelTable* best() {
   for (const KernelTable* candidate : CANDIDATES)
     if (runs_here(*candidate)) return candidate;
-  return &portable::table;
+  return &baseline::table;
 }
 
 std::atomic<const KernelTable*> chosen{best()};

@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace AQ_ISA {
@@ -36,7 +38,7 @@ struct Lanes {
   for (int i = 0; i < PARTS; i++) out.part[i] = expression; \
   return out;
 
-static inline Lanes fill(float x) { AQ_EACH(FloatPart{} + x) }
+static inline Lanes fill(float x) { AQ_EACH(x - FloatPart{}) }  // a sum would turn -0 into 0
 static inline Lanes operator+(Lanes a, Lanes b) { AQ_EACH(a.part[i] + b.part[i]) }
 static inline Lanes operator-(Lanes a, Lanes b) { AQ_EACH(a.part[i] - b.part[i]) }
 static inline Lanes operator*(Lanes a, Lanes b) { AQ_EACH(a.part[i] * b.part[i]) }
@@ -106,6 +108,21 @@ static inline float fold(Lanes a) {
   return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
 }
+
+// Three sums at once, {fold(a), fold(b), fold(c), 0}, in double: one addition of columns is cheaper than three folds.
+typedef double Sums __attribute__((vector_size(32)));
+
+static inline Sums fold_three(Lanes a, Lanes b, Lanes c) {
+#if defined(__SSE2__)
+  const auto add = [](auto l, auto r) { return l + r; };
+  __m128 x = (__m128)to_quad(a, add), y = (__m128)to_quad(b, add), z = (__m128)to_quad(c, add), none = _mm_setzero_ps();
+  _MM_TRANSPOSE4_PS(x, y, z, none);
+  return __builtin_convertvector((Quad)((x + z) + (y + none)), Sums);
+#else
+  return Sums{fold(a), fold(b), fold(c), 0.0};
+#endif
+}
+
 static inline float least(Lanes a) {
   const Quad x = to_quad(a, [](auto l, auto r) { return l < r ? l : r; });
   const float even = x[0] < x[2] ? x[0] : x[2], odd = x[1] < x[3] ? x[1] : x[3];
@@ -128,6 +145,10 @@ static inline void store_codes(uint8_t* p, Lanes shifted) {
   const __m256i high = _mm256_and_si256(_mm256_castps_si256((__m256)shifted.part[1]), byte);
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#elif defined(__aarch64__)
+  const uint16x8_t low = vuzp1q_u16((uint16x8_t)shifted.part[0], (uint16x8_t)shifted.part[1]);
+  const uint16x8_t high = vuzp1q_u16((uint16x8_t)shifted.part[2], (uint16x8_t)shifted.part[3]);
+  vst1q_u8(p, vuzp1q_u8((uint8x16_t)low, (uint8x16_t)high));
 #else
   int32_t whole[LANES];
   std::memcpy(whole, &shifted, sizeof whole);
@@ -175,11 +196,19 @@ static inline Lanes load_bfloat16(const uint16_t* p) {
 }
 
 static inline void store_bfloat16(uint16_t* p, Lanes a) {
-  float x[LANES];
-  uint32_t bits[LANES];
-  store(x, a);
-  std::memcpy(bits, x, sizeof bits);
-  for (int i = 0; i < LANES; i++) p[i] = (uint16_t)((bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16);
+  typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+  for (int i = 0; i < PARTS; i++) {
+    const Words bits = (Words)a.part[i], half = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)half));
+#elif defined(__AVX2__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)half), high = _mm256_extracti128_si256((__m256i)half, 1);
+    _mm_storeu_si128((__m128i*)(p + i * WIDTH), _mm_packus_epi32(low, high));
+#else
+    typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2), aligned(2), may_alias));
+    *(Halves*)(p + i * WIDTH) = __builtin_convertvector(half, Halves);
+#endif
+  }
 }
 
 // IEEE half to float: the exponent is re-biased by a multiplication, which also normalises subnormals.

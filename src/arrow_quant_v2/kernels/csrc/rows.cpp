@@ -18,6 +18,7 @@
 
 namespace AQ_ISA {
 
+constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t BLOCK = 512;  // columns added in float before the sum goes on in double
 constexpr double FLAT = 0x1p-16;  // codes of a smaller variance, relative to their squares, are all the same
 constexpr float SMALLEST_ROW_SCALE = 0x1p-100f;
@@ -71,11 +72,6 @@ static int64_t length_of(const Quantize& ask, int64_t g) {
 
 static int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-// Weighted sums over one group: q, q^2 and q w of one candidate.
-struct Moments {
-  double q, qq, qw;
-};
-
 // What one row needs while it is worked on. Groups are padded with zeros to whole lanes, and `weights` is 0 there.
 struct Row {
   int64_t stride;
@@ -85,7 +81,7 @@ struct Row {
   std::vector<float> low, high;                   // (groups,)
   std::vector<float> full, step, mean_q, mean_w;  // zero point = mean_q - mean_w * full / scale
   std::vector<float> scale, inverse, zero;
-  std::vector<Moments> moments;  // of each candidate
+  std::vector<Sums> moments;  // of each candidate: q, q^2, q w, weighted
   std::vector<uint8_t> bytes;
 
   explicit Row(const Quantize& ask)
@@ -168,9 +164,9 @@ static void cover(const Quantize& ask, const Grid& grid, Row& row) {
 
 // Moments of the codes of one candidate; u is w in units of the full step.
 template <bool WEIGHTED, bool SYMMETRIC>
-static inline Moments moments(const float* u, const float* weights, int64_t n, float stretch, float zero,
+static inline Sums moments(const float* u, const float* weights, int64_t n, float stretch, float zero,
                               float max_code) {
-  Moments total{0, 0, 0};
+  Sums total{};
   for (int64_t b = 0; b < n; b += BLOCK) {
     Lanes q1 = fill(0.0f), q2 = q1, qw = q1;
     const int64_t end = b + BLOCK < n ? b + BLOCK : n;
@@ -184,9 +180,7 @@ static inline Moments moments(const float* u, const float* weights, int64_t n, f
       q2 = q2 + mq * q;
       qw = qw + mq * w;
     }
-    total.q += fold(q1);
-    total.qq += fold(q2);
-    total.qw += fold(qw);
+    total += fold_three(q1, q2, qw);
   }
   return total;
 }
@@ -217,15 +211,15 @@ static Mass mass(const float* u, const float* weights, int64_t n) {
 
 // Least squares of w on the codes, with a zero point within [0, last_zero]: where the free line's lies outside, or the
 // codes do not vary, the line pivots on the end that the weights lean away from.
-static Line least_squares(const Moments& m, const Mass& all, double last_zero) {
-  const double mean_q = m.q * all.inverse;
-  const double variance = m.qq - m.q * mean_q, covariance = m.qw - all.w * mean_q;
+static Line least_squares(const Sums& moments, const Mass& all, double last_zero) {
+  const double q = moments[0], qq = moments[1], qw = moments[2], mean_q = q * all.inverse;
+  const double variance = qq - q * mean_q, covariance = qw - all.w * mean_q;
   const double zero = mean_q * covariance - all.mean_w * variance;  // times covariance, which is positive
-  const bool varies = variance > FLAT * m.qq && covariance > 0.0;
+  const bool varies = variance > FLAT * qq && covariance > 0.0;
   if (varies && zero >= 0.0 && zero <= last_zero * covariance)
     return {covariance, variance, mean_q, all.mean_w, covariance * covariance / variance};
   const double end = all.w < 0.0 ? last_zero : 0.0;
-  const double about = m.qq - end * (2.0 * m.q - end * all.one), with = m.qw - end * all.w;
+  const double about = qq - end * (2.0 * q - end * all.one), with = qw - end * all.w;
   const double gain = with * with / about - all.w * all.mean_w;
   return {with, about, end, 0.0, about > 0.0 && with > 0.0 ? gain : -INFINITY};
 }
@@ -242,8 +236,8 @@ static void search_group(const Quantize& ask, const Grid& grid, Row& row, int64_
   for (int k = 0; k < ask.stretch_count; k++)
     row.moments[k] = moments<WEIGHTED, SYMMETRIC>(u, weights, n, ask.stretches[k], zero, grid.max_code);
   Line best{0.0, 0.0, 0.0, 0.0, -INFINITY};
-  for (const Moments& m : row.moments) {
-    const Line line = least_squares(m, all, SYMMETRIC ? 0.0 : (double)grid.max_code);
+  for (const Sums& sums : row.moments) {
+    const Line line = least_squares(sums, all, SYMMETRIC ? 0.0 : (double)grid.max_code);
     if (line.gain > best.gain) best = line;
   }
   if (!(best.gain > -INFINITY)) return;
@@ -289,14 +283,13 @@ static void settle_zeros(const Row& row, const Grid& grid, bool nearest, int64_t
                          float* __restrict zero) {
   const float *mean_q = row.mean_q.data(), *mean_w = row.mean_w.data();
   const float *full = row.full.data(), *inverse = row.inverse.data();
-  const float max_code = grid.max_code, unit = grid.zero_unit;
+  const float max_code = grid.max_code, unit = grid.zero_unit, rounder = nearest ? ROUNDER : 0.0f;
   for (int64_t g = 0; g < groups; g++) {
     float z = mean_q[g] - mean_w[g] * (full[g] * inverse[g]);
     z = z > 0.0f ? z : 0.0f;  // NaN becomes 0
     z = inverse[g] > 0.0f ? z : 0.0f;
     z = z > max_code ? max_code : z;
-    const float whole = (z + ROUNDER) - ROUNDER;
-    z = nearest ? whole : z;
+    z = (z + rounder) - rounder;
     const float code = (z * unit + ROUNDER) - ROUNDER;
     stored[g] = (uint8_t)(int32_t)code;
     zero[g] = code / unit;
@@ -317,15 +310,11 @@ static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
   settle_zeros(row, grid, nearest, ask.groups, ask.zero_points + r * ask.groups, row.zero.data());
 }
 
-struct Sums {
-  double w, q, e;
-};
-
-// Codes of one group as bytes, and the error sums in units of scale^2.
+// Codes of one group as bytes, and {sum w^2, sum q^2, sum (w - q)^2} in units of scale^2.
 template <bool MASKED>
 static inline Sums encode_group(const float* w, const float* present, int64_t n, float inverse, float zero,
                                 float max_code, uint8_t* bytes) {
-  Sums total{0, 0, 0};
+  Sums total{};
   for (int64_t b = 0; b < n; b += BLOCK) {
     Lanes ww = fill(0.0f), qq = ww, ee = ww;
     const int64_t end = b + BLOCK < n ? b + BLOCK : n;
@@ -340,28 +329,32 @@ static inline Sums encode_group(const float* w, const float* present, int64_t n,
       qq = qq + d * d;
       ee = ee + e * e;
     }
-    total.w += fold(ww);
-    total.q += fold(qq);
-    total.e += fold(ee);
+    total += fold_three(ww, qq, ee);
   }
   return total;
 }
 
-static void encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
-  double* sums = ask.sums + 3 * r;
-  sums[0] = sums[1] = sums[2] = 0.0;
+// Asks for the same group of the next row, so that memory works while this row is encoded from the cache.
+// Always inline: GCC takes a function that only prefetches for one that does nothing, and drops the call.
+__attribute__((always_inline)) static inline void fetch_below(const Quantize& ask, int64_t r, int64_t g) {
+  const int64_t size = item_bytes(ask.dtype), count = length_of(ask, g) * size;
+  const char* below = (const char*)ask.weight + ((r + 1) * ask.columns + g * ask.group) * size;
+  for (int64_t at = 0; at < count; at += CACHE_LINE) __builtin_prefetch(below + at);
+}
+
+static void encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
+  Sums sums{};
   for (int64_t g = 0; g < ask.groups; g++) {
     const int64_t length = length_of(ask, g), n = whole_lanes(length);
     uint8_t* bytes = &row.bytes[g * ask.group];  // codes of a group's padding are overwritten by the next group
     const float *w = row.group(g), inverse = row.inverse[g], zero = row.zero[g];
+    if (!last_row) fetch_below(ask, r, g);
     const Sums part = length == n
                           ? encode_group<false>(w, nullptr, n, inverse, zero, grid.max_code, bytes)
                           : encode_group<true>(w, row.columns_of(ask, g), n, inverse, zero, grid.max_code, bytes);
-    const double square = (double)row.scale[g] * (double)row.scale[g];
-    sums[0] += square * part.w;
-    sums[1] += square * part.q;
-    sums[2] += square * part.e;
+    sums += (double)row.scale[g] * (double)row.scale[g] * part;
   }
+  for (int i = 0; i < 3; i++) ask.sums[3 * r + i] = sums[i];
 }
 
 static void pack_row(const uint8_t* bytes, uint8_t* out, int64_t columns, int bits) {
@@ -418,7 +411,7 @@ static void quantize(const Quantize& ask, int64_t first, int64_t last) {
     cover(ask, grid, row);
     if (ask.stretch_count) clip_search(ask, grid, row);
     settle(ask, grid, row, r);
-    encode(ask, grid, row, r);
+    encode(ask, grid, row, r, r + 1 == last);
     pack_row(row.bytes.data(), ask.codes + r * ask.row_bytes, ask.columns, ask.bits);
   }
 }

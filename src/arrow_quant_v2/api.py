@@ -1,0 +1,275 @@
+"""The promised Python API: each method is a few lines over the rooms that do the work; knows no mathematics."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arrow_quant_v2.config import DiffusionQuantConfig, LayerSpec
+from arrow_quant_v2.doctor import diagnose
+from arrow_quant_v2.errors import ConfigurationError, ValidationError
+from arrow_quant_v2.export import export_model
+from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
+from arrow_quant_v2.orchestrator import Job, quantize_model
+from arrow_quant_v2.plan import plan_model
+from arrow_quant_v2.publish import read_object
+from arrow_quant_v2.results import diagnosis_result, inspection_result, quantization_result, validation_result
+from arrow_quant_v2.sources.folder import open_model
+from arrow_quant_v2.sources.modality import detect_modality
+from arrow_quant_v2.sources.module import ModuleSource
+from arrow_quant_v2.sources.parquet import ParquetSource
+from arrow_quant_v2.validation.weights import compare_weights
+from arrow_quant_v2.workfolder import METADATA
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping
+
+    from arrow_quant_v2.config import Modality
+    from arrow_quant_v2.packed import Bits, PackedTensor
+    from arrow_quant_v2.sources.base import Source
+    from arrow_quant_v2.sources.folder import Model
+
+    PathLike = str | os.PathLike[str]
+    Report = Callable[[str, float], object]
+
+MODES = ("diffusion",)
+DEFAULT_BAR = 0.85
+
+
+class ArrowQuantV2:
+    """Quantizes diffusion models, and says how good the result is."""
+
+    def __init__(self, mode: str = "diffusion") -> None:
+        """Choose what kind of model is meant; "diffusion" is the only one.
+
+        Raises:
+            ConfigurationError: another mode.
+        """
+        if mode not in MODES:
+            raise ConfigurationError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
+        self.mode = mode
+
+    def quantize_diffusion_model(
+        self,
+        model_path: PathLike | torch.nn.Module,
+        output_path: PathLike,
+        config: DiffusionQuantConfig | None = None,
+        progress_callback: Report | None = None,
+        *,
+        overwrite: bool = False,
+        should_stop: Callable[[], bool] = bool,
+    ) -> dict[str, Any]:
+        """Quantize a model folder, a weight file or a live module into the new folder `output_path`.
+
+        Returns `quantized_path, compression_ratio, cosine_similarity` (of the weights: see `metric`),
+        `model_size_mb` (10^6 bytes of weight files), `modality, bit_width, quantization_time_s`, and more of ours.
+        A run that was killed goes on where it stopped when it is called again with the same arguments.
+
+        Raises:
+            ConfigurationError: a setting or the output path is not allowed.
+            SourceError: the model cannot be read, or its modality is unknown.
+            QuantizationError: a tensor cannot be quantized.
+            StoreError: the output cannot be written.
+            InterruptedRunError: `should_stop`, asked after every layer, said so.
+        """
+        config = config or DiffusionQuantConfig()
+        with _opened(model_path, config) as (source, model):
+            job = Job(
+                source=source,
+                model=model,
+                modality=_modality(model, config),
+                config=config,
+                out=Path(output_path),
+                overwrite=overwrite,
+                should_stop=should_stop,
+            )
+            seconds = quantize_model(job, progress_callback)
+            result = quantization_result(job, plan_model(source.tensors, config), seconds)
+        if not result["passed"]:
+            warnings.warn(
+                f"{result['worst_layer']}: weight cosine {result['worst_cosine_similarity']:.4f} is below min_accuracy"
+                f" {config.min_accuracy}; use more bits or smaller groups",
+                stacklevel=2,
+            )
+        return result
+
+    def validate_quality(
+        self,
+        original_path: PathLike,
+        quantized_path: PathLike,
+        *,
+        min_accuracy: float | None = None,
+        component: str | None = None,
+        progress_callback: Report | None = None,
+    ) -> dict[str, Any]:
+        """Compare two models by their weights: `cosine_similarity, passed, per_layer_accuracy, compression_ratio`.
+
+        The bar is `min_accuracy`, else the one that the quantized model was made with, else 0.85; each quantized
+        layer must reach it.
+
+        Raises:
+            ConfigurationError: `min_accuracy` is not between 0 and 1.
+            ValidationError: they do not hold the same tensors.
+            SourceError: one of them cannot be read.
+            StoreError: a stored model is damaged.
+        """
+        bar = _bar(Path(quantized_path)) if min_accuracy is None else min_accuracy
+        if not 0.0 <= bar <= 1.0:
+            raise ConfigurationError(f"min_accuracy is {bar}; allowed: a number from 0 to 1")
+        component = component or _component_of(Path(quantized_path))
+        with (
+            open_model(Path(original_path), component) as original,
+            open_model(Path(quantized_path), component) as other,
+        ):
+            accuracies = compare_weights(original.source, other.source, progress_callback)
+            names = frozenset(layer.name for layer in accuracies)
+            quantized = other.source.quantized if isinstance(other.source, ParquetSource) else names
+            ratio = _stored_bytes(original.source) / max(1, _stored_bytes(other.source))
+        return validation_result(accuracies, quantized, ratio, bar)
+
+    def quantize(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        bit_width: Bits = 8,
+        *,
+        group_size: int | None = 64,
+        symmetric: bool = False,
+        method: str = "clip",
+    ) -> dict[str, PackedTensor]:
+        """Quantize tensors in memory, such as LoRA or ControlNet weights; see `ArrowQuantizer` for one of them.
+
+        Raises:
+            ConfigurationError: a width, group size or method is not allowed.
+            QuantizationError: a tensor cannot be quantized.
+        """
+        one = ArrowQuantizer(bit_width, group_size=group_size, symmetric=symmetric, method=method)
+        return {name: one.quantize(tensor, name) for name, tensor in tensors.items()}
+
+    def dequantize(self, packed: Mapping[str, PackedTensor]) -> dict[str, torch.Tensor]:
+        """The tensors again, in their own shapes and dtypes."""
+        return {name: dequantize_tensor(one) for name, one in packed.items()}
+
+    def inspect(self, quantized_path: PathLike) -> dict[str, Any]:
+        """Every layer of a quantized model: shape, bits, bits per weight, cosine and decision.
+
+        Raises:
+            SourceError: no quantized model lies there.
+            StoreError: it is damaged.
+        """
+        with open_model(Path(quantized_path), _component_of(Path(quantized_path))) as model:
+            if not isinstance(model.source, ParquetSource):
+                raise ValidationError(
+                    f"{quantized_path}: is not quantized by this program; give a folder that quantize wrote"
+                )
+            return inspection_result(model.folder)
+
+    def convert(
+        self, quantized_path: PathLike, output_path: PathLike, *, progress_callback: Report | None = None
+    ) -> dict[str, Any]:
+        """Write the dequantized model as safetensors that transformers or diffusers load: `path, files, size_mb`.
+
+        Raises:
+            ConfigurationError: the output exists.
+            SourceError: no model lies there.
+            StoreError: it is damaged, or the output cannot be written.
+        """
+        with open_model(Path(quantized_path), _component_of(Path(quantized_path))) as model:
+            exported = export_model(model, Path(output_path), progress_callback)
+        files = [str(path) for path in exported.files]
+        return {"path": str(output_path), "files": files, "size_mb": exported.tensor_bytes / 1e6}
+
+    def doctor(
+        self,
+        model_path: PathLike | torch.nn.Module,
+        config: DiffusionQuantConfig | None = None,
+        *,
+        disk: PathLike = ".",
+    ) -> dict[str, Any]:
+        """What `quantize_diffusion_model` would do and need: sizes, memory, disk, skips; no values are read.
+
+        Raises:
+            ConfigurationError: a setting is not allowed, or `max_memory` is too little.
+            SourceError: the model cannot be read.
+        """
+        config = config or DiffusionQuantConfig()
+        with _opened(model_path, config) as (source, model):
+            return diagnosis_result(diagnose(source, model, _modality(model, config), config, Path(disk)))
+
+
+class ArrowQuantizer:
+    """The plain post-training quantizer for one tensor: 2, 4 or 8 bits, symmetric or not."""
+
+    def __init__(
+        self,
+        bits: Bits = 8,
+        *,
+        granularity: Granularity = "group",
+        group_size: int | None = 64,
+        symmetric: bool = False,
+        method: str = "rtn",
+    ) -> None:
+        """Choose the grid: one scale per "tensor", per "channel" (row), or per "group" of a row's columns.
+
+        Raises:
+            ConfigurationError: a value is not allowed.
+        """
+        if granularity not in GRANULARITIES:
+            raise ConfigurationError(f"granularity is {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
+        size = group_size if granularity == "group" else None
+        self.spec = LayerSpec(bits=bits, group_size=size, method=method, symmetric=symmetric)
+        self.granularity = granularity
+
+    def quantize(self, tensor: torch.Tensor, name: str = "tensor") -> PackedTensor:
+        """Codes and parameters of a floating-point tensor of any shape; the first axis holds the channels.
+
+        Raises:
+            QuantizationError: it is empty, no floating-point tensor, or holds NaN or infinity.
+        """
+        return quantize_tensor(tensor, name, self.spec, self.granularity)
+
+    def dequantize(self, packed: PackedTensor) -> torch.Tensor:
+        """The tensor again, in its own shape and dtype."""
+        return dequantize_tensor(packed)
+
+
+@contextmanager
+def _opened(model: PathLike | torch.nn.Module, config: DiffusionQuantConfig) -> Iterator[tuple[Source, Model | None]]:
+    if isinstance(model, torch.nn.Module):
+        yield ModuleSource(model), None
+        return
+    with open_model(Path(model), config.component) as opened:
+        yield opened.source, opened
+
+
+def _modality(model: Model | None, config: DiffusionQuantConfig) -> Modality:
+    if config.modality is not None:
+        return config.modality
+    if model is None:
+        raise ConfigurationError("a live module has no files that tell its modality; set modality= in the config")
+    return detect_modality(model.root, model.component)
+
+
+def _component_of(folder: Path) -> str | None:
+    """The pipeline component that a quantized folder holds, by its metadata.json; None where there is none."""
+    path = folder / METADATA
+    found = read_object(path).get("component") if path.is_file() else None
+    return found if isinstance(found, str) and found else None
+
+
+def _bar(quantized: Path) -> float:
+    path = quantized / METADATA
+    settings = read_object(path).get("configuration") if path.is_file() else None
+    bar = settings.get("min_accuracy") if isinstance(settings, dict) else None
+    return float(bar) if isinstance(bar, int | float) else DEFAULT_BAR
+
+
+def _stored_bytes(source: Source) -> int:
+    """Bytes of a model's weights as they lie there: files of ours whole, tensors of others."""
+    if isinstance(source, ParquetSource):
+        return sum(path.stat().st_size for path in source.weight_files)
+    return sum(info.nbytes for info in source.tensors)

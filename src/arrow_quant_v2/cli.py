@@ -1,0 +1,373 @@
+"""The `arrow-quant` command: parse, call one method of the API, print; holds no work of its own.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 quality bar missed, 130 interrupted. Torch is loaded by the commands that
+need it, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from arrow_quant_v2 import __version__
+from arrow_quant_v2.cli_progress import told_progress
+from arrow_quant_v2.cli_tables import print_table
+from arrow_quant_v2.config import DiffusionQuantConfig
+from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, InterruptedRunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from arrow_quant_v2.api import ArrowQuantV2
+
+FAILED, USAGE, BAR_MISSED, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    name="arrow-quant",
+    help="Diffusion models in 2, 4 or 8 bits: quantize, inspect, validate, convert.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelPath = Annotated[
+    Path, typer.Argument(help="a model folder (diffusers, transformers, .npy, ours) or a weight file")
+]
+Quantized = Annotated[Path, typer.Argument(help="a folder that quantize wrote")]
+NewFolder = Annotated[Path, typer.Argument(help="a folder that does not exist yet")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+Profile = Annotated[str | None, typer.Option(help="edge (2 bits), local (4 bits, the default) or cloud (8 bits)")]
+Config = Annotated[Path | None, typer.Option(help="a YAML file of settings; options given here are stronger")]
+BitWidth = Annotated[int | None, typer.Option("--bits", help="2, 4 or 8")]
+Modality = Annotated[str | None, typer.Option(help="text, code, image or audio; found out from the model by default")]
+GroupSize = Annotated[str | None, typer.Option(help="columns that share a scale, a multiple of 8, or 'row'")]
+Method = Annotated[
+    str | None, typer.Option(help="clip (clip search with refit, the default) or rtn (round to nearest)")
+]
+Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
+Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]
+MinAccuracy = Annotated[float | None, typer.Option(help="weight cosine that every quantized layer must reach")]
+MaxMemory = Annotated[str | None, typer.Option(help="memory that the whole process may take, such as 4GB")]
+Threads = Annotated[int | None, typer.Option(help="cores to use; all by default")]
+Keep = Annotated[list[str] | None, typer.Option(help="pattern of tensor names that stay as they are; may be repeated")]
+FailFast = Annotated[bool | None, typer.Option("--fail-fast", help="stop at the first layer below --min-accuracy")]
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code."""
+    warnings.showwarning = _show_warning
+    try:
+        app(standalone_mode=True)
+    except InterruptedRunError as stopped:
+        _leave(INTERRUPTED, str(stopped))
+    except ConfigurationError as error:
+        _leave(USAGE, f"error: {error}")
+    except ArrowQuantError as error:
+        _leave(FAILED, f"error: {error}")
+    raise SystemExit(0)
+
+
+@app.callback(invoke_without_command=True)
+def _version(*, version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(f"arrow-quant {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: ModelPath,
+    out: NewFolder,
+    *,
+    bits: BitWidth = None,
+    profile: Profile = None,
+    config: Config = None,
+    modality: Modality = None,
+    group_size: GroupSize = None,
+    method: Method = None,
+    symmetric: Symmetric = None,
+    component: Component = None,
+    min_accuracy: MinAccuracy = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    keep: Keep = None,
+    fail_fast: FailFast = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a quantized model that lies there")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model into a new folder of Parquet files; run it again to go on after an interruption."""
+    asked = _config(
+        config,
+        deployment_profile=profile,
+        bit_width=bits,
+        modality=modality,
+        group_size=_group(group_size),
+        method=method,
+        symmetric=symmetric,
+        component=component,
+        min_accuracy=min_accuracy,
+        max_memory=max_memory,
+        threads=threads,
+        keep=keep or None,
+        fail_fast=fail_fast,
+    )
+    with _stopping_gently() as should_stop, told_progress(quiet=quiet) as report:
+        result = _api().quantize_diffusion_model(
+            model, out, asked, report, overwrite=overwrite, should_stop=should_stop
+        )
+    result["decisions"] = [asdict(decision) for decision in result["decisions"]]
+    _print_result(result) if not as_json else _print_json(result)
+    if not result["passed"]:
+        raise typer.Exit(BAR_MISSED)
+
+
+@app.command()
+def doctor(
+    model: ModelPath,
+    *,
+    bits: BitWidth = None,
+    profile: Profile = None,
+    config: Config = None,
+    modality: Modality = None,
+    group_size: GroupSize = None,
+    method: Method = None,
+    symmetric: Symmetric = None,
+    component: Component = None,
+    max_memory: MaxMemory = None,
+    threads: Threads = None,
+    keep: Keep = None,
+    disk: Annotated[Path, typer.Option(help="a folder on the disk that the output will go to")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Tell what quantize would do and need, before any work: size, memory, disk, skips."""
+    asked = _config(
+        config,
+        deployment_profile=profile,
+        bit_width=bits,
+        modality=modality,
+        group_size=_group(group_size),
+        method=method,
+        symmetric=symmetric,
+        component=component,
+        max_memory=max_memory,
+        threads=threads,
+        keep=keep or None,
+    )
+    with _interruptible():
+        found = _api().doctor(model, asked, disk=disk)
+    _print_diagnosis(found) if not as_json else _print_json(found)
+    if found["verdict"] == "will not fit":
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def inspect(model: Quantized, *, as_json: AsJson = False) -> None:
+    """List the layers of a quantized model: shape, bits, bits per weight, cosine, decision."""
+    with _interruptible():
+        found = _api().inspect(model)
+    _print_layers(found) if not as_json else _print_json(found)
+
+
+@app.command()
+def validate(
+    original: ModelPath,
+    quantized: Quantized,
+    *,
+    min_accuracy: MinAccuracy = None,
+    component: Component = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare two models by their weights, layer by layer; exit 3 when a quantized layer misses the bar."""
+    with _interruptible(), told_progress(quiet=quiet) as report:
+        found = _api().validate_quality(
+            original, quantized, min_accuracy=min_accuracy, component=component, progress_callback=report
+        )
+    _print_validation(found) if not as_json else _print_json(found)
+    if not found["passed"]:
+        raise typer.Exit(BAR_MISSED)
+
+
+@app.command()
+def convert(model: Quantized, out: NewFolder, *, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Dequantize into safetensors that transformers and diffusers load."""
+    with _interruptible(), told_progress(quiet=quiet) as report:
+        found = _api().convert(model, out, progress_callback=report)
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo(f"{found['path']}: {found['size_mb']:.1f} MB in {_files(found)}")
+
+
+def _api() -> ArrowQuantV2:
+    from arrow_quant_v2.api import ArrowQuantV2  # noqa: PLC0415 - torch takes seconds, --help must not
+
+    return ArrowQuantV2()
+
+
+def _config(file: Path | None, **options: Any) -> DiffusionQuantConfig:
+    """The settings of a YAML file, and those options that were given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if file is not None:
+        return DiffusionQuantConfig.from_yaml(file, **given)
+    return DiffusionQuantConfig(**given)
+
+
+def _group(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+@contextmanager
+def _stopping_gently() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks the run to stop after the layer in hand; the second one stops it at once."""
+    asked: list[bool] = []
+
+    def note(_signal: int, _frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        os.write(2, b"\nstopping after this layer; press Ctrl-C again to stop at once\n")  # echo is not reentrant
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    except (InterruptedRunError, KeyboardInterrupt) as stopped:
+        said = str(stopped) or "stopped; finished layers are kept"
+        raise InterruptedRunError(f"{said}\ngo on with: {_this_command()}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stops at once, by our own error: what Typer makes of it depends on its version."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError("interrupted; nothing was written") from None
+
+
+def _this_command() -> str:
+    return shlex.join(["arrow-quant", *sys.argv[1:]])
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise SystemExit(code)
+
+
+def _show_warning(message: Warning | str, *_where: object, **_more: object) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _print_json(content: object) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    cosine, bits = result["cosine_similarity"], result["bits_per_weight"]
+    typer.echo(
+        f"{result['quantized_path']}: {result['model_size_mb']:.2f} MB, {result['compression_ratio']:.2f} times smaller"
+    )
+    typer.echo(f"  {result['modality']}, {result['quantization_time_s']:.1f} s, no calibration: from the weights alone")
+    if cosine is None:
+        typer.echo("  nothing was quantized: every tensor is kept as it is")
+    else:
+        typer.echo(f"  {result['quantized_layers']} layers at {bits:.3f} bits per weight, everything stored counted")
+        typer.echo(
+            f"  weight cosine {cosine:.5f} on average, {result['worst_cosine_similarity']:.5f} for the worst layer"
+        )
+    for reason, count in _kept(result["decisions"]).items():
+        typer.echo(f"  {count} kept: {reason}")
+
+
+def _kept(decisions: list[dict[str, Any]]) -> dict[str, int]:
+    reasons = [decision["because"] for decision in decisions if decision["kind"] == "kept"]
+    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+
+
+def _print_diagnosis(found: dict[str, Any]) -> None:
+    rows = [
+        (x["layer_name"], _shape(x), x["dtype"], x["got"], f"{x['bits_per_weight']:.3f}", x["because"])
+        for x in found["layers"]
+    ]
+    print_table(("layer", "shape", "dtype", "becomes", "bits/weight", "because"), rows)
+    size, ratio = found["predicted_size_mb"], found["predicted_compression_ratio"]
+    typer.echo(f"{found['modality']}: {found['source_mb']:.2f} MB become {size:.2f} MB, {ratio:.2f} times smaller")
+    for what, needed, given, verdict in (
+        ("memory", found["predicted_peak_memory_mb"], found["available_memory_mb"], found["memory_verdict"]),
+        ("disk", found["needed_disk_mb"], found["free_disk_mb"], found["disk_verdict"]),
+    ):
+        typer.echo(f"{what}: {needed:.0f} MB needed, {given:.0f} MB there: {verdict}")
+
+
+def _print_layers(found: dict[str, Any]) -> None:
+    rows = [
+        (
+            x["layer_name"],
+            _shape(x),
+            x["quant_type"],
+            f"{x['bits_per_weight']:.3f}",
+            _cosine(x["cosine_similarity"]),
+            x["decision"],
+        )
+        for x in found["layers"]
+    ]
+    print_table(("layer", "shape", "bits", "bits/weight", "weight cosine", "decision"), rows)
+    total, bits = sum(found["files"].values()), found["quantized_bits_per_weight"]
+    quantized = f", quantized layers {bits:.3f}" if bits is not None else ""
+    typer.echo(f"{len(rows)} layers, {found['parameters']:,} parameters, {total / 1e6:.2f} MB in {_files(found)}:")
+    typer.echo(f"  {found['file_bits_per_weight']:.3f} bits per parameter{quantized}")
+
+
+def _print_validation(found: dict[str, Any]) -> None:
+    quantized = set(found["quantized_layers"])
+    rows = [
+        (
+            name,
+            _cosine(cosine),
+            f"{found['per_layer_mse'][name]:.3e}",
+            _mark(name in quantized, cosine, found["min_accuracy"]),
+        )
+        for name, cosine in found["per_layer_accuracy"].items()
+    ]
+    print_table(("layer", "weight cosine", "mse", ""), rows)
+    verdict = "passed" if found["passed"] else "MISSED"
+    typer.echo(f"{verdict}: bar {found['min_accuracy']}, {found['compression_ratio']:.2f} times smaller")
+    if found["worst_layer"] is not None:
+        typer.echo(
+            f"  weight cosine {_cosine(found['cosine_similarity'])} on average,"
+            f" {_cosine(found['worst_cosine_similarity'])} for the worst layer, {found['worst_layer']}"
+        )
+
+
+def _files(found: dict[str, Any]) -> str:
+    count = len(found["files"])
+    return f"{count} file" + "s" * (count != 1)
+
+
+def _mark(quantized: bool, cosine: float, bar: float) -> str:  # noqa: FBT001 - one cell of a table
+    if not quantized:
+        return "kept"
+    return "" if cosine >= bar else "below the bar"
+
+
+def _shape(layer: dict[str, Any]) -> str:
+    return "x".join(map(str, layer["shape"])) or "scalar"
+
+
+def _cosine(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"

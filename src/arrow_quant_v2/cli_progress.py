@@ -1,0 +1,54 @@
+"""A progress bar in a terminal, plain lines without one; knows nothing of the work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SECONDS_BETWEEN_LINES = 5.0
+BAR = 20
+
+
+@contextmanager
+def told_progress(*, quiet: bool) -> Iterator[Callable[[str, float], object] | None]:
+    """A callback for (message, fraction) that shows it on stderr; None when nothing is to be shown."""
+    console = Console(stderr=True)
+    if quiet:
+        yield None
+    elif not console.is_terminal:
+        yield _lines()
+    else:
+        columns = (BarColumn(BAR), TaskProgressColumn(), TextColumn("{task.description}", markup=False))
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("starting", total=1.0)
+            room = console.width - BAR - len(" 100% ")
+            yield lambda message, fraction: bar.update(task, description=fitted(message, room), completed=fraction)
+
+
+def fitted(message: str, room: int) -> str:
+    """The message with its middle left out where it is too long: the count and the time left stay."""
+    start = message.find(" ") + 1
+    end = room - start - 1
+    return message if len(message) <= room or end < 1 else f"{message[:start]}\u2026{message[-end:]}"
+
+
+def _lines() -> Callable[[str, float], None]:
+    """A line at once, then every five seconds, and one at the end."""
+    last = -SECONDS_BETWEEN_LINES
+
+    def tell(message: str, fraction: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES or fraction >= 1.0:
+            last = now
+            sys.stderr.write(f"{fraction:4.0%} {message}\n")
+
+    return tell

@@ -1,0 +1,156 @@
+"""What people get back: plain dictionaries with stable keys, made from finished work; measures nothing itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from arrow_quant_v2.decisions import fallbacks_per_method
+from arrow_quant_v2.store.reader import StoredModel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from arrow_quant_v2.doctor import Diagnosis
+    from arrow_quant_v2.orchestrator import Job
+    from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.store.entries import LayerEntry
+    from arrow_quant_v2.validation.weights import LayerAccuracy
+
+NO_CALIBRATION = (
+    "this version quantizes from the weights alone: enable_time_aware, num_time_groups, enable_spatial and"
+    " calibration_samples have no effect yet"
+)
+WEIGHT_METRIC = "weight cosine, mean over quantized layers"
+
+
+def quantization_result(job: Job, plans: Sequence[LayerPlan], seconds: float) -> dict[str, Any]:
+    """The seven promised keys, and ours: how well, how large, what was kept and whether the bar was met."""
+    with StoredModel(job.out / job.component) as stored:
+        first = [one for one in stored.entries if one.chunk == 0]
+        size = sum(path.stat().st_size for path in stored.files)
+    cosines = {one.layer_name: one.cosine_similarity for one in first if one.cosine_similarity is not None}
+    source_bytes = sum(plan.tensor.nbytes for plan in plans)
+    decisions = [plan.decision for plan in plans]
+    worst = min(cosines, key=cosines.__getitem__, default=None)
+    return {
+        "quantized_path": str(job.out),
+        "compression_ratio": source_bytes / size,
+        "cosine_similarity": _mean(list(cosines.values())),
+        "model_size_mb": size / 1e6,
+        "modality": job.modality,
+        "bit_width": job.config.bit_width,
+        "quantization_time_s": seconds,
+        "metric": WEIGHT_METRIC,
+        "passed": worst is None or cosines[worst] >= job.config.min_accuracy,
+        "min_accuracy": job.config.min_accuracy,
+        "worst_layer": worst,
+        "worst_cosine_similarity": None if worst is None else cosines[worst],
+        "bits_per_weight": quantized_bits_per_weight(first),
+        "layers": len(first),
+        "quantized_layers": len(cosines),
+        "kept_layers": len(first) - len(cosines),
+        "fallbacks_per_method": fallbacks_per_method(decisions),
+        "calibration": None,
+        "notes": [NO_CALIBRATION],
+        "decisions": decisions,
+    }
+
+
+def validation_result(
+    accuracies: Sequence[LayerAccuracy], quantized: frozenset[str], ratio: float, bar: float
+) -> dict[str, Any]:
+    """The four promised keys, and ours; a model passes when each of its quantized layers reaches the bar."""
+    judged = [layer for layer in accuracies if layer.name in quantized]
+    worst = min(judged, key=lambda layer: layer.cosine, default=None)
+    return {
+        "cosine_similarity": _mean([layer.cosine for layer in judged]),
+        "passed": worst is None or worst.cosine >= bar,
+        "per_layer_accuracy": {layer.name: layer.cosine for layer in accuracies},
+        "compression_ratio": ratio,
+        "metric": WEIGHT_METRIC,
+        "min_accuracy": bar,
+        "worst_layer": worst.name if worst else None,
+        "worst_cosine_similarity": worst.cosine if worst else None,
+        "per_layer_mse": {layer.name: layer.mse for layer in accuracies},
+        "quantized_layers": sorted(quantized),
+    }
+
+
+def inspection_result(folder: Path) -> dict[str, Any]:
+    """Every layer of a stored model, and the sums over them."""
+    with StoredModel(folder) as stored:
+        layers = [_layer(stored.chunks(name)) for name in stored.names]
+        first = [stored.chunks(name)[0] for name in stored.names]
+        files = {path.name: path.stat().st_size for path in stored.files}
+        metadata = dict(stored.metadata)
+    elements = sum(one.num_params for one in first)
+    return {
+        "path": str(folder),
+        "metadata": metadata,
+        "files": files,
+        "parameters": elements,
+        "file_bits_per_weight": 8 * sum(files.values()) / max(1, elements),
+        "quantized_bits_per_weight": quantized_bits_per_weight(first),
+        "layers": layers,
+    }
+
+
+def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What `doctor` found, ready for JSON."""
+    return {
+        "verdict": diagnosis.verdict,
+        "modality": diagnosis.modality,
+        "source_mb": diagnosis.source_bytes / 1e6,
+        "predicted_size_mb": diagnosis.predicted_bytes / 1e6,
+        "predicted_compression_ratio": diagnosis.source_bytes / max(1, diagnosis.predicted_bytes),
+        "predicted_peak_memory_mb": diagnosis.predicted_peak_memory / 1e6,
+        "available_memory_mb": diagnosis.available_memory / 1e6,
+        "memory_verdict": diagnosis.memory_verdict,
+        "needed_disk_mb": diagnosis.needed_disk / 1e6,
+        "free_disk_mb": diagnosis.free_disk / 1e6,
+        "disk_verdict": diagnosis.disk_verdict,
+        "layers": [
+            {
+                "layer_name": plan.tensor.name,
+                "shape": list(plan.tensor.shape),
+                "dtype": plan.tensor.dtype,
+                "kind": plan.decision.kind,
+                "got": plan.decision.got,
+                "because": plan.decision.because,
+                "stored_bytes": plan.stored_bytes,
+                "bits_per_weight": plan.bits_per_weight,
+            }
+            for plan in diagnosis.plans
+        ],
+    }
+
+
+def quantized_bits_per_weight(first_chunks: Sequence[LayerEntry]) -> float | None:
+    """Stored bits, parameters included, per weight of the quantized layers; None where there are none."""
+    quantized = [one for one in first_chunks if one.layout is not None]
+    weights = sum(one.num_params for one in quantized)
+    return sum(one.bits_per_weight * one.num_params for one in quantized) / weights if weights else None
+
+
+def _layer(chunks: Sequence[LayerEntry]) -> dict[str, Any]:
+    one = chunks[0]
+    return {
+        "layer_name": one.layer_name,
+        "shape": list(one.shape),
+        "dtype": one.dtype,
+        "quant_type": one.quant_type,
+        "bit_width": one.bit_width,
+        "bits_per_weight": one.bits_per_weight,
+        "group_size": one.group_size,
+        "method": one.method,
+        "cosine_similarity": one.cosine_similarity,
+        "mse": one.mse,
+        "decision": one.decision,
+        "chunks": len(chunks),
+        "file": one.file.name,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

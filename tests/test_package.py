@@ -1,0 +1,61 @@
+"""The wheel: what it holds with a compiler and without one, and that its version is the package's."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import arrow_quant_v2
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = "arrow_quant_v2/kernels/libarrow_quant_kernels.so"
+NEEDED_TOOLS = ("sh", "uname", "cat", "mkdir", "rm", "cp", "mv", "touch", "grep", "sed")
+
+
+def wheel(folder: Path, environment: dict[str, str]) -> zipfile.ZipFile:
+    source = folder / "source"
+    names = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in names:
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = folder.glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+def tools(folder: Path, *, compiler: bool) -> dict[str, str]:
+    """An environment that finds the build tools of this virtual environment, and the compiler only where asked."""
+    path = [str(folder / "bin")]
+    (folder / "bin").mkdir()
+    for name in NEEDED_TOOLS:
+        if found := shutil.which(name):
+            (folder / "bin" / name).symlink_to(found)
+    for name in ("cmake", "ninja"):
+        (folder / "bin" / name).symlink_to(Path(sys.executable).parent / name)
+    if compiler:
+        path.append(os.environ["PATH"])
+    return {**os.environ, "PATH": os.pathsep.join(path)}
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_wheel_is_built_with_and_without_a_compiler(tmp_path: Path, *, compiler: bool) -> None:
+    with wheel(tmp_path, tools(tmp_path, compiler=compiler)) as built:
+        names = built.namelist()
+    assert (LIBRARY in names) == compiler
+    assert "arrow_quant_v2/py.typed" in names
+    assert not [name for name in names if "csrc" in name or name.startswith("tests")]
+
+
+def test_one_wheel_serves_every_python(tmp_path: Path) -> None:
+    built = wheel(tmp_path, tools(tmp_path, compiler=False))
+    assert Path(str(built.filename)).name.startswith(f"arrow_quant_v2-{arrow_quant_v2.__version__}-py3-none-")
+    (metadata,) = (n for n in built.namelist() if n.endswith(".dist-info/METADATA"))
+    text = built.read(metadata).decode()
+    assert f"\nVersion: {arrow_quant_v2.__version__}\n" in text
+    assert "\nLicense-Expression: Apache-2.0\n" in text

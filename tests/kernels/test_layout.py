@@ -1,0 +1,70 @@
+"""The layout of packed codes, byte for byte: it lies in files and never changes."""
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import widths
+from torch import Tensor
+
+from arrow_quant_v2.kernels import ops, reference
+
+LITERAL = [
+    (2, [[1, 2, 3, 0]], b"\x39"),
+    (2, [[3, 0, 0, 0, 1, 2, 2]], b"\x03\x29"),
+    (2, [[1], [2], [3]], b"\x01\x02\x03"),
+    (4, [[1, 2, 3, 15]], b"\x21\xf3"),
+    (4, [[7, 8, 9], [10, 11, 12]], b"\x87\x09\xba\x0c"),
+    (8, [[0, 127, 255]], b"\x00\x7f\xff"),
+]
+
+
+def codes_of(values: list[list[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("bits", "codes", "expected"), LITERAL)
+def test_code_0_lies_in_the_lowest_bits_of_byte_0_and_every_row_starts_on_a_byte(
+    isa: str, bits: int, codes: list[list[int]], expected: bytes
+) -> None:
+    packed = ops.pack(codes_of(codes), bits)
+    assert packed.numpy().tobytes() == reference.pack(codes_of(codes), bits).numpy().tobytes() == expected
+    assert ops.unpack(packed, bits, len(codes[0])).tolist() == codes
+
+
+@pytest.mark.usefixtures("library")
+@settings(deadline=None)
+@given(bits=widths, count=st.integers(0, 4), columns=st.integers(0, 40), seed=st.integers(0, 99))
+def test_unpack_is_the_inverse_of_pack_and_pad_bits_are_zero(bits: int, count: int, columns: int, seed: int) -> None:
+    codes = torch.randint(2**bits, (count, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = ops.pack(codes, bits)
+    assert packed.shape == (count, -(-columns * bits // 8))
+    assert torch.equal(ops.unpack(packed, bits, columns), codes)
+    everything = ops.unpack(packed, bits, packed.shape[1] * 8 // bits)
+    assert not everything[:, columns:].any()
+
+
+def test_a_scale_is_the_row_scale_times_the_square_of_its_code() -> None:
+    scales, row_scales = codes_of([[0, 51, 255]]), torch.tensor([2.0], dtype=torch.bfloat16)
+    assert reference.scale_of(scales, row_scales).tolist() == [pytest.approx([0.0, 0.08, 2.0])]
+
+
+@pytest.mark.parametrize(("bits", "code", "zero"), [(2, 85, 1.0), (2, 128, 128 / 85), (4, 17, 1.0), (8, 3, 3.0)])
+def test_a_zero_point_is_its_code_over_255_as_a_part_of_the_largest_code(bits: int, code: int, zero: float) -> None:
+    assert reference.zero_of(codes_of([[code]]), codes_of([[9]]), bits).item() == pytest.approx(zero)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_symmetric_zero_point_is_the_middle_code(bits: int) -> None:
+    none = torch.empty(1, 0, dtype=torch.uint8)
+    assert reference.zero_of(none, codes_of([[9]]), bits).item() == 2 ** (bits - 1)
+
+
+def test_a_quantized_row_on_paper(library: ctypes.CDLL) -> None:
+    row = torch.tensor([[0.0, 1.0, 2.0, 3.0, -1.5, 0.0, 1.5, 3.0]])  # from -1.5 to 3: step 4.5 / 3, zero point 1
+    codes, scales, zero_points, row_scales, sums = ops.quantize(row, 2, 8, False, ())
+    assert codes.numpy().tobytes() == b"\xe9\xe4"  # codes 1, 1.67 -> 2, 2.33 -> 2, 3; then 0, 1, 2, 3
+    assert (scales.tolist(), zero_points.tolist(), row_scales.tolist()) == ([[255]], [[85]], [1.5])
+    assert sums[0].tolist() == pytest.approx([27.5, 27.0, 0.5])

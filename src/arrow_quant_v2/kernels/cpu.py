@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections.abc import Sequence  # noqa: TC003 - torch.library reads the annotations
 from contextvars import ContextVar
 from functools import cache
 from threading import Lock
@@ -19,6 +18,7 @@ from arrow_quant_v2.kernels import ops, reference
 from arrow_quant_v2.kernels.native import find_library, open_library
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -63,7 +63,6 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 def register(library: ctypes.CDLL) -> None:
     """Let the dispatcher use the C++ kernels for every CPU tensor."""
 
-    @ops.pack.register_kernel("cpu")
     def pack_cpp(codes: Tensor, bits: int) -> Tensor:
         ops.check_pack(codes, bits)
         rows, columns = codes.shape
@@ -72,7 +71,6 @@ def register(library: ctypes.CDLL) -> None:
         library.aq_pack(_pointer(source), _pointer(packed), *_sizes(rows, columns), bits, _threads())
         return packed
 
-    @ops.unpack.register_kernel("cpu")
     def unpack_cpp(packed: Tensor, bits: int, columns: int) -> Tensor:
         ops.check_unpack(packed, bits, columns)
         codes = packed.new_empty((packed.shape[0], columns))
@@ -80,7 +78,6 @@ def register(library: ctypes.CDLL) -> None:
         library.aq_unpack(_pointer(source), _pointer(codes), *_sizes(packed.shape[0], columns), bits, _threads())
         return codes
 
-    @ops.dequantize.register_kernel("cpu")
     def dequantize_cpp(
         codes: Tensor,
         scales: Tensor,
@@ -101,7 +98,6 @@ def register(library: ctypes.CDLL) -> None:
         )
         return weight
 
-    @ops.quantize.register_kernel("cpu")
     def quantize_cpp(
         weight: Tensor,
         bits: int,
@@ -128,6 +124,9 @@ def register(library: ctypes.CDLL) -> None:
             _threads(),
         )
         return result
+
+    for kernel in (pack_cpp, unpack_cpp, dequantize_cpp, quantize_cpp):
+        ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
 
 
 def _sizes(rows: int, columns: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:

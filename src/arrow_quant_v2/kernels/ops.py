@@ -7,7 +7,8 @@ everywhere; kernels/cpu.py registers the C++ kernels beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence  # noqa: TC003 - torch.library reads the annotations
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,10 +17,51 @@ from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels import reference
 from arrow_quant_v2.packed import WIDTHS
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DEQUANTIZE_SCHEMA = (
+    "dequantize(Tensor codes, Tensor scales, Tensor zero_points, Tensor row_scales,"
+    " int bits, int columns, int group_size, ScalarType dtype) -> Tensor"
+)
+QUANTIZE_SCHEMA = (
+    "quantize(Tensor weight, int bits, int group_size, bool symmetric, float[] stretches, Tensor? importance=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+Implementation = TypeVar("Implementation", bound=Callable[..., Any])
+
+# Not torch.library.custom_op: its first call loads torch.compile's machinery, 80 MB and more than a second.
+_LIBRARY = torch.library.Library("arrow_quant", "DEF")
 
 
-@torch.library.custom_op("arrow_quant::pack", mutates_args=())
+def _operator(schema: str) -> Callable[[Implementation], Implementation]:
+    """Declare an op; what is decorated is its meaning on every device, and becomes the op itself."""
+    name = schema[: schema.index("(")]
+
+    def declare(meaning: Implementation) -> Implementation:
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
+        op: Implementation = getattr(torch.ops.arrow_quant, name).default
+        return op
+
+    return declare
+
+
+def _shapes_of(name: str) -> Callable[[Implementation], Implementation]:
+    """State the shapes of an op's results, for torch.compile."""
+    declare: Callable[[Implementation], Implementation] = torch.library.register_fake(
+        f"arrow_quant::{name}", lib=_LIBRARY
+    )
+    return declare
+
+
+def register_kernel(name: str, device: str, kernel: Callable[..., Any]) -> None:
+    """Let the dispatcher use this kernel for tensors of the device, "CPU" or "CUDA"."""
+    _LIBRARY.impl(name, kernel, device)
+
+
+@_operator("pack(Tensor codes, int bits) -> Tensor")
 def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, columns) uint8 codes -> (rows, ceil(columns * bits / 8)) uint8; code 0 in the lowest bits of byte 0.
 
@@ -30,12 +72,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return reference.pack(codes, bits)
 
 
-@pack.register_fake
+@_shapes_of("pack")
 def _(codes: Tensor, bits: int) -> Tensor:
     return codes.new_empty((codes.shape[0], reference.row_bytes(codes.shape[1], bits)))
 
 
-@torch.library.custom_op("arrow_quant::unpack", mutates_args=())
+@_operator("unpack(Tensor packed, int bits, int columns) -> Tensor")
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """(rows, row_bytes) uint8 -> (rows, columns) uint8 codes, the inverse of `pack`.
 
@@ -46,12 +88,12 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     return reference.unpack(packed, bits, columns)
 
 
-@unpack.register_fake
+@_shapes_of("unpack")
 def _(packed: Tensor, bits: int, columns: int) -> Tensor:  # noqa: ARG001 - a shape needs no width
     return packed.new_empty((packed.shape[0], columns))
 
 
-@torch.library.custom_op("arrow_quant::dequantize", mutates_args=())
+@_operator(DEQUANTIZE_SCHEMA)
 def dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -74,7 +116,7 @@ def dequantize(
     return reference.dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
 
 
-@dequantize.register_fake
+@_shapes_of("dequantize")
 def _(
     codes: Tensor,
     scales: Tensor,  # noqa: ARG001
@@ -88,7 +130,7 @@ def _(
     return codes.new_empty((codes.shape[0], columns), dtype=dtype)
 
 
-@torch.library.custom_op("arrow_quant::quantize", mutates_args=())
+@_operator(QUANTIZE_SCHEMA)
 def quantize(
     weight: Tensor,
     bits: int,
@@ -114,7 +156,7 @@ def quantize(
     return reference.quantize(weight, bits, group_size, symmetric, stretches, importance)
 
 
-@quantize.register_fake
+@_shapes_of("quantize")
 def _(
     weight: Tensor,
     bits: int,

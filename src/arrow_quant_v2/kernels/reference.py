@@ -1,7 +1,7 @@
 """What every operation on codes means, in plain torch, bit for bit; knows nothing of speed.
 
-All sums run in sixteen float32 lanes that are folded in halves, in blocks of 512 columns that go on in float64,
-so that a vector kernel can repeat them exactly.
+All sums run in eight float32 lanes that are folded in halves, in blocks of columns that go on in float64, so that a
+vector kernel can repeat them exactly.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LANES = 16
 BLOCK = 512
+BLOCKS = 64
+ROUNDER = 1.5 * 2.0**23  # around it the numbers of float32 are the whole ones
 SMALLEST_ROW_SCALE = 2.0**-100
 SMALLEST_STEP = 2.0**-126
 FLAT = 2.0**-16  # codes of a smaller variance, relative to their squares, are all the same but for rounding
@@ -86,17 +88,23 @@ def dequantize(
 
 def lane_sum(values: Tensor) -> Tensor:
     """(..., n) float32 -> (...) float64, added in lanes and blocks; zeros added at the end change nothing."""
+    return _in_order(folded(lane_blocks(values)))
+
+
+def lane_blocks(values: Tensor) -> Tensor:
+    """(..., n) float32 -> (..., blocks, 8): sixteen columns added in pairs i and i + 8, then blocks of 512 of them."""
     block = BLOCK if values.shape[-1] > BLOCK else -(-values.shape[-1] // LANES) * LANES
     padded = pad(values, (0, -values.shape[-1] % block))
-    lanes = padded.reshape(*values.shape[:-1], -1, block // LANES, LANES)  # (..., blocks, steps, lanes)
-    total = lanes[..., 0, :]
-    for step in range(1, lanes.shape[-2]):
-        total = total + lanes[..., step, :]
-    while total.shape[-1] > 1:
-        half = total.shape[-1] // 2
-        total = total[..., :half] + total[..., half:]
-    blocks = total[..., 0].to(torch.float64)  # (..., blocks)
-    return _in_order(blocks)
+    lanes = padded.reshape(*values.shape[:-1], -1, block // LANES, 2, LANES // 2)  # (..., blocks, steps, pair, lanes)
+    return _in_order((lanes[..., 0, :] + lanes[..., 1, :]).transpose(-1, -2))
+
+
+def folded(lanes: Tensor) -> Tensor:
+    """(..., 8) float32 -> (...) float64: lane i meets lane i + 4, then i + 2, i + 1."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0].to(torch.float64)
 
 
 def _in_order(terms: Tensor) -> Tensor:
@@ -258,18 +266,47 @@ def quantize(
     zero_points = torch.empty(weight.shape[0], 0, dtype=torch.uint8, device=weight.device)
     if not symmetric:
         zero_points = zero_codes(fit, inverse, bits, whole=not stretches)
-    codes, sums = _encode(groups, present, scale, inverse, zero_of(zero_points, scales, bits), bits)
-    return pack(codes.flatten(1)[:, :columns], bits), scales, zero_points, row_scales, sums
+    scaled, zero = groups * inverse[..., None], zero_of(zero_points, scales, bits)[..., None]
+    if not stretches:
+        codes, levels = covered(scaled, zero, bits)
+    elif symmetric:
+        codes, levels = clipped(scaled, zero, bits)
+    else:
+        codes = rounded(scaled + zero, float(2**bits - 1))
+        levels = codes - zero
+    sums = error_sums(scaled, levels * present, scales, row_scales)
+    return pack(codes.to(torch.uint8).flatten(1)[:, :columns], bits), scales, zero_points, row_scales, sums
 
 
-def _encode(
-    groups: Tensor, present: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Nearest codes, and (rows, 3) float64 sums of w^2, q^2, (w - q)^2, counted in units of scale first."""
-    scaled = groups * inverse[..., None]
-    codes = rounded(scaled + zero[..., None], float(2**bits - 1))
-    levels = (codes - zero[..., None]) * present
-    squares = scale.to(torch.float64) * scale.to(torch.float64)
-    terms = (scaled, levels, scaled - levels)
-    sums = torch.stack([_in_order(squares * lane_sum(x * x)) for x in terms], dim=1)
-    return codes.to(torch.uint8), sums
+def covered(scaled: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels (code - zero point) nearest to weights in units of their scale, on a grid that covers them.
+
+    A whole zero point and ROUNDER make one exact number: adding it rounds once, half to even. Only a rounding error can
+    push a code over the end; it is put back, and its level counts as it was: half a step off either way.
+    """
+    anchor = zero + ROUNDER
+    shifted = scaled + anchor
+    return (shifted - ROUNDER).nan_to_num(nan=0.0).clamp(0.0, float(2**bits - 1)), shifted - anchor
+
+
+def clipped(scaled: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The same on a grid that does not cover all weights; its zero point is whole."""
+    anchor, last = zero + ROUNDER, ROUNDER + float(2**bits - 1)
+    shifted = (scaled + anchor).nan_to_num(nan=ROUNDER).clamp(ROUNDER, last)
+    return shifted - ROUNDER, shifted - anchor
+
+
+def error_sums(scaled: Tensor, levels: Tensor, scales: Tensor, row_scales: Tensor) -> Tensor:
+    """(rows, 3) float64: sum w^2, sum q^2, sum (w - q)^2 of a row, from (rows, groups, group_size) in units of scale.
+
+    Lanes of a block are weighted with (scale / row_scale)^2 and added over the row, 64 blocks in float32 at a time.
+    """
+    shares = scales.to(torch.float32) * scales.to(torch.float32) / 65025.0  # (rows, groups)
+    squares = (shares * shares)[..., None, None]
+    row_square = row_scales.to(torch.float64) * row_scales.to(torch.float64)
+    sums = []
+    for terms in (scaled, levels, scaled - levels):
+        blocks = (lane_blocks(terms * terms) * squares).flatten(1, 2)  # (rows, groups * blocks, lanes)
+        chunks = pad(blocks, (0, 0, 0, -blocks.shape[1] % BLOCKS)).unflatten(1, (-1, BLOCKS))
+        sums.append(row_square * _in_order(folded(_in_order(chunks.transpose(-1, -2)))))
+    return torch.stack(sums, dim=1)

@@ -67,11 +67,22 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t by_folding(uint32_t crc, const
 
 }  // namespace
 
+// Whether this processor does better than the tables of zlib, which the caller has too.
+AQ_EXPORT int aq_has_fast_crc32() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+#elif defined(__ARM_FEATURE_CRC32)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // The checksum of what came before, or 0, and n more bytes.
 AQ_EXPORT uint32_t aq_crc32(uint32_t before, const uint8_t* p, int64_t n) {
   uint32_t crc = ~before;
 #if defined(__x86_64__)
-  if (n >= 64 && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+  if (n >= 64 && aq_has_fast_crc32()) {
     const int64_t folded = n / 16 * 16;
     crc = by_folding(crc, p, folded);
     p += folded;

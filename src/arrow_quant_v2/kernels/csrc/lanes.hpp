@@ -1,6 +1,6 @@
 // Sixteen floats as one value, on any instruction set; knows nothing of quantization.
 //
-// Every kernel adds in sixteen lanes and folds them in one fixed order, so that AVX-512, AVX2, NEON and the
+// Every kernel adds in eight lanes and folds them in one fixed order, so that AVX-512, AVX2, NEON and the
 // portable build give the same bits. Needs -ffp-contract=off: a fused multiply-add would round differently.
 #pragma once
 
@@ -74,8 +74,8 @@ static inline void store(float* p, Lanes a) {
   for (int i = 0; i < PARTS; i++) *(AnyFloats*)(p + i * WIDTH) = a.part[i];
 }
 
-// Half to even for 0 <= x < 2^23: the sum has no fraction bits left.
-constexpr float ROUNDER = 8388608.0f;
+// Half to even for |x| < 2^22: around 1.5 * 2^23 the numbers of float are the whole ones.
+constexpr float ROUNDER = 12582912.0f;
 static inline Lanes shift_to_code(Lanes x) { return x + fill(ROUNDER); }
 static inline Lanes code_of(Lanes shifted) { return shifted - fill(ROUNDER); }
 static inline float round_up(float x) {
@@ -83,9 +83,70 @@ static inline float round_up(float x) {
   return near < x ? near + 1.0f : near;
 }
 
-// Sixteen lanes to four in halves: lane i meets lane i + 8, then i + 4.
+// A running sum: sixteen columns are added in pairs, lane i and lane i + 8, and then to eight lanes.
+constexpr int SUM_WIDTH = WIDTH < 8 ? WIDTH : 8;
+constexpr int SUM_PARTS = 8 / SUM_WIDTH;
+typedef float SumPart __attribute__((vector_size(SUM_WIDTH * 4)));
 typedef float Quad __attribute__((vector_size(16)));
+struct Total {
+  SumPart part[SUM_PARTS];
+};
 
+static inline Total nothing() { return Total{}; }
+static inline Total pairs(Lanes a) {
+#if defined(__AVX512F__)
+  const __m512 x = (__m512)a.part[0];
+  return Total{{(SumPart)(_mm512_castps512_ps256(x) + _mm512_extractf32x8_ps(x, 1))}};
+#elif defined(__AVX2__)
+  return Total{{a.part[0] + a.part[1]}};
+#else
+  return Total{{a.part[0] + a.part[2], a.part[1] + a.part[3]}};
+#endif
+}
+static inline Total operator+(Total a, Total b) {
+  for (int i = 0; i < SUM_PARTS; i++) a.part[i] = a.part[i] + b.part[i];
+  return a;
+}
+static inline Total operator*(Total a, float factor) {
+  for (int i = 0; i < SUM_PARTS; i++) a.part[i] = a.part[i] * factor;
+  return a;
+}
+
+template <class Join>
+static inline Quad halve(Total a, Join join) {
+#if defined(__AVX2__)
+  return (Quad)join(_mm256_castps256_ps128((__m256)a.part[0]), _mm256_extractf128_ps((__m256)a.part[0], 1));
+#else
+  return join(a.part[0], a.part[1]);
+#endif
+}
+
+// Eight lanes to one in halves: lane i meets lane i + 4, i + 2, i + 1.
+static inline float fold(Total a) {
+  const Quad x = halve(a, [](auto l, auto r) { return l + r; });
+#if defined(__SSE3__)
+  const __m128 pair = _mm_add_ps((__m128)x, _mm_movehl_ps((__m128)x, (__m128)x));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+// Three sums at once, {fold(a), fold(b), fold(c), 0}, in double: one addition of columns is cheaper than three folds.
+typedef double Sums __attribute__((vector_size(32)));
+
+static inline Sums fold_three(Total a, Total b, Total c) {
+#if defined(__SSE2__)
+  const auto add = [](auto l, auto r) { return l + r; };
+  __m128 x = (__m128)halve(a, add), y = (__m128)halve(b, add), z = (__m128)halve(c, add), none = _mm_setzero_ps();
+  _MM_TRANSPOSE4_PS(x, y, z, none);
+  return __builtin_convertvector((Quad)((x + z) + (y + none)), Sums);
+#else
+  return Sums{fold(a), fold(b), fold(c), 0.0};
+#endif
+}
+
+// Sixteen lanes to four, for what does not depend on the order.
 template <class Join>
 static inline Quad to_quad(Lanes a, Join join) {
 #if defined(__AVX512F__)
@@ -99,60 +160,69 @@ static inline Quad to_quad(Lanes a, Join join) {
 #endif
 }
 
-static inline float fold(Lanes a) {
-  const Quad x = to_quad(a, [](auto l, auto r) { return l + r; });
-#if defined(__SSE3__)
-  const __m128 pair = _mm_add_ps((__m128)x, _mm_movehl_ps((__m128)x, (__m128)x));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
-#else
-  return (x[0] + x[2]) + (x[1] + x[3]);
-#endif
+static inline Quad least_four(Lanes a) {
+  return to_quad(a, [](auto l, auto r) { return l < r ? l : r; });
 }
-
-// Three sums at once, {fold(a), fold(b), fold(c), 0}, in double: one addition of columns is cheaper than three folds.
-typedef double Sums __attribute__((vector_size(32)));
-
-static inline Sums fold_three(Lanes a, Lanes b, Lanes c) {
-#if defined(__SSE2__)
-  const auto add = [](auto l, auto r) { return l + r; };
-  __m128 x = (__m128)to_quad(a, add), y = (__m128)to_quad(b, add), z = (__m128)to_quad(c, add), none = _mm_setzero_ps();
-  _MM_TRANSPOSE4_PS(x, y, z, none);
-  return __builtin_convertvector((Quad)((x + z) + (y + none)), Sums);
-#else
-  return Sums{fold(a), fold(b), fold(c), 0.0};
-#endif
+static inline Quad greatest_four(Lanes a) {
+  return to_quad(a, [](auto l, auto r) { return l > r ? l : r; });
 }
+static inline void store_quad(float* p, Quad x) { std::memcpy(p, &x, sizeof x); }
 
-static inline float least(Lanes a) {
-  const Quad x = to_quad(a, [](auto l, auto r) { return l < r ? l : r; });
-  const float even = x[0] < x[2] ? x[0] : x[2], odd = x[1] < x[3] ? x[1] : x[3];
-  return even < odd ? even : odd;
-}
-static inline float greatest(Lanes a) {
-  const Quad x = to_quad(a, [](auto l, auto r) { return l > r ? l : r; });
-  const float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
-  return even > odd ? even : odd;
-}
+// Sixteen codes as bytes. After adding ROUNDER a whole number stands in the low bits, above those of ROUNDER itself.
+typedef uint8_t Codes __attribute__((vector_size(16)));
+constexpr int32_t ROUNDER_BITS = 0x4B400000;
 
-// Whole numbers 0..255 as sixteen bytes: after adding ROUNDER the number stands in the low bits.
-static inline void store_codes(uint8_t* p, Lanes shifted) {
+// What lies below 0 or above 255 becomes 0 or 255.
+static inline Codes codes_of(Lanes shifted) {
 #if defined(__AVX512F__)
-  const __m512i whole = _mm512_and_si512(_mm512_castps_si512((__m512)shifted.part[0]), _mm512_set1_epi32(255));
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(whole));
+  const __m512i whole = _mm512_sub_epi32(_mm512_castps_si512((__m512)shifted.part[0]), _mm512_set1_epi32(ROUNDER_BITS));
+  return (Codes)_mm512_cvtusepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512()));
 #elif defined(__AVX2__)
-  const __m256i byte = _mm256_set1_epi32(255);
-  const __m256i low = _mm256_and_si256(_mm256_castps_si256((__m256)shifted.part[0]), byte);
-  const __m256i high = _mm256_and_si256(_mm256_castps_si256((__m256)shifted.part[1]), byte);
+  const __m256i bits = _mm256_set1_epi32(ROUNDER_BITS);
+  const __m256i low = _mm256_sub_epi32(_mm256_castps_si256((__m256)shifted.part[0]), bits);
+  const __m256i high = _mm256_sub_epi32(_mm256_castps_si256((__m256)shifted.part[1]), bits);
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
-  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  return (Codes)_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #elif defined(__aarch64__)
-  const uint16x8_t low = vuzp1q_u16((uint16x8_t)shifted.part[0], (uint16x8_t)shifted.part[1]);
-  const uint16x8_t high = vuzp1q_u16((uint16x8_t)shifted.part[2], (uint16x8_t)shifted.part[3]);
-  vst1q_u8(p, vuzp1q_u8((uint8x16_t)low, (uint8x16_t)high));
+  const int32x4_t bits = vdupq_n_s32(ROUNDER_BITS);
+  uint16x4_t words[4];
+  for (int i = 0; i < 4; i++) words[i] = vqmovun_s32(vsubq_s32((int32x4_t)shifted.part[i], bits));
+  const uint16x8_t low = vcombine_u16(words[0], words[1]), high = vcombine_u16(words[2], words[3]);
+  return (Codes)vcombine_u8(vqmovn_u16(low), vqmovn_u16(high));
 #else
   int32_t whole[LANES];
   std::memcpy(whole, &shifted, sizeof whole);
-  for (int i = 0; i < LANES; i++) p[i] = (uint8_t)whole[i];
+  Codes codes;
+  for (int i = 0; i < LANES; i++) {
+    const int32_t code = whole[i] - ROUNDER_BITS;
+    codes[i] = (uint8_t)(code < 0 ? 0 : code > 255 ? 255 : code);
+  }
+  return codes;
+#endif
+}
+
+// Sixteen codes packed into 2 * BITS bytes, lowest bits first.
+template <int BITS>
+static inline void store_packed(uint8_t* p, Codes codes) {
+#if defined(__SSSE3__)
+  const __m128i x = (__m128i)codes;
+  if (BITS == 8) {
+    _mm_storeu_si128((__m128i*)p, x);
+  } else if (BITS == 4) {
+    const __m128i pairs = _mm_maddubs_epi16(x, _mm_set1_epi16(0x1001));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(pairs, pairs));
+  } else {
+    const __m128i pairs = _mm_maddubs_epi16(x, _mm_set1_epi16(0x0401));
+    const __m128i fours = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
+    const int32_t packed = _mm_cvtsi128_si32(_mm_packus_epi16(_mm_packs_epi32(fours, fours), fours));
+    std::memcpy(p, &packed, 4);
+  }
+#else
+  constexpr int PER_BYTE = 8 / BITS;
+  for (int i = 0; i < LANES / PER_BYTE; i++) {
+    p[i] = 0;
+    for (int j = 0; j < PER_BYTE; j++) p[i] |= (uint8_t)(codes[i * PER_BYTE + j] << BITS * j);
+  }
 #endif
 }
 

@@ -19,6 +19,7 @@
 namespace AQ_ISA {
 
 constexpr int64_t CACHE_LINE = 64;
+constexpr int64_t BLOCKS = 64;  // blocks of errors added in float before they go on in double
 constexpr int64_t BLOCK = 512;  // columns added in float before the sum goes on in double
 constexpr double FLAT = 0x1p-16;  // codes of a smaller variance, relative to their squares, are all the same
 constexpr float SMALLEST_ROW_SCALE = 0x1p-100f;
@@ -78,9 +79,10 @@ struct Row {
   bool in_place;  // float32 groups of whole lanes are read where they lie
   const float* source = nullptr;
   std::vector<float> values, units, weights, present;
+  std::vector<float> lows, highs;                 // (groups, 4): of every fourth lane
   std::vector<float> low, high;                   // (groups,)
   std::vector<float> full, step, mean_q, mean_w;  // zero point = mean_q - mean_w * full / scale
-  std::vector<float> scale, inverse, zero;
+  std::vector<float> share, inverse, zero;        // share = scale / row scale
   std::vector<Sums> moments;  // of each candidate: q, q^2, q w, weighted
   std::vector<uint8_t> bytes;
 
@@ -93,7 +95,9 @@ struct Row {
         present(2 * stride),
         moments(ask.stretch_count),
         bytes(ask.groups * stride + LANES) {
-    for (auto* array : {&low, &high, &full, &step, &mean_q, &mean_w, &scale, &inverse, &zero})
+    lows.resize(4 * ask.groups);
+    highs.resize(4 * ask.groups);
+    for (auto* array : {&low, &high, &full, &step, &mean_q, &mean_w, &share, &inverse, &zero})
       array->resize(ask.groups);
     std::fill_n(present.begin(), ask.group, 1.0f);
     std::fill_n(present.begin() + stride, length_of(ask, ask.groups - 1), 1.0f);
@@ -144,6 +148,17 @@ static void steps_of(const float* __restrict low, const float* __restrict high, 
   }
 }
 
+static void extremes_of(const float* __restrict lows, const float* __restrict highs, int64_t groups,
+                        float* __restrict low, float* __restrict high) {
+  for (int64_t g = 0; g < groups; g++) {
+    const float *l = lows + 4 * g, *h = highs + 4 * g;
+    const float l0 = l[0] < l[1] ? l[0] : l[1], l1 = l[2] < l[3] ? l[2] : l[3];
+    const float h0 = h[0] > h[1] ? h[0] : h[1], h1 = h[2] > h[3] ? h[2] : h[3];
+    low[g] = l0 < l1 ? l0 : l1;
+    high[g] = h0 > h1 ? h0 : h1;
+  }
+}
+
 // The step that covers each group, and the zero point that goes with it.
 static void cover(const Quantize& ask, const Grid& grid, Row& row) {
   for (int64_t g = 0; g < ask.groups; g++) {
@@ -154,9 +169,10 @@ static void cover(const Quantize& ask, const Grid& grid, Row& row) {
       low = min(low, load(w + i));
       high = max(high, load(w + i));
     }
-    row.low[g] = least(low);
-    row.high[g] = greatest(high);
+    store_quad(&row.lows[4 * g], least_four(low));
+    store_quad(&row.highs[4 * g], greatest_four(high));
   }
+  extremes_of(row.lows.data(), row.highs.data(), ask.groups, row.low.data(), row.high.data());
   steps_of(row.low.data(), row.high.data(), grid, ask.groups, row.full.data(), row.mean_w.data());
   row.step = row.full;
   std::fill(row.mean_q.begin(), row.mean_q.end(), grid.symmetric ? grid.middle : 0.0f);
@@ -168,7 +184,7 @@ static inline Sums moments(const float* u, const float* weights, int64_t n, floa
                               float max_code) {
   Sums total{};
   for (int64_t b = 0; b < n; b += BLOCK) {
-    Lanes q1 = fill(0.0f), q2 = q1, qw = q1;
+    Total q1 = nothing(), q2 = q1, qw = q1;
     const int64_t end = b + BLOCK < n ? b + BLOCK : n;
     for (int64_t i = b; i < end; i += LANES) {
       const Lanes w = load(u + i);
@@ -176,9 +192,9 @@ static inline Sums moments(const float* u, const float* weights, int64_t n, floa
       const Lanes code = code_of(shift_to_code(x));
       const Lanes q = SYMMETRIC ? code - fill(zero) : code;
       const Lanes mq = WEIGHTED ? q * load(weights + i) : q;
-      q1 = q1 + mq;
-      q2 = q2 + mq * q;
-      qw = qw + mq * w;
+      q1 = q1 + pairs(mq);
+      q2 = q2 + pairs(mq * q);
+      qw = qw + pairs(mq * w);
     }
     total += fold_three(q1, q2, qw);
   }
@@ -197,11 +213,11 @@ struct Line {
 static Mass mass(const float* u, const float* weights, int64_t n) {
   double total_one = 0, total_w = 0;
   for (int64_t b = 0; b < n; b += BLOCK) {
-    Lanes one = fill(0.0f), w = one;
+    Total one = nothing(), w = one;
     const int64_t end = b + BLOCK < n ? b + BLOCK : n;
     for (int64_t i = b; i < end; i += LANES) {
-      one = one + load(weights + i);
-      w = w + load(weights + i) * load(u + i);
+      one = one + pairs(load(weights + i));
+      w = w + pairs(load(weights + i) * load(u + i));
     }
     total_one += fold(one);
     total_w += fold(w);
@@ -262,7 +278,7 @@ static void clip_search(const Quantize& ask, const Grid& grid, Row& row) {
 // The scale that is stored for each step, as a code, a number and its inverse. Round to nearest takes scales that are
 // not below the steps.
 static void settle_scales(const float* __restrict step, float row_scale, bool nearest, int64_t groups,
-                          uint8_t* __restrict stored, float* __restrict scale, float* __restrict inverse) {
+                          uint8_t* __restrict stored, float* __restrict share, float* __restrict inverse) {
   for (int64_t g = 0; g < groups; g++) {
     const float root = std::sqrt(step[g] / row_scale) * 255.0f;
     const float near = (root + ROUNDER) - ROUNDER;
@@ -270,10 +286,10 @@ static void settle_scales(const float* __restrict step, float row_scale, bool ne
     code = code < 1.0f ? 1.0f : code;
     code = code > 255.0f ? 255.0f : code;
     code = step[g] > 0.0f ? code : 0.0f;
-    const float s = row_scale * (code * code / 65025.0f);
-    const float reciprocal = 1.0f / s;
+    const float part = code * code / 65025.0f;
+    const float reciprocal = 1.0f / (row_scale * part);
     stored[g] = (uint8_t)(int32_t)code;
-    scale[g] = s;
+    share[g] = part;
     inverse[g] = code > 0.0f ? reciprocal : 0.0f;
   }
 }
@@ -303,35 +319,53 @@ static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
   for (int64_t g = 0; g < ask.groups; g++) largest = row.step[g] > largest ? row.step[g] : largest;
   const float row_scale = up_to_bfloat16(largest);
   ask.row_scales[r] = bfloat16_bits(row_scale);
-  settle_scales(row.step.data(), row_scale, nearest, ask.groups, ask.scales + r * ask.groups, row.scale.data(),
+  settle_scales(row.step.data(), row_scale, nearest, ask.groups, ask.scales + r * ask.groups, row.share.data(),
                 row.inverse.data());
   std::fill(row.zero.begin(), row.zero.end(), grid.middle);
   if (grid.symmetric) return;
   settle_zeros(row, grid, nearest, ask.groups, ask.zero_points + r * ask.groups, row.zero.data());
 }
 
-// Codes of one group as bytes, and {sum w^2, sum q^2, sum (w - q)^2} in units of scale^2.
-template <bool MASKED>
-static inline Sums encode_group(const float* w, const float* present, int64_t n, float inverse, float zero,
-                                float max_code, uint8_t* bytes) {
-  Sums total{};
-  for (int64_t b = 0; b < n; b += BLOCK) {
-    Lanes ww = fill(0.0f), qq = ww, ee = ww;
-    const int64_t end = b + BLOCK < n ? b + BLOCK : n;
-    for (int64_t i = b; i < end; i += LANES) {
-      const Lanes v = load(w + i) * fill(inverse);
-      const Lanes shifted = shift_to_code(min(max(v + fill(zero), fill(0.0f)), fill(max_code)));
-      store_codes(bytes + i, shifted);
-      Lanes d = code_of(shifted) - fill(zero);
-      if (MASKED) d = d * load(present + i);
-      const Lanes e = v - d;
-      ww = ww + v * v;
-      qq = qq + d * d;
-      ee = ee + e * e;
-    }
-    total += fold_three(ww, qq, ee);
+// w^2, q^2 and (w - q)^2 in lanes, in units of some scale^2.
+struct Errors {
+  Total w = nothing(), q = nothing(), e = nothing();
+
+  void add(const Errors& more, float factor) {
+    w = w + more.w * factor;
+    q = q + more.q * factor;
+    e = e + more.e * factor;
   }
-  return total;
+};
+
+// How codes come about. COVERED: the grid covers the group and its zero point is whole, which only rounding errors can
+// leave. WHOLE: the zero point is whole. FRACTION: it is not. A whole zero point and ROUNDER make one exact number:
+// adding it rounds, and subtracting it gives the level.
+enum Zero { COVERED, WHOLE, FRACTION };
+
+// Codes of at most BLOCK columns, packed where BITS says so and else as bytes, and their errors in units of scale^2.
+template <Zero ZERO, int BITS, bool MASKED>
+__attribute__((always_inline)) static inline Errors encode_block(const float* w, const float* present, int64_t n,
+                                                                 float inverse, float zero, float max_code,
+                                                                 uint8_t* out) {
+  Errors sums;
+  const Lanes anchor = fill(zero + ROUNDER);
+  const Codes last = Codes{} + (uint8_t)max_code;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const Lanes v = load(w + i) * fill(inverse);
+    Lanes shifted = v + anchor;
+    if (ZERO == WHOLE) shifted = min(max(shifted, fill(ROUNDER)), fill(ROUNDER + max_code));
+    if (ZERO == FRACTION) shifted = shift_to_code(min(max(v + fill(zero), fill(0.0f)), fill(max_code)));
+    Lanes d = ZERO == FRACTION ? code_of(shifted) - fill(zero) : shifted - anchor;
+    if (MASKED) d = d * load(present + i);
+    Codes codes = codes_of(shifted);
+    codes = codes < last ? codes : last;
+    store_packed<BITS ? BITS : 8>(out + i * (BITS ? BITS : 8) / 8, codes);
+    const Lanes e = v - d;
+    sums.w = sums.w + pairs(v * v);
+    sums.q = sums.q + pairs(d * d);
+    sums.e = sums.e + pairs(e * e);
+  }
+  return sums;
 }
 
 // Asks for the same group of the next row, so that memory works while this row is encoded from the cache.
@@ -339,22 +373,39 @@ static inline Sums encode_group(const float* w, const float* present, int64_t n,
 __attribute__((always_inline)) static inline void fetch_below(const Quantize& ask, int64_t r, int64_t g) {
   const int64_t size = item_bytes(ask.dtype), count = length_of(ask, g) * size;
   const char* below = (const char*)ask.weight + ((r + 1) * ask.columns + g * ask.group) * size;
-  for (int64_t at = 0; at < count; at += CACHE_LINE) __builtin_prefetch(below + at);
+  for (int64_t at = 0; at < count; at += CACHE_LINE) __builtin_prefetch(below + at, 0, 2);
 }
 
+// Errors of a row are added in lanes, in units of its row scale^2, and go on in double every BLOCKS blocks. BITS is the
+// width where every group is whole lanes, so that codes are packed at once; 0: they go through row.bytes.
+template <Zero ZERO, int BITS>
 static void encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
   Sums sums{};
+  Errors errors;
+  int64_t blocks = 0;
+  uint8_t* const start = BITS ? ask.codes + r * ask.row_bytes : row.bytes.data();
   for (int64_t g = 0; g < ask.groups; g++) {
     const int64_t length = length_of(ask, g), n = whole_lanes(length);
-    uint8_t* bytes = &row.bytes[g * ask.group];  // codes of a group's padding are overwritten by the next group
-    const float *w = row.group(g), inverse = row.inverse[g], zero = row.zero[g];
+    // Codes of a group's padding are overwritten by the next group.
+    uint8_t* const out = start + g * ask.group * (BITS ? BITS : 8) / 8;
+    const float *w = row.group(g), *present = row.columns_of(ask, g);
+    const float inverse = row.inverse[g], zero = row.zero[g], square = row.share[g] * row.share[g];
     if (!last_row) fetch_below(ask, r, g);
-    const Sums part = length == n
-                          ? encode_group<false>(w, nullptr, n, inverse, zero, grid.max_code, bytes)
-                          : encode_group<true>(w, row.columns_of(ask, g), n, inverse, zero, grid.max_code, bytes);
-    sums += (double)row.scale[g] * (double)row.scale[g] * part;
+    for (int64_t b = 0; b < n; b += BLOCK) {
+      const int64_t count = std::min(BLOCK, n - b);
+      uint8_t* const to = out + b * (BITS ? BITS : 8) / 8;
+      if (BITS || length == n)
+        errors.add(encode_block<ZERO, BITS, false>(w + b, nullptr, count, inverse, zero, grid.max_code, to), square);
+      else
+        errors.add(encode_block<ZERO, 0, true>(w + b, present + b, count, inverse, zero, grid.max_code, to), square);
+      if (++blocks % BLOCKS) continue;
+      sums += fold_three(errors.w, errors.q, errors.e);
+      errors = Errors();
+    }
   }
-  for (int i = 0; i < 3; i++) ask.sums[3 * r + i] = sums[i];
+  if (blocks % BLOCKS) sums += fold_three(errors.w, errors.q, errors.e);
+  const double row_scale = from_bfloat16_bits(ask.row_scales[r]);
+  for (int i = 0; i < 3; i++) ask.sums[3 * r + i] = row_scale * row_scale * sums[i];
 }
 
 static void pack_row(const uint8_t* bytes, uint8_t* out, int64_t columns, int bits) {
@@ -403,6 +454,20 @@ static void unpack_row(const uint8_t* packed, uint8_t* bytes, int64_t columns, i
     bytes[i] = (uint8_t)(packed[whole] >> bits * (i - whole * per_byte)) & ones;
 }
 
+template <Zero ZERO>
+static void encode_and_pack(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
+  if (ask.group % LANES || ask.columns % LANES) {
+    encode<ZERO, 0>(ask, grid, row, r, last_row);
+    pack_row(row.bytes.data(), ask.codes + r * ask.row_bytes, ask.columns, ask.bits);
+  } else if (ask.bits == 2) {
+    encode<ZERO, 2>(ask, grid, row, r, last_row);
+  } else if (ask.bits == 4) {
+    encode<ZERO, 4>(ask, grid, row, r, last_row);
+  } else {
+    encode<ZERO, 8>(ask, grid, row, r, last_row);
+  }
+}
+
 static void quantize(const Quantize& ask, int64_t first, int64_t last) {
   const Grid grid(ask);
   Row row(ask);
@@ -411,8 +476,12 @@ static void quantize(const Quantize& ask, int64_t first, int64_t last) {
     cover(ask, grid, row);
     if (ask.stretch_count) clip_search(ask, grid, row);
     settle(ask, grid, row, r);
-    encode(ask, grid, row, r, r + 1 == last);
-    pack_row(row.bytes.data(), ask.codes + r * ask.row_bytes, ask.columns, ask.bits);
+    if (!ask.stretch_count)
+      encode_and_pack<COVERED>(ask, grid, row, r, r + 1 == last);
+    else if (grid.symmetric)
+      encode_and_pack<WHOLE>(ask, grid, row, r, r + 1 == last);
+    else
+      encode_and_pack<FRACTION>(ask, grid, row, r, r + 1 == last);
   }
 }
 

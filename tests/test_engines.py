@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from arrow_quant_v2.engines.local import ordered_map
+from arrow_quant_v2.engines.local import in_background, ordered_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,3 +112,37 @@ def test_each_call_sees_the_caller_s_context_and_keeps_its_own() -> None:
         assert flavour.get() == "sweet"
     finally:
         flavour.reset(token)
+
+
+def test_background_work_is_done_in_order_and_its_errors_are_not_told() -> None:
+    done: list[int] = []
+    reached = threading.Event()
+
+    def work(item: int) -> None:
+        if item == 1:
+            raise OSError("too bad")
+        done.append(item)
+        if item == 3:
+            reached.set()
+
+    with in_background() as later:
+        for item in range(4):
+            later(work, item)
+        assert reached.wait(WAIT)
+    assert done == [0, 2, 3]
+
+
+def test_leaving_drops_background_work_that_has_not_started() -> None:
+    started, release, done = threading.Event(), threading.Event(), []
+
+    def work(item: int) -> None:
+        started.set()
+        release.wait(WAIT)
+        done.append(item)
+
+    with in_background() as later:
+        for item in range(9):
+            later(work, item)
+        assert started.wait(WAIT)
+        threading.Timer(0.05, release.set).start()
+    assert done == [0]

@@ -54,12 +54,19 @@ def measured(model: Path, out: Path, **settings: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"bit_width": 2}, {"bit_width": 8, "threads": 16}, {"bit_width": 4, "keep": ["layers.3.*"]}], ids=str
+    ("settings", "copies"),
+    [
+        ({"bit_width": 2}, 3.0),
+        ({"bit_width": 8, "threads": 16}, 3.0),
+        ({"bit_width": 4, "keep": ["layers.3.*"]}, 3.5),  # the largest tensor as it is, and twice more inside Arrow
+    ],
+    ids=str,
 )
-def test_the_peak_is_bounded_and_predicted(settings: dict[str, object], large: Path, tmp_path: Path) -> None:
+def test_the_peak_is_bounded_and_predicted(
+    settings: dict[str, object], copies: float, large: Path, tmp_path: Path
+) -> None:
     found = measured(large, tmp_path / "out", **settings)
-    print(settings, found)
-    assert found["peak"] <= 3 * 2 * LARGEST / MEGABYTE + 500
+    assert found["peak"] <= copies * 2 * LARGEST / MEGABYTE + 500
     assert 0.6 * found["predicted"] <= found["peak"] <= 1.1 * found["predicted"]
 
 
@@ -114,7 +121,7 @@ def test_many_cores_need_little_more_memory(cores: int) -> None:
 @pytest.mark.usefixtures("resident")
 def test_small_models_take_little_and_odd_dtypes_more() -> None:
     config = DiffusionQuantConfig(threads=2)
-    assert budget(config, 64, 64).peak_bytes < 370 * MEGABYTE
+    assert budget(config, 64, 64).peak_bytes < 300 * MEGABYTE + room.LIBRARIES + MEGABYTE
     peaks = [budget(config, 8192, 8192, dtype=dtype).peak_bytes for dtype in ("bfloat16", "float8_e4m3fn")]
     assert peaks[0] < peaks[1]  # fp8 is widened to float32
 

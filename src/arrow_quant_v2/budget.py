@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.layers import CHUNK_BYTES
@@ -21,11 +24,13 @@ if TYPE_CHECKING:
 
 LARGEST_SLICE = 8 * 2**20  # small enough to stay in the last cache between reading and quantizing
 SMALLEST_SLICE = 2**20
-SLICES_AT_WORK = 64 * 2**20  # of all workers together: many cores take smaller slices
+SLICES_AT_WORK = 32 * 2**20  # of all workers together: many cores take smaller slices
 SLICES_PER_WORKER = 2
 NATIVE = ("float32", "bfloat16", "float16")  # the others are widened to float32 first
 COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
-LIBRARIES = 64 * 2**20  # what Arrow and the threads still take once work begins
+LIBRARIES = 192 * 2**20  # what torch and Arrow import late, and keep, once work begins
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,8 @@ def plan_budget(plans: Sequence[LayerPlan], config: DiffusionQuantConfig) -> Bud
     while config.max_memory is not None and budget.peak_bytes > config.max_memory:
         if workers == 1 and slice_bytes <= SMALLEST_SLICE:
             raise ConfigurationError(
-                f"max_memory is {megabytes(config.max_memory)}; this model needs {megabytes(budget.peak_bytes)},"
+                f"max_memory is {megabytes(config.max_memory)}; this model needs"
+                f" {megabytes(_rounded_up(budget.peak_bytes))},"
                 f" because its largest layer is {_largest(plans).tensor.name}; allow that much"
             )
         workers, slice_bytes = (
@@ -70,7 +76,7 @@ def _budget(plans: Sequence[LayerPlan], workers: int, slice_bytes: int) -> Budge
     slices = max((_slices_bytes(plan, workers, slice_bytes) for plan in plans), default=0)
     writing = COPIES_OF_CHUNK * min(stored, CHUNK_BYTES)
     joining = stored if largest and largest.tensor.nbytes > slice_bytes else 0
-    peak = resident_bytes() + LIBRARIES + slices + stored + joining + writing
+    peak = resident_bytes() + LIBRARIES + slices + stored + max(joining, writing)
     return Budget(workers=workers, slice_bytes=slice_bytes, peak_bytes=peak)
 
 
@@ -96,6 +102,13 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system: Arrow keeps it otherwise, and glibc once more for every thread."""
+    pa.default_memory_pool().release_unused()
+    if _trim is not None:
+        _trim(0)
+
+
 def available_bytes() -> int:
     """Memory that this machine can give now; where the system does not tell, all that it has."""
     table = Path("/proc/meminfo")
@@ -109,6 +122,12 @@ def cores() -> int:
     """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _rounded_up(count: int) -> int:
+    """What `megabytes` shows of it is enough."""
+    unit = 10**7 if count >= 10**9 else 10**5
+    return -(-count // unit) * unit
 
 
 def megabytes(count: float) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from arrow_quant_v2.config import Modality
-    from arrow_quant_v2.packed import Bytes
+    from arrow_quant_v2.packed import Bytes, WeightError
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.sources.base import Source
 
@@ -93,17 +93,14 @@ def source_checksum(pieces: Sequence[Piece]) -> int:
     return total
 
 
-def records(plan: LayerPlan, pieces: Sequence[Piece], modality: Modality) -> Iterator[LayerRecord]:
-    """The rows of the store that hold this layer: one, or several where it packs to more than CHUNK_BYTES."""
-    checksum, results = source_checksum(pieces), [piece.result for piece in pieces]
-    rows = [result for result in results if isinstance(result, QuantizedRows)]
-    error = None
-    if rows:
-        whole = joined(rows)
-        error = weight_error(whole.sums, plan.tensor.numel)
-        payload: PackedTensor | RawTensor = _packed(plan, whole)
-    else:
-        payload = _kept(plan, [result for result in results if isinstance(result, np.ndarray)])
+def records(plan: LayerPlan, pieces: list[Piece], modality: Modality) -> Iterator[LayerRecord]:
+    """The rows of the store that hold this layer: one, or several where it packs to more than CHUNK_BYTES.
+
+    The list of pieces is emptied, so that the layer is not held twice while it is written.
+    """
+    checksum = source_checksum(pieces)
+    payload, error = _payload(plan, pieces)
+    pieces.clear()
     for chunk, part in enumerate(split(payload, CHUNK_BYTES)):
         yield LayerRecord(
             payload=part,
@@ -116,6 +113,16 @@ def records(plan: LayerPlan, pieces: Sequence[Piece], modality: Modality) -> Ite
             mse=None if error is None else error.mse,
             modality=modality,
         )
+
+
+def _payload(plan: LayerPlan, pieces: Sequence[Piece]) -> tuple[PackedTensor | RawTensor, WeightError | None]:
+    """All pieces in one, and how far the codes are from the weights."""
+    results = [piece.result for piece in pieces]
+    rows = [result for result in results if isinstance(result, QuantizedRows)]
+    if rows:
+        whole = joined(rows)
+        return _packed(plan, whole), weight_error(whole.sums, plan.tensor.numel)
+    return _kept(plan, [result for result in results if isinstance(result, np.ndarray)]), None
 
 
 def _bytes_of(values: torch.Tensor) -> Bytes:

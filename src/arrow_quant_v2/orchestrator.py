@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
-from arrow_quant_v2.budget import plan_budget
+from arrow_quant_v2.budget import give_back_memory, plan_budget
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
 from arrow_quant_v2.layers import checksum_only, records, slices, source_checksum, work
@@ -138,15 +138,22 @@ def _work_on_layers(job: Job, run: _Run, report: Callable[[str, float], object] 
             if index in done:
                 _refuse_changed(folder.part(index), plans[index], pieces)
             else:
-                layer = list(records(plans[index], pieces, job.modality))
-                _refuse_poor(job.config, layer[0].payload.name, layer[0].cosine_similarity)
-                write_part(folder.part(index), layer, run.description.file_metadata())
+                _write_layer(job, run, index, pieces)
                 later(make_durable, folder.part(index))
+            if plans[index].tensor.nbytes >= budget.slice_bytes:
+                give_back_memory()
             progress.tell(f"{index + 1}/{len(plans)} {plans[index].tensor.name}")
             if job.should_stop() and index + 1 < len(plans):
                 raise InterruptedRunError(
                     f"stopped after {index + 1} of {len(plans)} layers; they are kept in {folder.folder}"
                 )
+
+
+def _write_layer(job: Job, run: _Run, index: int, pieces: list[Piece]) -> None:
+    """A function of its own, so that a layer is not in memory while the next one is read."""
+    layer = list(records(run.plans[index], pieces, job.modality))
+    _refuse_poor(job.config, layer[0].payload.name, layer[0].cosine_similarity)
+    write_part(run.folder.part(index), layer, run.description.file_metadata())
 
 
 def _by_layer(results: Iterator[Piece], progress: Progress) -> Iterator[list[Piece]]:

@@ -30,9 +30,9 @@ def crc32(values: Bytes, before: int = 0) -> int:
 @cache
 def _fastest() -> Callable[[Bytes, int], int]:
     path = find_library()
-    if path is None or os.environ.get("ARROW_QUANT_KERNELS") == "reference":
+    library = None if path is None or os.environ.get("ARROW_QUANT_KERNELS") == "reference" else open_library(path)
+    if library is None or not library.aq_has_fast_crc32():
         return lambda values, before: zlib.crc32(values.data, before)
-    library = open_library(path)
 
     def native(values: Bytes, before: int) -> int:
         size = ctypes.c_int64(values.nbytes)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from arrow_quant_v2.sources.folder import Model
 
 
+WORTH_GIVING_BACK = 32 * 2**20  # memory given back after smaller layers would only have to be fetched again
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What one run is asked: a model, its modality, a configuration and where the result goes."""
@@ -140,7 +143,7 @@ def _work_on_layers(job: Job, run: _Run, report: Callable[[str, float], object] 
             else:
                 _write_layer(job, run, index, pieces)
                 later(make_durable, folder.part(index))
-            if plans[index].tensor.nbytes >= budget.slice_bytes:
+            if plans[index].stored_bytes >= WORTH_GIVING_BACK:
                 give_back_memory()
             progress.tell(f"{index + 1}/{len(plans)} {plans[index].tensor.name}")
             if job.should_stop() and index + 1 < len(plans):

@@ -270,6 +270,7 @@ def test_rows_and_layers_are_cut_anywhere_without_a_difference(tmp_path: Path, m
     model = save_model(tmp_path / "model", tensors)
     quantize(model, tmp_path / "whole", bit_width=4, group_size=64)
     monkeypatch.setattr(layers_room, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(layers_room, "KEPT_CHUNK_BYTES", 1000)
     monkeypatch.setattr("arrow_quant_v2.orchestrator.slices", lambda plan, _: layers_room.slices(plan, 700))
     quantize(model, tmp_path / "cut", bit_width=4, group_size=64)
     chunks = {one["layer_name"]: one["chunks"] for one in api.inspect(tmp_path / "cut")["layers"]}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.layers import CHUNK_BYTES
+from arrow_quant_v2.layers import chunk_bytes
 from arrow_quant_v2.packed import ITEM_BITS
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _budget(plans: Sequence[LayerPlan], workers: int, slice_bytes: int) -> Budge
     largest = _largest(plans) if plans else None
     stored = largest.stored_bytes if largest else 0
     slices = max((_slices_bytes(plan, workers, slice_bytes) for plan in plans), default=0)
-    writing = COPIES_OF_CHUNK * min(stored, CHUNK_BYTES)
+    writing = COPIES_OF_CHUNK * min(stored, chunk_bytes(largest)) if largest else 0
     joining = stored if largest and largest.tensor.nbytes > slice_bytes else 0
     peak = resident_bytes() + LIBRARIES + slices + stored + max(joining, writing)
     return Budget(workers=workers, slice_bytes=slice_bytes, peak_bytes=peak)

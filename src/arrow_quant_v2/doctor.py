@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from arrow_quant_v2.budget import available_bytes, plan_budget
-from arrow_quant_v2.layers import CHUNK_BYTES
+from arrow_quant_v2.layers import chunk_bytes
 from arrow_quant_v2.plan import plan_model
 from arrow_quant_v2.publish import Description, file_groups, source_hash
 from arrow_quant_v2.store.record import ranges
@@ -98,7 +98,7 @@ def _rows(plan: LayerPlan, modality: Modality) -> Iterator[RowSize]:
     """The rows of the store that a layer will be, one per chunk."""
     texts = (plan.tensor.dtype, plan.decision.got, modality, plan.decision.method or "", str(plan.decision))
     rows, row_bytes = plan.rows_and_bytes
-    for start, stop in ranges(rows, row_bytes, CHUNK_BYTES):
+    for start, stop in ranges(rows, row_bytes, chunk_bytes(plan)):
         yield RowSize(
             layer_name=plan.tensor.name,
             payload_bytes=(stop - start) * row_bytes,

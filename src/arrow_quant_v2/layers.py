@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.sources.base import Source
 
 CHUNK_BYTES = 256 * 2**20  # a layer that packs to more becomes several rows of the file
+KEPT_CHUNK_BYTES = 32 * 2**20  # the same for a tensor that stays as large as it is: Arrow copies a chunk twice
 NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -94,14 +95,14 @@ def source_checksum(pieces: Sequence[Piece]) -> int:
 
 
 def records(plan: LayerPlan, pieces: list[Piece], modality: Modality) -> Iterator[LayerRecord]:
-    """The rows of the store that hold this layer: one, or several where it packs to more than CHUNK_BYTES.
+    """The rows of the store that hold this layer: one, or several where it takes more than `chunk_bytes`.
 
     The list of pieces is emptied, so that the layer is not held twice while it is written.
     """
     checksum = source_checksum(pieces)
     payload, error = _payload(plan, pieces)
     pieces.clear()
-    for chunk, part in enumerate(split(payload, CHUNK_BYTES)):
+    for chunk, part in enumerate(split(payload, chunk_bytes(plan))):
         yield LayerRecord(
             payload=part,
             chunk=chunk,
@@ -123,6 +124,11 @@ def _payload(plan: LayerPlan, pieces: Sequence[Piece]) -> tuple[PackedTensor | R
         whole = joined(rows)
         return _packed(plan, whole), weight_error(whole.sums, plan.tensor.numel)
     return _kept(plan, [result for result in results if isinstance(result, np.ndarray)]), None
+
+
+def chunk_bytes(plan: LayerPlan) -> int:
+    """How many bytes of the layer one row of the file holds at most."""
+    return KEPT_CHUNK_BYTES if plan.layout is None else CHUNK_BYTES
 
 
 def _bytes_of(values: torch.Tensor) -> Bytes:

@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512", "avx2", "portable", "neon"])
 def isa(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
     """One instruction set after the other, where this processor has it."""
     if request.param not in cpu.isas(library):

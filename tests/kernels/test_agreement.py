@@ -249,4 +249,4 @@ def test_the_best_instruction_set_is_chosen_and_asking_changes_nothing(library: 
     before = library.aq_isa()
     offered = cpu.isas(library)
     assert library.aq_isa() == before
-    assert offered[-1] == "portable"
+    assert offered[-1] in {"portable", "neon"}  # what every processor of the platform has

@@ -66,5 +66,5 @@ def not_finite(
 
 def weight_error(sums: NDArray[np.float64], count: int) -> WeightError:
     """The error over all rows, correctly rounded, so that it does not depend on how the rows were cut."""
-    original, quantized, difference = (math.fsum(column) for column in sums.T)
+    original, quantized, difference = (math.fsum(column.tolist()) for column in sums.T)
     return WeightError(original=original, quantized=quantized, difference=difference, count=count)

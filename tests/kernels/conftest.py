@@ -1,6 +1,7 @@
 """The C++ kernels under test, every instruction set that this processor runs; lets the tests share `kernel_cases`."""
 
 import ctypes
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable", "neon"])
+@pytest.fixture(params=["neon"] if platform.machine() in {"aarch64", "arm64"} else ["avx512", "avx2", "portable"])
 def isa(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
     """One instruction set after the other, where this processor has it."""
     if request.param not in cpu.isas(library):

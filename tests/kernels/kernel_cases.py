@@ -72,6 +72,17 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+def columns_case(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `ops.quantize_columns` takes: a block, an upper factor, and a grid for each row; row 0 has no scale."""
+    random = torch.Generator().manual_seed(seed)
+    upper = torch.randn(columns, columns, generator=random).triu(1) * 0.3
+    upper += torch.diag(0.1 + torch.rand(columns, generator=random))
+    scale, zero = torch.rand(rows, generator=random), 3.0 * torch.rand(rows, generator=random)
+    scale[:1] = 0.0
+    inverse = torch.where(scale > 0.0, 1.0 / scale, 0.0)
+    return torch.randn(rows, columns, generator=random), upper, scale, inverse, zero
+
+
 @st.composite
 def rows(draw: st.DrawFn, columns: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
     """One row: noise of any magnitude and offset, an outlier, one value, zeros, or whatever hypothesis likes."""

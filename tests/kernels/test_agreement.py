@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import STRETCHES, gaussian, group_sizes, weights, widths
+from kernel_cases import STRETCHES, columns_case, gaussian, group_sizes, weights, widths
 from torch import Tensor
 
 from arrow_quant_v2.kernels import cpu, ops, reference
@@ -93,6 +93,54 @@ def test_quantize_is_the_references_for_any_weight(
     importance = importances(weight.shape[1])[weighted]
     found = ops.quantize(narrow, bits, group_size, symmetric, stretches, importance)
     assert same(found, reference.quantize(narrow, bits, group_size, symmetric, stretches, importance))
+
+
+def parts(fit: reference.Fit) -> tuple[Tensor, ...]:
+    return fit.step, fit.full, fit.mean_q, fit.mean_w
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("isa")
+def test_fit_grid_is_the_references(shape: tuple[int, int, int], bits: int) -> None:
+    rows, columns, group_size = shape
+    for dtype, (symmetric, stretches, importance) in product(FLOATS, quantize_cases(columns)):
+        asked = (gaussian(rows, columns, seed=bits).to(dtype), bits, group_size, symmetric, stretches, importance)
+        assert same(ops.fit_grid(*asked), parts(reference.fit_grid(*asked))), (dtype, symmetric, stretches)
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(
+    weight=weights(),
+    bits=widths,
+    group_size=group_sizes,
+    symmetric=st.booleans(),
+    stretches=st.sampled_from([(), (1.0,), STRETCHES]),
+    weighted=st.booleans(),
+)
+def test_fit_grid_is_the_references_for_any_weight(
+    *, weight: Tensor, bits: int, group_size: int, symmetric: bool, stretches: tuple[float, ...], weighted: bool
+) -> None:
+    importance = importances(weight.shape[1])[weighted]
+    asked = (weight, bits, group_size, symmetric, stretches, importance)
+    assert same(ops.fit_grid(*asked), parts(reference.fit_grid(*asked)))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", [(0, 9), (1, 1), (1, 64), (15, 24), (16, 8), (33, 100), (700, 129)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_quantize_columns_is_the_references(shape: tuple[int, int], bits: int) -> None:
+    case = columns_case(*shape, seed=bits)
+    assert same(ops.quantize_columns(*case, bits), reference.quantize_columns(*case, bits))
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(weight=weights(most_rows=20, most_columns=40), bits=widths, seed=st.integers(0, 99))
+def test_quantize_columns_is_the_references_for_any_weight(weight: Tensor, bits: int, seed: int) -> None:
+    case = (weight, *columns_case(*weight.shape, seed=seed)[1:])  # errors that grow past float32 become NaN in both
+    assert same(ops.quantize_columns(*case, bits), reference.quantize_columns(*case, bits))
 
 
 @pytest.mark.usefixtures("isa")
@@ -195,6 +243,16 @@ def test_results_do_not_depend_on_the_number_of_threads(stretches: tuple[float, 
         assert same([ops.dequantize(*found[:4], 2, 4096, 64, torch.bfloat16)], [restored])
 
 
+@pytest.mark.usefixtures("library", "torch_threads")
+def test_columns_do_not_depend_on_the_number_of_threads() -> None:
+    case, weight = columns_case(2000, 72), gaussian(2000, 72)
+    torch.set_num_threads(1)
+    alone = (*ops.quantize_columns(*case, 2), *ops.fit_grid(weight, 2, 72, False, STRETCHES))
+    for threads in (2, 5, 64):
+        torch.set_num_threads(threads)
+        assert same((*ops.quantize_columns(*case, 2), *ops.fit_grid(weight, 2, 72, False, STRETCHES)), alone)
+
+
 @pytest.mark.usefixtures("library")
 def test_a_worker_that_shares_the_cores_says_how_many_threads_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -220,6 +278,11 @@ def test_strides_do_not_matter(bits: int) -> None:
     plain = ops.dequantize(*found[:4], bits, 96, 32, torch.float32)
     assert same([ops.dequantize(*columnwise, alternate, bits, 96, 32, torch.float32)], [plain])
     assert same([ops.unpack(columnwise[0], bits, 96)], [ops.unpack(found[0], bits, 96)])
+    columns = columns_case(9, 24)
+    assert same(
+        ops.quantize_columns(*(tensor.t().contiguous().t() for tensor in columns), bits),
+        ops.quantize_columns(*columns, bits),
+    )
     codes = ops.unpack(found[0], bits, 96)
     assert same([ops.pack(codes.t().contiguous().t(), bits)], [found[0]])
 
@@ -236,6 +299,9 @@ def operator_calls() -> list[Any]:
         pytest.param(ops.quantize, (weight, 2, 16, False, [1.0, 1.5], torch.ones(40)), id="quantize"),
         pytest.param(ops.quantize, (weight.bfloat16(), 4, 64, True, []), id="quantize symmetric"),
         pytest.param(ops.dequantize, (*stored, 2, 40, 16, torch.bfloat16), id="dequantize"),
+        pytest.param(ops.fit_grid, (weight, 2, 16, False, [1.0, 1.5], torch.ones(40)), id="fit_grid"),
+        pytest.param(ops.fit_grid, (weight.bfloat16(), 4, 64, True, []), id="fit_grid symmetric"),
+        pytest.param(ops.quantize_columns, (*columns_case(3, 40), 2), id="quantize_columns"),
     ]
 
 

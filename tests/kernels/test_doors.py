@@ -54,6 +54,50 @@ def test_quantize_refuses(changes: dict[str, Any], message: str) -> None:
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        refused({"bits": 3}, "fit_grid: bits is 3; allowed: 2, 4, 8"),
+        refused({"weight": WEIGHT.double()}, "fit_grid: weight is torch.float64 with 2 dimensions; allowed: a matrix"),
+        refused({"weight": WEIGHT[:0]}, "fit_grid: the weight is 0 x 20; it needs a row and a column"),
+        refused({"group_size": 12}, "fit_grid: group_size is 12; allowed: a multiple of 8, or all 20 columns"),
+        refused({"stretches": [0.0]}, "fit_grid: stretches are [0.0]; allowed: finite numbers above 0"),
+        refused({"importance": torch.ones(19)}, "fit_grid: importance is torch.float32 (19,); allowed: float32 (20,)"),
+        refused({"importance": -torch.ones(20)}, "fit_grid: importance goes from -1.0 to -1.0; allowed: finite, not"),
+    ],
+)
+def test_fit_grid_refuses(changes: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"weight": WEIGHT, "bits": 4, "group_size": 8, "symmetric": False, "stretches": []}
+    with pytest.raises(QuantizationError) as raised:
+        ops.fit_grid(**(asked | changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        refused({"bits": 3}, "quantize_columns: bits is 3; allowed: 2, 4, 8"),
+        refused({"block": WEIGHT.double()}, "quantize_columns: block is torch.float64 with 2 dimensions; allowed: a m"),
+        refused(
+            {"upper": torch.eye(19)},
+            "quantize_columns: upper is torch.float32 (19, 19); the block asks for float32 (20, 20)",
+        ),
+        refused({"scale": WEIGHT[0]}, "quantize_columns: scale is torch.float32 (20,); the block asks for float32 (4,"),
+        refused({"zero": CODES[:, 0]}, "quantize_columns: zero is torch.uint8 (4,); the block asks for float32 (4,)"),
+        refused(
+            {"upper": torch.zeros(20, 20)}, "quantize_columns: the diagonal of upper goes down to 0.0; allowed: ab"
+        ),
+        refused({"upper": torch.full((20, 20), torch.nan)}, "quantize_columns: the diagonal of upper goes down to nan"),
+    ],
+)
+def test_quantize_columns_refuses(changes: dict[str, Any], message: str) -> None:
+    row = torch.ones(4)
+    asked: dict[str, Any] = {"block": WEIGHT, "upper": torch.eye(20), "scale": row, "inverse": row, "zero": row}
+    with pytest.raises(QuantizationError) as raised:
+        ops.quantize_columns(**({"bits": 4} | asked | changes))
+    assert message in str(raised.value)
+
+
 def test_as_many_stretches_are_tried_as_there_are() -> None:
     many = tuple(1 + i / 100 for i in range(200))
     assert torch.isfinite(ops.quantize(torch.randn(4, 64), 2, 32, False, many)[4]).all()

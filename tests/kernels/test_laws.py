@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import STRETCHES, Quantized, gaussian, group_sizes, quantized, weights, widths
+from kernel_cases import STRETCHES, Quantized, columns_case, gaussian, group_sizes, quantized, weights, widths
 from torch import Tensor
 
-from arrow_quant_v2.kernels import reference
+from arrow_quant_v2.kernels import ops, reference
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -201,3 +201,41 @@ def test_a_group_that_does_not_matter_is_rounded(seed: int, bits: int, symmetric
     weight = gaussian(4, 64, seed)
     result = quantized(weight, bits, symmetric=symmetric, stretches=STRETCHES, importance=torch.zeros(64))
     assert result.error.mse <= 1.5 * quantized(weight, bits, symmetric=symmetric).error.mse
+
+
+# The halves that calibration uses
+
+
+@any_weight
+@given(weight=weights(), bits=widths, group_size=group_sizes, symmetric=st.booleans(), method=methods)
+def test_quantize_stores_what_fit_grid_finds(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, method: tuple[float, ...]
+) -> None:
+    step = ops.fit_grid(weight, bits, group_size, symmetric, method)[0]
+    found = quantized(weight, bits, group_size, symmetric=symmetric, stretches=method)
+    row_scales = reference.up_to_bfloat16(step.amax(dim=1).clamp(min=reference.SMALLEST_ROW_SCALE))
+    assert torch.equal(found.row_scales, row_scales)
+    assert torch.equal(found.scales, reference.scale_codes(step, row_scales, cover_all=not method))
+
+
+@settings(deadline=None)
+@given(weight=weights(), bits=widths)
+def test_columns_that_do_not_know_of_each_other_are_rounded(weight: Tensor, bits: int) -> None:
+    scale, inverse, zero = columns_case(weight.shape[0], 1)[2:]
+    codes, errors = ops.quantize_columns(weight, torch.eye(weight.shape[1]), scale, inverse, zero, bits)
+    nearest = reference.rounded(weight * inverse[:, None] + zero[:, None], 2.0**bits - 1)
+    assert torch.equal(codes, nearest.to(torch.uint8))
+    assert torch.equal(errors, weight - (nearest - zero[:, None]) * scale[:, None])
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 20), columns=st.integers(1, 40), bits=widths, seed=st.integers(0, 99))
+def test_the_errors_of_the_columns_are_the_whole_error_seen_through_the_factor(
+    rows: int, columns: int, bits: int, seed: int
+) -> None:
+    block, upper, scale, inverse, zero = columns_case(rows, columns, seed)
+    codes, errors = ops.quantize_columns(block, upper, scale, inverse, zero, bits)
+    restored = (codes.double() - zero[:, None]) * scale[:, None]
+    difference = errors.double() @ upper.double()  # E U = W - Q, so that ||E||^2 = tr((W - Q) H (W - Q)^T)
+    size = errors.double().abs() @ upper.double().abs()
+    assert ((difference - (block - restored)).abs() <= 2**-20 * (size + block.abs())).all()

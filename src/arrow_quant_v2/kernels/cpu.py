@@ -62,7 +62,11 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 def register(library: ctypes.CDLL) -> None:
     """Let the dispatcher use the C++ kernels for every CPU tensor."""
+    _register_codes(library)
+    _register_columns(library)
 
+
+def _register_codes(library: ctypes.CDLL) -> None:
     def pack_cpp(codes: Tensor, bits: int) -> Tensor:
         ops.check_pack(codes, bits)
         rows, columns = codes.shape
@@ -106,7 +110,7 @@ def register(library: ctypes.CDLL) -> None:
         stretches: Sequence[float],
         importance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        ops.check_quantize(weight, bits, group_size, stretches, importance)
+        ops.check_quantize("quantize", weight, bits, group_size, stretches, importance)
         source = weight.contiguous()
         result = ops.empty_result(source, bits, min(group_size, weight.shape[1]), symmetric=symmetric)
         candidates = (ctypes.c_float * len(stretches))(*stretches)
@@ -127,6 +131,53 @@ def register(library: ctypes.CDLL) -> None:
 
     for kernel in (pack_cpp, unpack_cpp, dequantize_cpp, quantize_cpp):
         ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
+
+
+def _register_columns(library: ctypes.CDLL) -> None:
+    def fit_grid_cpp(
+        weight: Tensor,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        stretches: Sequence[float],
+        importance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ops.check_quantize("fit_grid", weight, bits, group_size, stretches, importance)
+        source = weight.contiguous()
+        result = ops.empty_fit(source, min(group_size, weight.shape[1]))
+        weights = None if importance is None else importance.contiguous()
+        library.aq_fit_grid(
+            _pointer(source),
+            DTYPES[weight.dtype],
+            *_sizes(*weight.shape),
+            bits,
+            ctypes.c_int64(min(group_size, weight.shape[1])),
+            int(symmetric),
+            (ctypes.c_float * len(stretches))(*stretches),
+            len(stretches),
+            None if weights is None else _pointer(weights),
+            *[_pointer(part) for part in result],
+            _threads(),
+        )
+        return result
+
+    def quantize_columns_cpp(
+        block: Tensor, upper: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        ops.check_quantize_columns(block, upper, scale, inverse, zero, bits)
+        given = [tensor.contiguous() for tensor in (block, upper, scale, inverse, zero)]
+        result = ops.empty_columns(given[0])
+        library.aq_quantize_columns(
+            *[_pointer(tensor) for tensor in given],
+            *_sizes(*block.shape),
+            bits,
+            *[_pointer(part) for part in result],
+            _threads(),
+        )
+        return result
+
+    ops.register_kernel("fit_grid", "CPU", fit_grid_cpp)
+    ops.register_kernel("quantize_columns", "CPU", quantize_columns_cpp)
 
 
 def _sizes(rows: int, columns: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:

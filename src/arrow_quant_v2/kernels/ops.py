@@ -29,6 +29,14 @@ QUANTIZE_SCHEMA = (
     "quantize(Tensor weight, int bits, int group_size, bool symmetric, float[] stretches, Tensor? importance=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+FIT_GRID_SCHEMA = (
+    "fit_grid(Tensor weight, int bits, int group_size, bool symmetric, float[] stretches, Tensor? importance=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+QUANTIZE_COLUMNS_SCHEMA = (
+    "quantize_columns(Tensor block, Tensor upper, Tensor scale, Tensor inverse, Tensor zero, int bits)"
+    " -> (Tensor, Tensor)"
+)
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
 # Not torch.library.custom_op: its first call loads torch.compile's machinery, 80 MB and more than a second.
@@ -152,7 +160,7 @@ def quantize(
     Raises:
         QuantizationError: a width, shape, dtype, stretch or importance is not one of these.
     """
-    check_quantize(weight, bits, group_size, stretches, importance)
+    check_quantize("quantize", weight, bits, group_size, stretches, importance)
     return reference.quantize(weight, bits, group_size, symmetric, stretches, importance)
 
 
@@ -166,6 +174,109 @@ def _(
     importance: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return empty_result(weight, bits, group_size, symmetric=symmetric)
+
+
+@_operator(FIT_GRID_SCHEMA)
+def fit_grid(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    stretches: Sequence[float],
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fitting half of `quantize`, for callers that store parameters and choose codes themselves.
+
+    Takes what `quantize` takes. Returns step, full, mean_q and mean_w, each (rows, groups) float32: the scale that
+    each group wants, and its zero point mean_q - mean_w * full / scale once a scale is stored.
+
+    Raises:
+        QuantizationError: a width, shape, dtype, stretch or importance is not one of these.
+    """
+    check_quantize("fit_grid", weight, bits, group_size, stretches, importance)
+    fit = reference.fit_grid(weight, bits, group_size, symmetric, stretches, importance)
+    return fit.step.clone(), fit.full.clone(), fit.mean_q.clone(), fit.mean_w.clone()  # no two may share memory
+
+
+@_shapes_of("fit_grid")
+def _(
+    weight: Tensor,
+    bits: int,  # noqa: ARG001
+    group_size: int,
+    symmetric: bool,  # noqa: ARG001
+    stretches: Sequence[float],  # noqa: ARG001
+    importance: Tensor | None = None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return empty_fit(weight, group_size)
+
+
+def empty_fit(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for what `fit_grid` returns."""
+    rows, columns = weight.shape
+
+    def room() -> Tensor:
+        return weight.new_empty((rows, -(-columns // group_size)), dtype=torch.float32)
+
+    return room(), room(), room(), room()
+
+
+@_operator(QUANTIZE_COLUMNS_SCHEMA)
+def quantize_columns(
+    block: Tensor, upper: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The column loop of GPTQ (Frantar et al., 2022, arXiv 2210.17323) within one group, on a grid that is given.
+
+    For column t = 0, 1, ...: q_t = round(clip(w_t * inverse + zero)), e_t = (w_t - (q_t - zero) * scale) / U_tt, and
+    every later column t' gets w_t' - e_t U_tt'. block (rows, n); upper U (n, n), of which the upper triangle is read,
+    with U_tt > 0; scale, inverse (1 / scale, or 0 where scale is) and zero (rows,); all float32.
+
+    Returns codes (rows, n) uint8 and errors e (rows, n) float32.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or the diagonal of U is not one of these.
+    """
+    check_quantize_columns(block, upper, scale, inverse, zero, bits)
+    return reference.quantize_columns(block, upper, scale, inverse, zero, bits)
+
+
+@_shapes_of("quantize_columns")
+def _(
+    block: Tensor,
+    upper: Tensor,  # noqa: ARG001
+    scale: Tensor,  # noqa: ARG001
+    inverse: Tensor,  # noqa: ARG001
+    zero: Tensor,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return empty_columns(block)
+
+
+def empty_columns(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what `quantize_columns` returns."""
+    return block.new_empty(block.shape, dtype=torch.uint8), block.new_empty(block.shape)
+
+
+def check_quantize_columns(
+    block: Tensor, upper: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
+) -> None:
+    """Refuse what the kernels of `quantize_columns` must not see.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or the diagonal of U does not fit.
+    """
+    _check_bits("quantize_columns", bits)
+    _check_matrix("quantize_columns: block", block, (torch.float32,))
+    rows, columns = block.shape
+    wanted = {"upper": (columns, columns), "scale": (rows,), "inverse": (rows,), "zero": (rows,)}
+    for (what, shape), tensor in zip(wanted.items(), (upper, scale, inverse, zero), strict=True):
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            raise QuantizationError(
+                f"quantize_columns: {what} is {tensor.dtype} {tuple(tensor.shape)}; the block asks for float32 {shape}"
+            )
+    if columns and not float(upper.diagonal().min()) > 0.0:
+        raise QuantizationError(
+            f"quantize_columns: the diagonal of upper goes down to {float(upper.diagonal().min())}; allowed: above 0"
+        )
 
 
 def empty_result(
@@ -184,36 +295,36 @@ def empty_result(
 
 
 def check_quantize(
-    weight: Tensor, bits: int, group_size: int, stretches: Sequence[float], importance: Tensor | None
+    who: str, weight: Tensor, bits: int, group_size: int, stretches: Sequence[float], importance: Tensor | None
 ) -> None:
-    """Refuse what the kernels of `quantize` must not see.
+    """Refuse what the kernels of `quantize` and `fit_grid` must not see; `who` is the one that is asked.
 
     Raises:
         QuantizationError: a width, shape, dtype, stretch or importance does not fit.
     """
-    _check_bits("quantize", bits)
-    _check_matrix("quantize: weight", weight, FLOATS)
+    _check_bits(who, bits)
+    _check_matrix(f"{who}: weight", weight, FLOATS)
     rows, columns = weight.shape
     if rows == 0 or columns == 0:
-        raise QuantizationError(f"quantize: the weight is {rows} x {columns}; it needs a row and a column")
+        raise QuantizationError(f"{who}: the weight is {rows} x {columns}; it needs a row and a column")
     if group_size < columns and (group_size < 8 or group_size % 8):  # noqa: PLR2004 - whole bytes at every width
         raise QuantizationError(
-            f"quantize: group_size is {group_size}; allowed: a multiple of 8, or all {columns} columns"
+            f"{who}: group_size is {group_size}; allowed: a multiple of 8, or all {columns} columns"
         )
     if not all(0.0 < stretch < math.inf for stretch in stretches):
-        raise QuantizationError(f"quantize: stretches are {list(stretches)}; allowed: finite numbers above 0")
+        raise QuantizationError(f"{who}: stretches are {list(stretches)}; allowed: finite numbers above 0")
     if importance is not None:
-        _check_importance(importance, columns)
+        _check_importance(who, importance, columns)
 
 
-def _check_importance(importance: Tensor, columns: int) -> None:
+def _check_importance(who: str, importance: Tensor, columns: int) -> None:
     if importance.shape != (columns,) or importance.dtype != torch.float32:
         raise QuantizationError(
-            f"quantize: importance is {importance.dtype} {tuple(importance.shape)}; allowed: float32 ({columns},)"
+            f"{who}: importance is {importance.dtype} {tuple(importance.shape)}; allowed: float32 ({columns},)"
         )
     least, most = float(importance.min()), float(importance.max())
     if not 0.0 <= least <= most < math.inf:
-        raise QuantizationError(f"quantize: importance goes from {least} to {most}; allowed: finite, not below 0")
+        raise QuantizationError(f"{who}: importance goes from {least} to {most}; allowed: finite, not below 0")
 
 
 def check_pack(codes: Tensor, bits: int) -> None:

@@ -242,6 +242,40 @@ def zero_codes(fit: Fit, inverse: Tensor, bits: int, *, whole: bool) -> Tensor:
     return (zeros * float(255 // (2**bits - 1))).round().to(torch.uint8)
 
 
+def fit_grid(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    stretches: Sequence[float],
+    importance: Tensor | None,
+) -> Fit:
+    """What `quantize` would store for each group, before it is stored; see ops.fit_grid."""
+    columns = weight.shape[1]
+    group_size = min(group_size, columns)
+    groups = split_groups(weight.to(torch.float32), group_size)
+    fit = cover(groups, bits, symmetric)
+    if not stretches:
+        return fit
+    mask = torch.ones(columns, device=weight.device) if importance is None else importance.to(torch.float32)
+    return clip_search(groups, split_groups(mask[None], group_size), fit, bits, symmetric, stretches)
+
+
+def quantize_columns(
+    block: Tensor, upper: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The column loop of GPTQ within one group: (rows, n) codes and errors; see ops.quantize_columns."""
+    weights, errors = block.clone(), torch.empty_like(block)
+    codes = torch.empty_like(block, dtype=torch.uint8)
+    for t in range(block.shape[1]):
+        w = weights[:, t]
+        q = rounded(w * inverse + zero, float(2**bits - 1))
+        e = (w - (q - zero) * scale) / upper[t, t]
+        codes[:, t], errors[:, t] = q.to(torch.uint8), e
+        weights[:, t + 1 :] = weights[:, t + 1 :] - e[:, None] * upper[t, t + 1 :]
+    return codes, errors
+
+
 def quantize(
     weight: Tensor,
     bits: int,
@@ -252,13 +286,10 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Round to nearest (no stretches) or clip search with least-squares refit; see ops.quantize."""
     columns = weight.shape[1]
+    fit = fit_grid(weight, bits, group_size, symmetric, stretches, importance)
     group_size = min(group_size, columns)
     groups = split_groups(weight.to(torch.float32), group_size)
     present = split_groups(torch.ones(1, columns, device=weight.device), group_size)
-    fit = cover(groups, bits, symmetric)
-    if stretches:
-        mask = present if importance is None else split_groups(importance[None].to(torch.float32), group_size)
-        fit = clip_search(groups, mask, fit, bits, symmetric, stretches)
     row_scales = up_to_bfloat16(fit.step.amax(dim=1).clamp(min=SMALLEST_ROW_SCALE))
     scales = scale_codes(fit.step, row_scales, cover_all=not stretches)
     scale = scale_of(scales, row_scales)

@@ -95,7 +95,7 @@ int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 1; }
+AQ_EXPORT int aq_abi() { return 2; }
 
 AQ_EXPORT const char* aq_isa() { return chosen.load()->name; }
 
@@ -112,10 +112,34 @@ AQ_EXPORT int aq_use_isa(const char* name) {
 AQ_EXPORT void aq_quantize(const void* weight, int dtype, int64_t rows, int64_t columns, int bits, int64_t group,
                            const float* stretches, int stretch_count, const float* importance, uint8_t* codes,
                            uint8_t* scales, uint8_t* zero_points, uint16_t* row_scales, double* sums, int threads) {
-  const Quantize ask{weight,      (Dtype)dtype, columns, group,  groups_of(columns, group), row_bytes_of(columns, bits),
-                     bits,        stretches,    stretch_count,   importance,                codes,
-                     scales,      zero_points,  row_scales,      sums};
+  const int64_t groups = groups_of(columns, group), row_bytes = row_bytes_of(columns, bits);
+  const Quantize ask{weight,    (Dtype)dtype,  columns,    group, groups, row_bytes,   bits,       !zero_points,
+                     stretches, stretch_count, importance, codes, scales, zero_points, row_scales, sums};
   over_rows(ask, chosen.load()->quantize, rows, columns, threads);
+}
+
+AQ_EXPORT void aq_fit_grid(const void* weight, int dtype, int64_t rows, int64_t columns, int bits, int64_t group,
+                           int symmetric, const float* stretches, int stretch_count, const float* importance,
+                           float* step, float* full, float* mean_q, float* mean_w, int threads) {
+  Quantize ask{};
+  ask.weight = weight;
+  ask.dtype = (Dtype)dtype;
+  ask.columns = columns;
+  ask.group = group;
+  ask.groups = groups_of(columns, group);
+  ask.bits = bits;
+  ask.symmetric = symmetric != 0;
+  ask.stretches = stretches;
+  ask.stretch_count = stretch_count;
+  ask.importance = importance;
+  over_rows(FitGrid{ask, step, full, mean_q, mean_w}, chosen.load()->fit_grid, rows, columns, threads);
+}
+
+AQ_EXPORT void aq_quantize_columns(const float* block, const float* upper, const float* scale, const float* inverse,
+                                   const float* zero, int64_t rows, int64_t columns, int bits, uint8_t* codes,
+                                   float* errors, int threads) {
+  const Columns ask{block, upper, scale, inverse, zero, codes, errors, columns, bits};
+  over_rows(ask, chosen.load()->quantize_columns, rows, columns, threads);
 }
 
 AQ_EXPORT void aq_dequantize(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,

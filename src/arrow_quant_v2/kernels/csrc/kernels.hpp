@@ -13,14 +13,32 @@ struct Quantize {
   Dtype dtype;
   int64_t columns, group, groups, row_bytes;
   int bits;
+  bool symmetric;
   const float* stretches;  // 1 / clipping ratio of each candidate; none: round to nearest
   int stretch_count;
   const float* importance;  // (columns,) or null: 1 each
   uint8_t* codes;           // (rows, row_bytes)
   uint8_t* scales;          // (rows, groups)
-  uint8_t* zero_points;     // (rows, groups); null: symmetric
+  uint8_t* zero_points;     // (rows, groups); unused when symmetric
   uint16_t* row_scales;     // (rows,) bfloat16
   double* sums;             // (rows, 3): sum w^2, sum q^2, sum (w - q)^2
+};
+
+// The fitting half of Quantize, whose results stay unused; each array is (rows, groups).
+struct FitGrid {
+  Quantize of;
+  float *step, *full, *mean_q, *mean_w;
+};
+
+// The column loop of GPTQ within one group.
+struct Columns {
+  const float* block;                    // (rows, columns)
+  const float* upper;                    // (columns, columns)
+  const float *scale, *inverse, *zero;   // (rows,)
+  uint8_t* codes;                        // (rows, columns)
+  float* errors;                         // (rows, columns)
+  int64_t columns;
+  int bits;
 };
 
 struct Dequantize {
@@ -45,6 +63,8 @@ struct KernelTable {
   const char* name;
   void (*quantize)(const Quantize&, int64_t first, int64_t last);
   void (*dequantize)(const Dequantize&, int64_t first, int64_t last);
+  void (*fit_grid)(const FitGrid&, int64_t first, int64_t last);
+  void (*quantize_columns)(const Columns&, int64_t first, int64_t last);
   void (*pack)(const Repack&, int64_t first, int64_t last);
   void (*unpack)(const Repack&, int64_t first, int64_t last);
 };

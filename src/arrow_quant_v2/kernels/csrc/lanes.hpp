@@ -42,6 +42,7 @@ static inline Lanes fill(float x) { AQ_EACH(x - FloatPart{}) }  // a sum would t
 static inline Lanes operator+(Lanes a, Lanes b) { AQ_EACH(a.part[i] + b.part[i]) }
 static inline Lanes operator-(Lanes a, Lanes b) { AQ_EACH(a.part[i] - b.part[i]) }
 static inline Lanes operator*(Lanes a, Lanes b) { AQ_EACH(a.part[i] * b.part[i]) }
+static inline Lanes operator/(Lanes a, Lanes b) { AQ_EACH(a.part[i] / b.part[i]) }
 
 // The x86 instruction returns its second operand for NaN; so does this expression everywhere else.
 static inline FloatPart min_part(FloatPart a, FloatPart b) {

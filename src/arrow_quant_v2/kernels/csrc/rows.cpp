@@ -64,7 +64,7 @@ struct Grid {
       : max_code((float)((1 << ask.bits) - 1)),
         middle((float)(1 << (ask.bits - 1))),
         zero_unit((float)(255 / ((1 << ask.bits) - 1))),
-        symmetric(!ask.zero_points) {}
+        symmetric(ask.symmetric) {}
 };
 
 static int64_t length_of(const Quantize& ask, int64_t g) {
@@ -485,6 +485,22 @@ static void quantize(const Quantize& ask, int64_t first, int64_t last) {
   }
 }
 
+// What `quantize` would store, before it is stored.
+static void fit_grid(const FitGrid& fit, int64_t first, int64_t last) {
+  const Quantize& ask = fit.of;
+  const Grid grid(ask);
+  Row row(ask);
+  for (int64_t r = first; r < last; r++) {
+    row.read(ask, r);
+    cover(ask, grid, row);
+    if (ask.stretch_count) clip_search(ask, grid, row);
+    std::copy(row.step.begin(), row.step.end(), fit.step + r * ask.groups);
+    std::copy(row.full.begin(), row.full.end(), fit.full + r * ask.groups);
+    std::copy(row.mean_q.begin(), row.mean_q.end(), fit.mean_q + r * ask.groups);
+    std::copy(row.mean_w.begin(), row.mean_w.end(), fit.mean_w + r * ask.groups);
+  }
+}
+
 static inline void put(float* p, Lanes x) { store(p, x); }
 struct Bfloat16 {
   uint16_t bits;
@@ -541,6 +557,7 @@ static void unpack(const Repack& ask, int64_t first, int64_t last) {
 #define AQ_NAME_2(isa) #isa
 #define AQ_NAME(isa) AQ_NAME_2(isa)
 extern const KernelTable table;
-const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, pack, unpack};
+void quantize_columns(const Columns& ask, int64_t first, int64_t last);  // columns.cpp
+const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack};
 
 }  // namespace AQ_ISA

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.decisions import Decision
     from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, QuantizationError, ValidationError
     from arrow_quant_v2.packed import PackedTensor
+    from arrow_quant_v2.quantizers.gptq import GPTQCalibrator
 
 __version__ = "2.0.0.dev0"
 
@@ -19,6 +20,7 @@ _ROOMS = {
     "ArrowQuantizer": "api",
     "DiffusionQuantConfig": "config",
     "Decision": "decisions",
+    "GPTQCalibrator": "quantizers.gptq",
     "PackedTensor": "packed",
     "ArrowQuantError": "errors",
     "ConfigurationError": "errors",
@@ -33,6 +35,7 @@ __all__ = [
     "ConfigurationError",
     "Decision",
     "DiffusionQuantConfig",
+    "GPTQCalibrator",
     "PackedTensor",
     "QuantizationError",
     "ValidationError",

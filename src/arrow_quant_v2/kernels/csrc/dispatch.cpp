@@ -139,7 +139,7 @@ AQ_EXPORT void aq_quantize_columns(const float* block, const float* upper, const
                                    const float* zero, int64_t rows, int64_t columns, int bits, uint8_t* codes,
                                    float* errors, int threads) {
   const Columns ask{block, upper, scale, inverse, zero, codes, errors, columns, bits};
-  over_rows(ask, chosen.load()->quantize_columns, rows, columns, threads);
+  over_rows(ask, chosen.load()->quantize_columns, rows, 8 * columns, threads);  // each value costs a loop
 }
 
 AQ_EXPORT void aq_dequantize(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,

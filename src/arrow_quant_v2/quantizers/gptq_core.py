@@ -1,0 +1,275 @@
+"""GPTQ for some rows of one weight, given the factor of H: pure mathematics; knows nothing of files or models.
+
+Letters. W (rows, n) weights and Q their quantized values, columns in the factor's order; H = R R^T the damped second
+moment of the inputs, R upper triangular; U = R^-1, so that H^-1 = U^T U as in the paper (Frantar et al., 2022, arXiv
+2210.17323). What is made small is the output error
+
+    tr((W - Q) H (W - Q)^T) = ||E||^2,   E = (W - Q) R.
+
+Column by column it is made small by rounding w_t + (sum over s < t of (w_s - q_s) R_st) / R_tt, which is the paper's
+update written with R instead of U. For a group g of columns and the columns p before it:
+
+    Z = (W_p - Q_p) R_pg             what the errors so far cost here, (rows, n)
+    B = W_g + Z U_gg                 the updated weights: E_g = (B - Q_g) R_gg
+    the grid is fitted to B with the weights 1 / U_tt^2 = R_tt^2, stored in 8 bits, and the paper's loop over the
+    columns of B with U_gg gives Q_g.
+
+A refit keeps the codes c and moves scale s and zero point z to the minimum of ||(B - s (c - z)) R_gg||^2 (BPDQ's
+whitened least squares), runs the loop again, and keeps for each row whichever has the smaller ||E_g||^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from arrow_quant_v2.kernels import ops, reference
+from arrow_quant_v2.kernels.reference import Fit
+from arrow_quant_v2.quantizers.gptq_factor import blocks
+from arrow_quant_v2.quantizers.one_core import each_on_one_core, product, tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from arrow_quant_v2.quantizers.gptq_factor import Factor, Group
+
+SPAN = 512  # columns whose errors are kept back and fed into all later columns at once
+MARGIN = 1.25  # updated weights may want larger steps than the weights that a row's scale is chosen by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What the grid may be, and how many refits each group gets. A stretch is 1 / clipping ratio."""
+
+    bits: int
+    symmetric: bool
+    stretches: Sequence[float]
+    refits: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibrated:
+    """Codes (rows, columns) uint8, their values float32, and parameters as PackedTensor has them; original order."""
+
+    codes: Tensor
+    values: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    row_scales: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grid:
+    """The stored parameters of one group, (rows, 1) each, and what they mean; no zero points when symmetric."""
+
+    scales: Tensor
+    zero_points: Tensor
+    scale: Tensor
+    inverse: Tensor
+    zero: Tensor
+
+    def values(self, codes: Tensor) -> Tensor:
+        """(rows, n) codes -> (code - zero) * scale, as dequantize has it."""
+        return (codes.to(torch.float32) - self.zero) * self.scale
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """A grid, the codes on it, and what they cost: ||E||^2 of each row, (rows, 1)."""
+
+    grid: Grid
+    codes: Tensor
+    cost: Tensor
+
+
+def calibrated_rows(weight: Tensor, factor: Factor, ask: Ask) -> Calibrated:
+    """Quantize rows (rows, columns) float32; each row by itself but for the rounding of matrix products."""
+    weight = weight.masked_fill(factor.dead, 0.0)
+    row_scales = row_scales_for(weight, factor, ask)
+    work = Work(weight.index_select(1, factor.order), factor)
+    for span in spans(factor.groups):
+        for group in span:
+            work.settle(group, _best(work.updated(group, span[0].start), group, factor, row_scales, ask))
+        work.feed(span[0].start, span[-1].stop)
+    return work.result(row_scales, symmetric=ask.symmetric)
+
+
+def row_scales_for(weight: Tensor, factor: Factor, ask: Ask) -> Tensor:
+    """(rows,) bfloat16: the largest step that a row's groups want before any update, and a margin."""
+    importance = torch.empty_like(factor.importance)
+    importance[factor.order] = _relative(factor.importance)
+    step = _fitted(weight, factor.group_size, importance, ask).step
+    return reference.up_to_bfloat16((step.amax(dim=1) * MARGIN).clamp(min=reference.SMALLEST_ROW_SCALE))
+
+
+def _fitted(weight: Tensor, group_size: int, importance: Tensor, ask: Ask) -> Fit:
+    """The grid of every group by clip search, its squares weighted by importance (columns,)."""
+    step, full, mean_q, mean_w = ops.fit_grid(weight, ask.bits, group_size, ask.symmetric, ask.stretches, importance)
+    return Fit(step=step, full=full, mean_q=mean_q, mean_w=mean_w)
+
+
+def spans(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that follow each other, together of at least SPAN columns (the last ones may have fewer)."""
+    result: list[list[Group]] = []
+    for group in groups:
+        if not result or result[-1][-1].stop - result[-1][0].start >= SPAN:
+            result.append([])
+        result[-1].append(group)
+    return result
+
+
+class Work:
+    """The rows on their way, columns in the order of work.
+
+    left  (rows, columns)  W where a column is still to be settled, W - Q where it is
+    cost  (rows, columns)  Z of all spans that are done
+    """
+
+    def __init__(self, weight: Tensor, factor: Factor) -> None:
+        self.factor, self.left = factor, weight
+        self.values, self.codes = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.uint8)
+        self.cost = torch.zeros_like(weight)
+        shape = weight.shape[0], len(factor.groups)
+        self.scales = torch.empty(shape, dtype=torch.uint8)
+        self.zero_points = torch.empty(shape, dtype=torch.uint8)
+
+    def updated(self, group: Group, since: int) -> Tensor:
+        """B = W_g + Z U_gg; the span began at column `since`."""
+        here, done = slice(group.start, group.stop), slice(since, group.start)
+        block = self.left.new_empty((len(self.left), group.stop - group.start))
+
+        def fill(rows: slice) -> None:
+            cost = torch.addmm(self.cost[rows, here], self.left[rows, done], self.factor.root[done, here])
+            torch.add(self.left[rows, here], self._divided(cost, here), out=block[rows])
+
+        each_on_one_core(fill, tiles(len(block)))
+        return block
+
+    def settle(self, group: Group, choice: Choice) -> None:
+        """Keep what was chosen for a group."""
+        here = slice(group.start, group.stop)
+        values = choice.grid.values(choice.codes)
+        self.codes[:, here], self.values[:, here] = choice.codes, values
+        self.left[:, here] -= values
+        self.scales[:, group.index] = choice.grid.scales[:, 0]
+        if choice.grid.zero_points.numel():
+            self.zero_points[:, group.index] = choice.grid.zero_points[:, 0]
+
+    def feed(self, start: int, stop: int) -> None:
+        """Z of all later columns += (W - Q) R of the columns [start, stop)."""
+        root = self.factor.root[start:stop, stop:]
+
+        def add(rows: slice) -> None:
+            self.cost[rows, stop:].addmm_(self.left[rows, start:stop], root)
+
+        each_on_one_core(add, tiles(len(self.left)))
+
+    def result(self, row_scales: Tensor, *, symmetric: bool) -> Calibrated:
+        """Everything in the original order of the columns."""
+        back = self.factor.order.argsort()
+        return Calibrated(
+            codes=self.codes.index_select(1, back),
+            values=self.values.index_select(1, back),
+            scales=self.scales,
+            zero_points=self.zero_points[:, :0] if symmetric else self.zero_points,
+            row_scales=row_scales,
+        )
+
+    def _divided(self, cost: Tensor, here: slice) -> Tensor:
+        """Z U_gg; a group that is one block has its U."""
+        upper = self.factor.upper[here.start]
+        if len(upper) == cost.shape[1]:
+            return cost @ upper
+        result: Tensor = torch.linalg.solve_triangular(self.factor.root[here, here], cost, upper=True, left=False)
+        return result
+
+
+def _relative(importance: Tensor) -> Tensor:
+    """A grid depends on the ratios alone: at most 1, so that sums of it stay finite."""
+    return importance / importance.amax().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _best(block: Tensor, group: Group, factor: Factor, row_scales: Tensor, ask: Ask) -> Choice:
+    """The codes of B, and the grid that they lie on."""
+    here = slice(group.start, group.stop)
+    fit = _fitted(block, block.shape[1], _relative(factor.importance[here]), ask)
+    best = _chosen(block, group, factor, stored_grid(fit, row_scales, ask), ask.bits)
+    if not ask.refits:
+        return best
+    root = factor.root[here, here].triu()
+    target = product(block, root)
+    for _ in range(ask.refits):
+        fit = refit(best.codes, target, root, ask)
+        best = _better(best, _chosen(block, group, factor, stored_grid(fit, row_scales, ask), ask.bits))
+    return best
+
+
+def stored_grid(fit: Fit, row_scales: Tensor, ask: Ask) -> Grid:
+    """What the format makes of a fit of one group: 8 bits each, under the row's scale."""
+    scales = reference.scale_codes(fit.step, row_scales, cover_all=False)
+    scale = reference.scale_of(scales, row_scales)
+    inverse = torch.where(scales > 0, 1.0 / torch.where(scales > 0, scale, 1.0), 0.0)
+    zeros = scales[:, :0] if ask.symmetric else reference.zero_codes(fit, inverse, ask.bits, whole=False)
+    zero = reference.zero_of(zeros, scales, ask.bits)
+    return Grid(scales=scales, zero_points=zeros, scale=scale, inverse=inverse, zero=zero)
+
+
+def _chosen(block: Tensor, group: Group, factor: Factor, grid: Grid, bits: int) -> Choice:
+    """The column loop, in blocks: B of a later block takes the errors of the earlier ones as a group does."""
+    codes, cost = torch.empty_like(block, dtype=torch.uint8), torch.zeros_like(grid.scale)
+    parameters = [part[:, 0] for part in (grid.scale, grid.inverse, grid.zero)]
+    for b in blocks(group.start, group.stop):
+        done, here = slice(0, b.start - group.start), slice(b.start - group.start, b.stop - group.start)
+        updated = block[:, here]
+        if done.stop:
+            errors = block[:, done] - grid.values(codes[:, done])
+            coming = product(errors, factor.root[group.start : b.start, b])
+            updated = updated + product(coming, factor.upper[b.start])
+        codes[:, here], e = ops.quantize_columns(updated, factor.upper[b.start], *parameters, bits)
+        cost += e.square().sum(dim=1, keepdim=True)
+    return Choice(grid=grid, codes=codes, cost=cost)
+
+
+def refit(codes: Tensor, target: Tensor, root: Tensor, ask: Ask) -> Fit:
+    """Scale and zero point with the least ||target - s (c - z) R||^2, target = B R, for codes c that stay.
+
+    z is rounded as it is stored, and s is the best for that z.
+    """
+    c, one = product(codes.to(torch.float32), root), root.sum(dim=0)
+    if ask.symmetric:
+        zero = torch.full((len(codes), 1), float(2 ** (ask.bits - 1)))
+    else:
+        unit, most = 255 // (2**ask.bits - 1), float(2**ask.bits - 1)
+        zero = (_free_zero(c, one, target).nan_to_num(nan=0.0).clamp(0.0, most) * unit).round() / unit
+    centred = c - zero * one
+    step = (centred * target).sum(dim=1, keepdim=True) / centred.square().sum(dim=1, keepdim=True)
+    return Fit(step=step, full=step, mean_q=zero, mean_w=torch.zeros_like(zero))
+
+
+def _free_zero(c: Tensor, one: Tensor, y: Tensor) -> Tensor:
+    """(rows, 1): z of the least squares of y on s c - s z 1, all of them seen through R."""
+    slope = _projected(c, one)
+    flat, level = c - slope * one, _projected(y, one)
+    step = (flat * y).sum(dim=1, keepdim=True) / flat.square().sum(dim=1, keepdim=True)
+    return slope - level / step
+
+
+def _projected(values: Tensor, one: Tensor) -> Tensor:
+    """(rows, 1): how much of `one` each row holds."""
+    return (values * one).sum(dim=1, keepdim=True) / one.square().sum()
+
+
+def _better(one: Choice, other: Choice) -> Choice:
+    """For each row the choice that costs less."""
+    wins = other.cost < one.cost
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(wins, b, a) if a.numel() else a
+
+    names = ("scales", "zero_points", "scale", "inverse", "zero")
+    grid = Grid(**{name: pick(getattr(one.grid, name), getattr(other.grid, name)) for name in names})
+    return Choice(grid=grid, codes=pick(one.codes, other.codes), cost=pick(one.cost, other.cost))

@@ -17,7 +17,7 @@ from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq_core import Ask, Calibrated, calibrated_rows
 from arrow_quant_v2.quantizers.gptq_factor import DAMPING, Factor, factorize
 from arrow_quant_v2.quantizers.one_core import each_on_one_core, tiles
-from arrow_quant_v2.quantizers.result import QuantizedRows, not_finite
+from arrow_quant_v2.quantizers.result import QuantizedRows, joined, not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.packed import Bits
 
 REFITS = 2
+ROWS = 1024  # rows that one core works on: fewer keep more cores busy, and pay more for Python
 FEW = 0.1  # the damping that suits as many tokens as columns
 MOST_REFITS = 100
 
@@ -62,7 +63,8 @@ def gptq(
         )
     cpu.activate()
     ask = Ask(bits=spec.bits, symmetric=spec.symmetric, stretches=STRETCHES[spec.bits], refits=refits)
-    return _quantized(weight.to(torch.float32), factor, ask)
+    pieces = tiles(weight.shape[0], ROWS)
+    return joined(each_on_one_core(lambda rows: _quantized(weight[rows].to(torch.float32), factor, ask), pieces))
 
 
 def _group_size(spec: LayerSpec, columns: int) -> int:
@@ -82,12 +84,8 @@ def _quantized(weight: Tensor, factor: Factor, ask: Ask) -> QuantizedRows:
 
 def _sums(weight: Tensor, found: Calibrated) -> Tensor:
     """(rows, 3) float64 of w^2, q^2 and (w - q)^2."""
-
-    def squares(rows: slice) -> Tensor:
-        w, q = weight[rows].to(torch.float64), found.values[rows].to(torch.float64)
-        return torch.stack([part.square().sum(dim=1) for part in (w, q, w - q)], dim=1)
-
-    return torch.cat(each_on_one_core(squares, tiles(len(weight))))
+    w, q = weight.to(torch.float64), found.values.to(torch.float64)
+    return torch.stack([part.square().sum(dim=1) for part in (w, q, w - q)], dim=1)
 
 
 class GPTQCalibrator:

@@ -28,7 +28,6 @@ import torch
 from arrow_quant_v2.kernels import ops, reference
 from arrow_quant_v2.kernels.reference import Fit
 from arrow_quant_v2.quantizers.gptq_factor import blocks
-from arrow_quant_v2.quantizers.one_core import each_on_one_core, product, tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,14 +139,8 @@ class Work:
     def updated(self, group: Group, since: int) -> Tensor:
         """B = W_g + Z U_gg; the span began at column `since`."""
         here, done = slice(group.start, group.stop), slice(since, group.start)
-        block = self.left.new_empty((len(self.left), group.stop - group.start))
-
-        def fill(rows: slice) -> None:
-            cost = torch.addmm(self.cost[rows, here], self.left[rows, done], self.factor.root[done, here])
-            torch.add(self.left[rows, here], self._divided(cost, here), out=block[rows])
-
-        each_on_one_core(fill, tiles(len(block)))
-        return block
+        cost = torch.addmm(self.cost[:, here], self.left[:, done], self.factor.root[done, here])
+        return self.left[:, here] + self._divided(cost, here)
 
     def settle(self, group: Group, choice: Choice) -> None:
         """Keep what was chosen for a group."""
@@ -161,12 +154,7 @@ class Work:
 
     def feed(self, start: int, stop: int) -> None:
         """Z of all later columns += (W - Q) R of the columns [start, stop)."""
-        root = self.factor.root[start:stop, stop:]
-
-        def add(rows: slice) -> None:
-            self.cost[rows, stop:].addmm_(self.left[rows, start:stop], root)
-
-        each_on_one_core(add, tiles(len(self.left)))
+        self.cost[:, stop:].addmm_(self.left[:, start:stop], self.factor.root[start:stop, stop:])
 
     def result(self, row_scales: Tensor, *, symmetric: bool) -> Calibrated:
         """Everything in the original order of the columns."""
@@ -200,10 +188,9 @@ def _best(block: Tensor, group: Group, factor: Factor, row_scales: Tensor, ask: 
     best = _chosen(block, group, factor, stored_grid(fit, row_scales, ask), ask.bits)
     if not ask.refits:
         return best
-    root = factor.root[here, here].triu()
-    target = product(block, root)
+    seen = Seen(block, factor.root[here, here].triu())
     for _ in range(ask.refits):
-        fit = refit(best.codes, target, root, ask)
+        fit = refit(best.codes, seen, ask)
         best = _better(best, _chosen(block, group, factor, stored_grid(fit, row_scales, ask), ask.bits))
     return best
 
@@ -227,40 +214,45 @@ def _chosen(block: Tensor, group: Group, factor: Factor, grid: Grid, bits: int) 
         updated = block[:, here]
         if done.stop:
             errors = block[:, done] - grid.values(codes[:, done])
-            coming = product(errors, factor.root[group.start : b.start, b])
-            updated = updated + product(coming, factor.upper[b.start])
+            updated = updated + errors @ factor.root[group.start : b.start, b] @ factor.upper[b.start]
         codes[:, here], e = ops.quantize_columns(updated, factor.upper[b.start], *parameters, bits)
         cost += e.square().sum(dim=1, keepdim=True)
     return Choice(grid=grid, codes=codes, cost=cost)
 
 
-def refit(codes: Tensor, target: Tensor, root: Tensor, ask: Ask) -> Fit:
-    """Scale and zero point with the least ||target - s (c - z) R||^2, target = B R, for codes c that stay.
+class Seen:
+    """What a refit fits: y = B R, seen through R, where the codes are c R and a zero point is 1 R; sums are float64."""
 
-    z is rounded as it is stored, and s is the best for that z.
+    def __init__(self, block: Tensor, root: Tensor) -> None:
+        self.root, self.y = root, block @ root
+        self.one = root.sum(dim=0)
+        self.one_one = self.one.to(torch.float64).square().sum()
+        self.one_y = _inner(self.y, self.one)
+
+
+def refit(codes: Tensor, seen: Seen, ask: Ask) -> Fit:
+    """Scale s and zero point z with the least ||y - s (c - z 1) R||^2 for codes c that stay.
+
+    With <a, b> of what is seen, the free z is <c, 1>/<1, 1> - <y, 1>/(<1, 1> s'), s' the slope of y on c after both
+    lost their share of 1. z is rounded as it is stored, and s = <c - z 1, y> / <c - z 1, c - z 1> is the best for it.
     """
-    c, one = product(codes.to(torch.float32), root), root.sum(dim=0)
+    c = codes.to(torch.float32) @ seen.root
+    cc, cy, c1 = _inner(c, c), _inner(c, seen.y), _inner(c, seen.one)
+    y1, one = seen.one_y, seen.one_one
     if ask.symmetric:
-        zero = torch.full((len(codes), 1), float(2 ** (ask.bits - 1)))
+        zero = torch.full_like(cc, float(2 ** (ask.bits - 1)))
     else:
         unit, most = 255 // (2**ask.bits - 1), float(2**ask.bits - 1)
-        zero = (_free_zero(c, one, target).nan_to_num(nan=0.0).clamp(0.0, most) * unit).round() / unit
-    centred = c - zero * one
-    step = (centred * target).sum(dim=1, keepdim=True) / centred.square().sum(dim=1, keepdim=True)
-    return Fit(step=step, full=step, mean_q=zero, mean_w=torch.zeros_like(zero))
+        slope = (cy - c1 * y1 / one) / (cc - c1 * c1 / one)
+        free = (c1 - y1 / slope) / one
+        zero = (free.nan_to_num(nan=0.0).clamp(0.0, most) * unit).round() / unit
+    step = ((cy - zero * y1) / (cc - 2.0 * zero * c1 + zero * zero * one)).to(torch.float32)
+    return Fit(step=step, full=step, mean_q=zero.to(torch.float32), mean_w=torch.zeros_like(step))
 
 
-def _free_zero(c: Tensor, one: Tensor, y: Tensor) -> Tensor:
-    """(rows, 1): z of the least squares of y on s c - s z 1, all of them seen through R."""
-    slope = _projected(c, one)
-    flat, level = c - slope * one, _projected(y, one)
-    step = (flat * y).sum(dim=1, keepdim=True) / flat.square().sum(dim=1, keepdim=True)
-    return slope - level / step
-
-
-def _projected(values: Tensor, one: Tensor) -> Tensor:
-    """(rows, 1): how much of `one` each row holds."""
-    return (values * one).sum(dim=1, keepdim=True) / one.square().sum()
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """(rows, 1) float64: <a, b> of each row."""
+    return (a * b).sum(dim=1, keepdim=True).to(torch.float64)
 
 
 def _better(one: Choice, other: Choice) -> Choice:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +59,7 @@ class Factor:
     damping: float
     group_size: int
 
-    @property
+    @cached_property
     def importance(self) -> Tensor:
         """1 / U_tt^2 = R_tt^2, (columns,) float32 in the order of work; 0 for dead columns.
 

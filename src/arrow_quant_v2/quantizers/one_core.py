@@ -16,24 +16,15 @@ from arrow_quant_v2.kernels.cpu import threads_per_call
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-TILE = 512  # rows or columns of a piece; part of the result, so it never follows the machine
+TILE = 512  # columns of H in a piece; sizes of pieces are part of the result, so they never follow the machine
 
 
 def tiles(count: int, size: int = TILE) -> list[slice]:
     """[0, count) in slices of `size`; the last one may be shorter."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A @ B, rows of A in tiles."""
-    result = a.new_empty((a.shape[0], b.shape[1]))
-    each_on_one_core(lambda rows: torch.mm(a[rows], b, out=result[rows]), tiles(a.shape[0]))
-    return result
 
 
 def each_on_one_core(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

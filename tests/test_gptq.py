@@ -191,7 +191,9 @@ def test_it_is_the_loop_of_the_paper(seen: Tensor, group_size: int | None, monke
         zero=zero,
     )
     monkeypatch.setattr(gptq_core, "stored_grid", lambda *_: grid)
-    ours = calibrated_rows(weight, factor, Ask(bits=4, symmetric=False, stretches=(1.0,), refits=0)).values
+    ours = calibrated_rows(weight, factor, Ask(bits=4, symmetric=False, stretches=(1.0,), refits=0)).values[
+        :, factor.order.argsort()
+    ]
     upper = torch.linalg.cholesky(torch.linalg.inv(damped(hessian, factor)), upper=True)
     paper = paper_loop(weight[:, factor.order], upper, scale[:, 0].double(), zero[:, 0].double(), 15)
     back = factor.order.argsort()
@@ -238,7 +240,7 @@ def test_what_is_stored_means_what_was_chosen(rows: int, group_size: int | None,
     packed = calibrator.calibrate(weight)
     ask = Ask(bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
     chosen = calibrated_rows(weight, calibrator.factor, ask).values
-    assert torch.equal(dequantize_tensor(packed), chosen)
+    assert torch.equal(dequantize_tensor(packed)[:, calibrator.factor.order], chosen)
     assert output_error(weight, dequantize_tensor(packed), calibrator.hessian) < {2: 0.2, 4: 0.02, 8: 1e-3}[bits]
     scale, zero = calibrator.quantization_parameters(weight)
     groups = packed.layout.groups
@@ -255,7 +257,7 @@ def test_the_sums_are_the_error_of_the_weights(seen: Tensor) -> None:
     w = weight.float()
     q = dequantize_tensor(replace(calibrator.calibrate(weight), dtype="float32"))
     exact = torch.stack([part.double().square().sum(dim=1) for part in (w, q, w.double() - q)], dim=1)
-    assert torch.equal(torch.from_numpy(rows.sums), exact)
+    assert torch.allclose(torch.from_numpy(rows.sums), exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

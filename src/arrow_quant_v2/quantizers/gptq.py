@@ -14,7 +14,7 @@ from arrow_quant_v2.kernels import cpu, ops, reference
 from arrow_quant_v2.packed import ITEM_BITS, Layout, PackedTensor
 from arrow_quant_v2.plan import quant_axis
 from arrow_quant_v2.quantizers.affine import STRETCHES
-from arrow_quant_v2.quantizers.gptq_core import Ask, Calibrated, calibrated_rows
+from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
 from arrow_quant_v2.quantizers.gptq_factor import DAMPING, Factor, factorize
 from arrow_quant_v2.quantizers.one_core import each_on_one_core, tiles
 from arrow_quant_v2.quantizers.result import QuantizedRows, joined, not_finite
@@ -78,14 +78,8 @@ def _quantized(weight: Tensor, factor: Factor, ask: Ask) -> QuantizedRows:
         scales=found.scales.numpy(),
         zero_points=None if ask.symmetric else found.zero_points.numpy(),
         row_scales=found.row_scales.view(torch.uint16).numpy(),
-        sums=_sums(weight, found).numpy(),
+        sums=found.sums.numpy(),
     )
-
-
-def _sums(weight: Tensor, found: Calibrated) -> Tensor:
-    """(rows, 3) float64 of w^2, q^2 and (w - q)^2."""
-    w, q = weight.to(torch.float64), found.values.to(torch.float64)
-    return torch.stack([part.square().sum(dim=1) for part in (w, q, w - q)], dim=1)
 
 
 class GPTQCalibrator:

@@ -52,10 +52,14 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibrated:
-    """Codes (rows, columns) uint8, their values float32, and parameters as PackedTensor has them; original order."""
+    """Codes (rows, columns) uint8 in the original order of the columns, and parameters as PackedTensor has them.
+
+    values (rows, columns) float32 is Q in the order of work, and sums (rows, 3) float64 are w^2, q^2 and (w - q)^2.
+    """
 
     codes: Tensor
     values: Tensor
+    sums: Tensor
     scales: Tensor
     zero_points: Tensor
     row_scales: Tensor
@@ -87,14 +91,14 @@ class Choice:
 
 def calibrated_rows(weight: Tensor, factor: Factor, ask: Ask) -> Calibrated:
     """Quantize rows (rows, columns) float32; each row by itself but for the rounding of matrix products."""
-    weight = weight.masked_fill(factor.dead, 0.0)
-    row_scales = row_scales_for(weight, factor, ask)
-    work = Work(weight.index_select(1, factor.order), factor)
+    alive = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
+    row_scales = row_scales_for(alive, factor, ask)
+    work = Work(alive.index_select(1, factor.order), factor)
     for span in spans(factor.groups):
         for group in span:
             work.settle(group, _best(work.updated(group, span[0].start), group, factor, row_scales, ask))
         work.feed(span[0].start, span[-1].stop)
-    return work.result(row_scales, symmetric=ask.symmetric)
+    return work.result(weight, row_scales, symmetric=ask.symmetric)
 
 
 def row_scales_for(weight: Tensor, factor: Factor, ask: Ask) -> Tensor:
@@ -156,12 +160,16 @@ class Work:
         """Z of all later columns += (W - Q) R of the columns [start, stop)."""
         self.cost[:, stop:].addmm_(self.left[:, start:stop], self.factor.root[start:stop, stop:])
 
-    def result(self, row_scales: Tensor, *, symmetric: bool) -> Calibrated:
-        """Everything in the original order of the columns."""
-        back = self.factor.order.argsort()
+    def result(self, weight: Tensor, row_scales: Tensor, *, symmetric: bool) -> Calibrated:
+        """What became of the weight, whose dead columns were 0 so far."""
+        positions = self.factor.dead[self.factor.order].nonzero()[:, 0]
+        self.left[:, positions] += weight[:, self.factor.order[positions]]
+        unit = row_scales.to(torch.float32)[:, None]  # in which float32 holds the squares
+        norms = [torch.linalg.vector_norm(part / unit, dim=1) for part in (weight, self.values, self.left)]
         return Calibrated(
-            codes=self.codes.index_select(1, back),
-            values=self.values.index_select(1, back),
+            codes=self.codes.index_select(1, self.factor.order.argsort()),
+            values=self.values,
+            sums=(torch.stack(norms, dim=1).to(torch.float64) * unit).square(),
             scales=self.scales,
             zero_points=self.zero_points[:, :0] if symmetric else self.zero_points,
             row_scales=row_scales,

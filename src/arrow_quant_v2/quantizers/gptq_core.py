@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.quantizers.gptq_factor import Factor, Group
 
-SPAN = 512  # columns whose errors are kept back and fed into all later columns at once
+SPAN = 1024  # columns whose errors are kept back and fed into all later columns at once
 MARGIN = 1.25  # updated weights may want larger steps than the weights that a row's scale is chosen by
 
 

@@ -119,7 +119,7 @@ def _check(hessian: Tensor) -> None:
         raise QuantizationError(f"H is {list(hessian.shape)}; it needs as many rows as the layer has input columns")
     if hessian.dtype not in {torch.float32, torch.float64}:
         raise QuantizationError(f"H is {hessian.dtype}; allowed: float32, float64")
-    if not math.isfinite(float(hessian.sum(dtype=torch.float64))):
+    if not all(math.isfinite(float(extreme)) for extreme in hessian.aminmax()):
         raise QuantizationError("H holds NaN or infinity; look for the inputs that do, and leave them out")
     least, most = float(hessian.diagonal().min()), float(hessian.diagonal().max())
     if least < 0.0 or most == 0.0:
@@ -146,11 +146,12 @@ def group_aware_order(curvature: Tensor, group_size: int) -> tuple[Tensor, tuple
 
 
 def _ordered(hessian: Tensor, order: Tensor, mean: float) -> Tensor:
-    """H / mean with rows and columns in this order, float32."""
-    result = torch.empty(hessian.shape, dtype=torch.float32)
+    """H / mean with rows and columns in this order, float32; its upper triangle and whole tiles on the diagonal."""
+    result = torch.zeros(hessian.shape, dtype=torch.float32)
 
     def fill(rows: slice) -> None:
-        result[rows] = hessian.index_select(0, order[rows]).index_select(1, order) / mean
+        right = order[rows.start :]
+        torch.div(hessian[order[rows]].index_select(1, right), mean, out=result[rows, rows.start :])
 
     each_on_one_core(fill, tiles(len(order)))
     return result

@@ -107,7 +107,7 @@ class GPTQCalibrator:
         """Choose the grid, the least damping (a part of the mean of diag H) and the refits tried for each group.
 
         Damping None follows how much was seen: 0.1 columns / tokens, but 0.01 to 1. With few tokens H fits what was
-        seen, not what will be: at as many tokens as columns 0.01 costs a fifth more error than 0.1.
+        seen, not what will be: at as many tokens as columns 0.01 costs a sixth more error than 0.1.
 
         Raises:
             ConfigurationError: a value is not allowed.

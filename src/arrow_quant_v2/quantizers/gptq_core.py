@@ -216,14 +216,15 @@ def stored_grid(fit: Fit, row_scales: Tensor, ask: Ask) -> Grid:
 def _chosen(block: Tensor, group: Group, factor: Factor, grid: Grid, bits: int) -> Choice:
     """The column loop, in blocks: B of a later block takes the errors of the earlier ones as a group does."""
     codes, cost = torch.empty_like(block, dtype=torch.uint8), torch.zeros_like(grid.scale)
-    parameters = [part[:, 0] for part in (grid.scale, grid.inverse, grid.zero)]
+    scale, inverse, zero = (part[:, 0] for part in (grid.scale, grid.inverse, grid.zero))
     for b in blocks(group.start, group.stop):
         done, here = slice(0, b.start - group.start), slice(b.start - group.start, b.stop - group.start)
         updated = block[:, here]
         if done.stop:
             errors = block[:, done] - grid.values(codes[:, done])
             updated = updated + errors @ factor.root[group.start : b.start, b] @ factor.upper[b.start]
-        codes[:, here], e = ops.quantize_columns(updated, factor.upper[b.start], *parameters, bits)
+        upper = factor.upper[b.start]
+        codes[:, here], e = ops.quantize_columns(updated, upper, scale, inverse, zero, bits)
         cost += e.square().sum(dim=1, keepdim=True)
     return Choice(grid=grid, codes=codes, cost=cost)
 

@@ -140,7 +140,7 @@ def cover(groups: Tensor, bits: int, symmetric: bool) -> Fit:
     if symmetric:
         step = torch.maximum(high, -low) / float(2 ** (bits - 1) - 1)
     else:
-        step = high / float(2**bits - 1) - low / float(2**bits - 1)
+        step = high * (1.0 / (2**bits - 1)) - low * (1.0 / (2**bits - 1))
     full = torch.where(high > low, step.clamp(min=SMALLEST_STEP), 0.0)
     if symmetric:
         middle = torch.full_like(full, float(2 ** (bits - 1)))

@@ -10,6 +10,10 @@
 
 #include "kernels.hpp"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -90,6 +94,18 @@ void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int
   for (std::thread& other : others) other.join();
 }
 
+// A fresh result costs a page fault every 4 KiB, which can take longer than filling it; large pages make that one every
+// 2 MiB. Only a hint, and only for what lies wholly in the result.
+void expect_to_fill(void* result, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 1 << 21;
+  const uintptr_t first = ((uintptr_t)result + PAGE - 1) / PAGE * PAGE, last = ((uintptr_t)result + bytes) / PAGE * PAGE;
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+  (void)result, (void)bytes;
+#endif
+}
+
 int64_t groups_of(int64_t columns, int64_t group) { return (columns + group - 1) / group; }
 int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 8; }
 
@@ -115,6 +131,7 @@ AQ_EXPORT void aq_quantize(const void* weight, int dtype, int64_t rows, int64_t 
   const int64_t groups = groups_of(columns, group), row_bytes = row_bytes_of(columns, bits);
   const Quantize ask{weight,    (Dtype)dtype,  columns,    group, groups, row_bytes,   bits,       !zero_points,
                      stretches, stretch_count, importance, codes, scales, zero_points, row_scales, sums};
+  expect_to_fill(codes, rows * row_bytes);
   over_rows(ask, chosen.load()->quantize, rows, columns, threads);
 }
 
@@ -147,15 +164,18 @@ AQ_EXPORT void aq_dequantize(const uint8_t* codes, const uint8_t* scales, const 
                              int bits, int64_t group, int threads) {
   const Dequantize ask{codes,   scales, zero_points,                row_scales,                  weight, (Dtype)dtype,
                        columns, group,  groups_of(columns, group), row_bytes_of(columns, bits), bits};
+  expect_to_fill(weight, rows * columns * (dtype == FLOAT32 ? 4 : 2));
   over_rows(ask, chosen.load()->dequantize, rows, columns, threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {
   const Repack ask{codes, packed, columns, row_bytes_of(columns, bits), bits};
+  expect_to_fill(packed, rows * ask.row_bytes);
   over_rows(ask, chosen.load()->pack, rows, columns, threads);
 }
 
 AQ_EXPORT void aq_unpack(const uint8_t* packed, uint8_t* codes, int64_t rows, int64_t columns, int bits, int threads) {
   const Repack ask{packed, codes, columns, row_bytes_of(columns, bits), bits};
+  expect_to_fill(codes, rows * columns);
   over_rows(ask, chosen.load()->unpack, rows, columns, threads);
 }

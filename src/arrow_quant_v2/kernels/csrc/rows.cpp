@@ -135,11 +135,11 @@ struct Row {
 // Loops over groups take plain pointers that do not overlap, so that the compiler makes vectors of them.
 static void steps_of(const float* __restrict low, const float* __restrict high, const Grid& grid, int64_t groups,
                      float* __restrict full, float* __restrict mean_w) {
-  const float max_code = grid.max_code, side = grid.middle - 1.0f;
+  const float one_code = 1.0f / grid.max_code, side = grid.middle - 1.0f;
   const bool symmetric = grid.symmetric;
   for (int64_t g = 0; g < groups; g++) {
     const float largest = high[g] > -low[g] ? high[g] : -low[g];
-    const float wide = high[g] / max_code - low[g] / max_code;
+    const float wide = high[g] * one_code - low[g] * one_code;
     float step = symmetric ? largest / side : wide;
     step = step < SMALLEST_STEP ? SMALLEST_STEP : step;
     const float offset = low[g] / step;
@@ -308,7 +308,7 @@ static void settle_zeros(const Row& row, const Grid& grid, bool nearest, int64_t
     z = (z + rounder) - rounder;
     const float code = (z * unit + ROUNDER) - ROUNDER;
     stored[g] = (uint8_t)(int32_t)code;
-    zero[g] = code / unit;
+    zero[g] = nearest ? z : code / unit;  // a whole one is exact
   }
 }
 

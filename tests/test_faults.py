@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from small_models import content_of, save_model
 
-from arrow_quant_v2 import ArrowQuantError, ArrowQuantV2
+from arrow_quant_v2 import ArrowQuantError, ArrowQuantV2, DiffusionQuantConfig
 from arrow_quant_v2.errors import SourceError, StoreError
 
 if TYPE_CHECKING:
@@ -207,3 +207,11 @@ def test_an_output_below_a_file_is_one_error(model: Path, tmp_path: Path) -> Non
 
 def test_a_name_that_no_disk_takes_is_one_error(model: Path, tmp_path: Path) -> None:
     refused(StoreError, lambda: api.quantize_diffusion_model(model, tmp_path / ("x" * 300)))
+
+
+def test_a_config_of_a_million_brackets_is_one_clear_error(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    (model / "config.json").write_text("[" * 1_000_000)
+    with pytest.raises(SourceError, match=r"config\.json: not valid JSON"):
+        ArrowQuantV2().quantize_diffusion_model(model, tmp_path / "out", DiffusionQuantConfig(modality="text"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -16,8 +16,8 @@ from arrow_quant_v2.export import export_model
 from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
 from arrow_quant_v2.orchestrator import Job, quantize_model
 from arrow_quant_v2.plan import plan_model
-from arrow_quant_v2.publish import read_object
 from arrow_quant_v2.results import diagnosis_result, inspection_result, quantization_result, validation_result
+from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.sources.modality import detect_modality
 from arrow_quant_v2.sources.module import ModuleSource
@@ -257,13 +257,13 @@ def _modality(model: Model | None, config: DiffusionQuantConfig) -> Modality:
 def _component_of(folder: Path) -> str | None:
     """The pipeline component that a quantized folder holds, by its metadata.json; None where there is none."""
     path = folder / METADATA
-    found = read_object(path).get("component") if path.is_file() else None
+    found = read_json(path).get("component") if path.is_file() else None
     return found if isinstance(found, str) and found else None
 
 
 def _bar(quantized: Path) -> float:
     path = quantized / METADATA
-    settings = read_object(path).get("configuration") if path.is_file() else None
+    settings = read_json(path).get("configuration") if path.is_file() else None
     bar = settings.get("min_accuracy") if isinstance(settings, dict) else None
     return float(bar) if isinstance(bar, int | float) else DEFAULT_BAR
 

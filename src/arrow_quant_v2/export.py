@@ -17,12 +17,13 @@ import torch
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.packed import ITEM_BITS
 from arrow_quant_v2.progress import Progress
-from arrow_quant_v2.publish import CONFIG, copy_file, read_object, write_json
+from arrow_quant_v2.publish import CONFIG, copy_file, write_json
+from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.safetensors import DTYPES
+from arrow_quant_v2.store.writer import fsync
 from arrow_quant_v2.workfolder import (
     METADATA,
     explained,
-    fsync,
     is_output,
     make_durable_tree,
     partial_of,
@@ -105,7 +106,7 @@ def _write_all(model: Model, target: Path, report: Callable[[str, float], object
 
 def _stem(config: Path, component: str) -> str:
     """The name that the loading library looks for; `config` loses what it said of the quantization."""
-    content = read_object(config) if config.exists() else {}
+    content = read_json(config) if config.exists() else {}
     if content.pop("quantization_config", None) is not None:
         write_json(config, content)
     return "diffusion_pytorch_model" if _is_diffusers(content, component) else "model"

@@ -13,7 +13,8 @@ from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, Quant
 from arrow_quant_v2.layers import checksum_only, records, slices, source_checksum, work
 from arrow_quant_v2.plan import plan_model
 from arrow_quant_v2.progress import Progress
-from arrow_quant_v2.publish import CONFIG, Description, assemble, read_object, source_hash
+from arrow_quant_v2.publish import CONFIG, Description, assemble, source_hash
+from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
 from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
@@ -100,7 +101,7 @@ def _refuse_unusable(job: Job) -> None:
         _refuse_unreadable(path)
     config = job.model.folder / CONFIG
     if config.exists():
-        read_object(config)
+        read_json(config)
 
 
 def _refuse_unreadable(path: Path) -> None:

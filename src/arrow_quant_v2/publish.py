@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.decisions import fallbacks_per_method
 from arrow_quant_v2.errors import SourceError
+from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.store.merge import merge_parts
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.schema import CONFIGURATION_KEY, SCHEMA_VERSION, SOURCE_KEY, version_text
@@ -134,7 +135,7 @@ def _announce(config: Path, description: Description) -> None:
     """Say in the component's config.json, where it has one, how its weights are stored."""
     if not config.exists():
         return
-    content = read_object(config)
+    content = read_json(config)
     asked = description.config
     content["quantization_config"] = {
         "quant_method": "arrow_quant",
@@ -146,21 +147,6 @@ def _announce(config: Path, description: Description) -> None:
         "modules_to_not_convert": list(asked.keep),
     }
     write_json(config, content)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        SourceError: it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: is no JSON file: {error}; repair it or download the model again") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path}: holds {type(content).__name__}, not an object; download the model again")
-    return content
 
 
 def write_json(path: Path, content: object) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, StoreError
+from arrow_quant_v2.store.writer import fsync
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -220,15 +221,6 @@ def make_durable_tree(root: Path) -> None:
         for folder, _, files in os.walk(root):
             for path in (*(Path(folder, name) for name in files), Path(folder)):
                 fsync(path)
-
-
-def fsync(path: Path) -> None:
-    """Return once a file's content, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

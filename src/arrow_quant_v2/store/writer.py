@@ -76,9 +76,9 @@ def make_durable(path: str | os.PathLike[str]) -> None:
         StoreError: the disk refuses.
     """
     with _explained(path):
-        _fsync(Path(path))
+        fsync(Path(path))
         if os.name == "posix":  # elsewhere a folder cannot be opened
-            _fsync(Path(path).parent)
+            fsync(Path(path).parent)
 
 
 class _Part:
@@ -136,7 +136,12 @@ def _unless_gone(undo: Callable[[], object]) -> None:
         undo()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return once a file's content, or a folder's names, are on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

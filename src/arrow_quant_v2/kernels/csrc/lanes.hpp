@@ -79,10 +79,6 @@ static inline void store(float* p, Lanes a) {
 constexpr float ROUNDER = 12582912.0f;
 static inline Lanes shift_to_code(Lanes x) { return x + fill(ROUNDER); }
 static inline Lanes code_of(Lanes shifted) { return shifted - fill(ROUNDER); }
-static inline float round_up(float x) {
-  const float near = (x + ROUNDER) - ROUNDER;
-  return near < x ? near + 1.0f : near;
-}
 
 // A running sum: sixteen columns are added in pairs, lane i and lane i + 8, and then to eight lanes.
 constexpr int SUM_WIDTH = WIDTH < 8 ? WIDTH : 8;

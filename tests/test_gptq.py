@@ -16,6 +16,7 @@ from small_models import normal
 
 from arrow_quant_v2 import GPTQCalibrator, PackedTensor
 from arrow_quant_v2.config import LayerSpec
+from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 from arrow_quant_v2.kernels import cpu, ops
 from arrow_quant_v2.one_tensor import dequantize_tensor, quantize_tensor
@@ -24,7 +25,6 @@ from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq import gptq
 from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
 from arrow_quant_v2.quantizers.gptq_factor import Factor, factorize, group_aware_order, to_upper_root
-from arrow_quant_v2.quantizers.one_core import each_on_one_core
 from arrow_quant_v2.quantizers.result import joined
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from arrow_quant_v2.config import LayerSpec
+from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 from arrow_quant_v2.kernels import cpu, ops, reference
 from arrow_quant_v2.packed import ITEM_BITS, Layout, PackedTensor
@@ -16,7 +17,6 @@ from arrow_quant_v2.plan import quant_axis
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
 from arrow_quant_v2.quantizers.gptq_factor import DAMPING, Factor, factorize
-from arrow_quant_v2.quantizers.one_core import each_on_one_core, tiles
 from arrow_quant_v2.quantizers.result import QuantizedRows, joined, not_finite
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels.reference import split_groups
-from arrow_quant_v2.quantizers.one_core import each_on_one_core, tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -499,8 +499,8 @@ def test_a_calibrator_that_saw_nothing_says_so() -> None:
             r"observe: the inputs are torch.int64 \[4, 8\]; \(tokens, columns\) of fl",
         ),
         (torch.ones(4, 0), r"observe: the inputs are torch.float32 \[4, 0\]"),
-        (torch.full((4, 8), torch.nan), "observe: the inputs hold NaN or infinity; leave that batch out"),
-        (torch.full((4, 8), torch.inf), "observe: the inputs hold NaN or infinity"),
+        (torch.full((4, 8), torch.nan), "the inputs hold NaN or infinity; leave that batch out"),
+        (torch.full((4, 8), torch.inf), "the inputs hold NaN or infinity"),
     ],
 )
 def test_wrong_inputs_are_refused_and_not_counted(x: Tensor, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.errors import ConfigurationError
@@ -29,7 +30,7 @@ class TimeGroups:
         Raises:
             ConfigurationError: there are fewer than two, or they do not ascend, or one is not finite.
         """
-        ascending = all(one < other for one, other in zip(self.edges, self.edges[1:], strict=False))
+        ascending = all(one < other for one, other in pairwise(self.edges))
         if len(self.edges) < 2 or not ascending or not all(map(math.isfinite, self.edges)):  # noqa: PLR2004 - a range
             raise ConfigurationError(f"the edges of time groups are {self.edges}; two or more ascending numbers needed")
 
@@ -50,7 +51,7 @@ class TimeGroups:
 
     def ranges(self) -> tuple[tuple[float, float], ...]:
         """(start, end) of every group."""
-        return tuple(zip(self.edges, self.edges[1:], strict=False))
+        return tuple(pairwise(self.edges))
 
 
 def uniform_groups(timesteps: Sequence[float], count: int) -> TimeGroups:
@@ -68,7 +69,7 @@ def balanced_groups(timesteps: Sequence[float], changes: Sequence[float], count:
     steps = sorted(weight)
     total = sum(weight.values()) or 1.0
     edges, before = [steps[0]], 0.0
-    for step, following in zip(steps, steps[1:], strict=False):
+    for step, following in pairwise(steps):
         before += weight[step]
         if before * count >= total * len(edges) - 1e-9 * total and len(edges) < count:
             edges.append((step + following) / 2.0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from arrow_quant_v2.calibration.second_moment import SecondMoment
 from arrow_quant_v2.config import LayerSpec
 from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError
@@ -118,8 +118,7 @@ class GPTQCalibrator:
             raise ConfigurationError(f"refits is {refits!r}; allowed: 0 to {MOST_REFITS}")
         self.spec = LayerSpec(bits=bits, group_size=group_size, method="clip", symmetric=symmetric)
         self.damping, self.refits = damping, refits
-        self.count = 0
-        self._sum: Tensor | None = None  # of x x^T; current in its upper triangle
+        self._seen: SecondMoment | None = None
         self._factor: Factor | None = None
 
     def observe(self, inputs: Tensor) -> None:
@@ -133,15 +132,7 @@ class GPTQCalibrator:
                 f"observe: the inputs are {inputs.dtype} {list(inputs.shape)}; (tokens, columns) of floats are needed"
             )
         x = inputs.detach().to("cpu", torch.float32).flatten(0, -2) if inputs.ndim > 1 else inputs[None].float()
-        if not math.isfinite(float(x.sum(dtype=torch.float64))):
-            raise QuantizationError("observe: the inputs hold NaN or infinity; leave that batch out")
-        total = self._room(x.shape[1])
-
-        def add(columns: slice) -> None:
-            total[: columns.stop, columns].addmm_(x[:, : columns.stop].mT, x[:, columns])
-
-        each_on_one_core(add, tiles(x.shape[1])[::-1])  # the largest first
-        self.count += len(x)
+        self._room(x.shape[1]).add(x)
 
     def merge(self, other: GPTQCalibrator) -> None:
         """Add what another calibrator saw of the same layer, as if this one had seen it too.
@@ -149,9 +140,13 @@ class GPTQCalibrator:
         Raises:
             QuantizationError: it saw inputs with another number of columns.
         """
-        if other._sum is not None:
-            self._room(len(other._sum)).add_(other._sum)
-            self.count += other.count
+        if other._seen is not None:
+            self._room(other._seen.columns).merge(other._seen)
+
+    @property
+    def count(self) -> int:
+        """Tokens seen."""
+        return self._seen.count if self._seen else 0
 
     @property
     def hessian(self) -> Tensor:
@@ -160,13 +155,9 @@ class GPTQCalibrator:
         Raises:
             QuantizationError: nothing was observed.
         """
-        if self._sum is None or not self.count:
+        if self._seen is None or not self._seen.count:
             raise QuantizationError("nothing was observed yet; show the layer's inputs to observe() first")
-        for rows in tiles(len(self._sum)):
-            inside = self._sum[rows, rows]
-            inside.copy_(inside.triu() + inside.triu(1).mT)
-            self._sum[rows, : rows.start] = self._sum[: rows.start, rows].mT
-        return self._sum
+        return self._seen.matrix
 
     @property
     def factor(self) -> Factor:
@@ -217,14 +208,11 @@ class GPTQCalibrator:
         scale = reference.scale_of(scales, row_scales)
         return GridParameters(scale=scale, zero_point=reference.zero_of(zeros, scales, self.spec.bits))
 
-    def _room(self, columns: int) -> Tensor:
-        """The sum to add to, zeros at first; what was made of it before is void."""
-        if self._sum is None:
-            self._sum = torch.zeros(columns, columns)
-        if len(self._sum) != columns:
-            raise QuantizationError(f"the inputs have {columns} columns; those seen before have {len(self._sum)}")
+    def _room(self, columns: int) -> SecondMoment:
+        """The sum to add to; what was made of it before is void."""
+        self._seen = self._seen or SecondMoment(columns)
         self._factor = None
-        return self._sum
+        return self._seen
 
     def _layout(self, weight: Tensor, name: str) -> Layout:
         dtype = str(weight.dtype).removeprefix("torch.")

@@ -1,0 +1,127 @@
+"""What calibration saw of one input that layers share: per time group its range and spread, over all of them its H.
+
+Stats of parts of the samples add up to the stats of all of them. Knows neither models nor hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from arrow_quant_v2.calibration.second_moment import SecondMoment
+from arrow_quant_v2.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+MOMENTS = 5  # count, sum, sum of squares, least, largest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """One input as one call of the model gave it.
+
+    rows     (tokens, columns) float32: tokens, or the places that a kernel visits; at most some thousands of them
+    moments  (5,) float64: count, sum, sum of squares, least and largest of all its elements
+    absmax   (channels,) float32: largest magnitude in each input channel
+    """
+
+    rows: Tensor
+    moments: Tensor
+    absmax: Tensor
+
+
+class InputStats:
+    """The stats of one input: `layers` are the names of the weights that it goes into.
+
+    moments  (groups, 5) float64: count, sum, sum of squares, least and largest in each time group
+    absmax   (groups, channels) float32
+    second   H = sum of w x x^T, w the weight of the sample's time group, so that every group has the same say
+    """
+
+    def __init__(self, layers: tuple[str, ...], groups: int, *, columns: int, channels: int) -> None:
+        """Start with nothing seen."""
+        self.layers = layers
+        self.moments = torch.zeros(groups, MOMENTS, dtype=torch.float64)
+        self.moments[:, 3], self.moments[:, 4] = torch.inf, -torch.inf
+        self.absmax = torch.zeros(groups, channels)
+        self.second = SecondMoment(columns)
+
+    @property
+    def count(self) -> int:
+        """Rows in H."""
+        return self.second.count
+
+    def add(self, seen: Sequence[Seen], groups: Sequence[int], weights: Sequence[float]) -> None:
+        """Add what some calls gave, each with its time group and weight.
+
+        Raises:
+            QuantizationError: they have other columns than before, or hold NaN or infinity.
+        """
+        for one, group in zip(seen, groups, strict=True):
+            _add_moments(self.moments[group], one.moments)
+            self.absmax[group] = torch.maximum(self.absmax[group], one.absmax)
+        rows = [one.rows if w == 1.0 else one.rows * w**0.5 for one, w in zip(seen, weights, strict=True)]
+        self.second.add(torch.cat(rows))
+
+    def merge(self, other: InputStats) -> None:
+        """Add what was seen elsewhere of the same input.
+
+        Raises:
+            QuantizationError: it goes into other layers, or has other time groups or columns.
+        """
+        if (self.layers, self.absmax.shape) != (other.layers, other.absmax.shape):
+            raise QuantizationError(
+                f"the stats of {', '.join(other.layers)} cannot be added to those of {', '.join(self.layers)}: they are"
+                f" of another input; merge stats of the same model and settings"
+            )
+        for mine, theirs in zip(self.moments, other.moments, strict=True):
+            _add_moments(mine, theirs)
+        self.absmax = torch.maximum(self.absmax, other.absmax)
+        self.second.merge(other.second)
+
+    def spread(self) -> dict[str, list[float]]:
+        """`mean, std, min, max` of the elements, one entry per time group; a group that saw nothing has zeros."""
+        count = self.moments[:, 0]
+        mean = self.moments[:, 1] / count.clamp(min=1.0)
+        variance = (self.moments[:, 2] / count.clamp(min=1.0) - mean.square()).clamp(min=0.0)
+        low, high = (torch.where(count > 0.0, self.moments[:, i], 0.0) for i in (3, 4))
+        named = {"mean": mean, "std": variance.sqrt(), "min": low, "max": high}
+        return {name: values.tolist() for name, values in named.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything seen, ready to be stored."""
+        count = torch.tensor([self.second.count])
+        return {"moments": self.moments, "absmax": self.absmax, "second": self.second.matrix, "count": count}
+
+    @classmethod
+    def of(cls, layers: tuple[str, ...], tensors: Mapping[str, Tensor]) -> InputStats:
+        """The same again from what was stored.
+
+        Raises:
+            QuantizationError: the tensors do not belong together.
+        """
+        moments, absmax, second = tensors["moments"], tensors["absmax"], tensors["second"]
+        if moments.shape != (len(absmax), MOMENTS) or second.ndim != 2 or second.shape[0] != second.shape[1]:  # noqa: PLR2004 - a matrix
+            raise QuantizationError(f"the stored stats of {', '.join(layers)} do not fit together; calibrate again")
+        result = cls(layers, len(moments), columns=0, channels=absmax.shape[1])
+        result.moments, result.absmax = moments, absmax
+        result.second = SecondMoment.of(second, int(tensors["count"]))
+        return result
+
+
+def moments_of(values: Tensor) -> Tensor:
+    """(5,) float64: count, sum, sum of squares, least and largest of all elements of one input."""
+    wide = values.to(torch.float64)
+    low, high = values.aminmax()
+    count = torch.tensor(values.numel(), dtype=torch.float64)
+    return torch.stack([count, wide.sum(), wide.square().sum(), low.to(torch.float64), high.to(torch.float64)])
+
+
+def _add_moments(total: Tensor, more: Tensor) -> None:
+    total[:3] += more[:3]
+    total[3], total[4] = torch.minimum(total[3], more[3]), torch.maximum(total[4], more[4])

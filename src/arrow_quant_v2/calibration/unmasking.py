@@ -1,0 +1,179 @@
+"""A masked diffusion model's own trajectories, from all tokens hidden to none; knows nothing of texts or files.
+
+Each step shows the sequence to the model, samples a token for every hidden place at temperature 1, and keeps those
+that the model is surest of (LLaDA's low-confidence remasking, arXiv 2502.09992). On the way every sequence leaves one
+state behind, exactly at the time that it was asked for: these are on-policy. The finished sequences are masked again,
+as texts are, so that the visible tokens of a state also lie where unmasking would not have put them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from arrow_quant_v2.calibration import chance
+from arrow_quant_v2.calibration.masked_text import hidden_count, masked_fraction, masked_states
+from arrow_quant_v2.calibration.tokens import keywords, shown, vocabulary_of
+from arrow_quant_v2.engines.one_core import each_on_one_core
+from arrow_quant_v2.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from arrow_quant_v2.calibration.runnable import Runnable
+    from arrow_quant_v2.calibration.sample import Sample
+    from arrow_quant_v2.calibration.tokens import Vocabulary
+
+LENGTH = 128  # tokens, where nothing is said
+STEPS = 16
+ROWS = 4  # sequences in a batch; part of the result, so it never follows the machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Sequences with `inner` hidden tokens each that are generated together; row i leaves a state at time i."""
+
+    number: int
+    inner: int
+    times: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Model:
+    """The model, and what it takes; `mask` is the hidden token."""
+
+    module: torch.nn.Module
+    vocabulary: Vocabulary
+    mask: int
+    ordinary: torch.Tensor
+
+
+def own_trajectory(
+    runnable: Runnable, count: int, seed: int, *, steps: int = STEPS, length: int | None = None
+) -> tuple[Sample, ...]:
+    """`count` samples in random order: half of them on-policy states, half finished sequences masked again.
+
+    Times are stratified over (0, 1]; of every two neighbouring strata one is on-policy. Each of the ceil(count / 2)
+    sequences is used twice, at times that add up to about 1. Lengths go from half of `length` to all of it.
+
+    Raises:
+        QuantizationError: the model cannot be called, or gives no finite logits over its vocabulary.
+    """
+    model = _model(runnable)
+    draw = chance.generator(seed, "own trajectory")
+    times = chance.stratified(count, draw)
+    here = [min(first + chance.whole(0, 1, draw), count - 1) for first in range(0, count, 2)]
+    again = [times[i] for i in sorted({*range(count)} - {*here})]
+    states, finished = generate(runnable, [times[i] for i in here], seed, steps=steps, length=length)
+    backwards = finished[::-1][: len(again)]
+    states += masked_states(backwards, again, mask=model.mask, special=model.vocabulary.special, draw=draw)
+    picked = (states[i] for i in chance.shuffled(count, draw))
+    return tuple(shown(model.module, ids, masked_fraction(ids, model.mask)) for ids in picked)
+
+
+def generate(
+    runnable: Runnable, times: Sequence[float], seed: int, *, steps: int = STEPS, length: int | None = None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """For each time a sequence of its own: its ids (length,) at that time, and when nothing is hidden any more.
+
+    Raises:
+        QuantizationError: as for `own_trajectory`.
+    """
+    model = _model(runnable)
+    batches = _batches(times, _longest(model.vocabulary, length), seed)
+    made = each_on_one_core(lambda batch: _unmasked(model, batch, seed, steps), batches)
+    places = [(i % len(batches), i // len(batches)) for i in range(len(times))]
+    return [made[batch][0][row] for batch, row in places], [made[batch][1][row] for batch, row in places]
+
+
+def _model(runnable: Runnable) -> _Model:
+    vocabulary = vocabulary_of(runnable)
+    ordinary = vocabulary.ordinary()
+    if vocabulary.mask is None or not ordinary.any():
+        lacking = "mask token" if vocabulary.mask is None else "token but special ones"
+        raise QuantizationError(
+            f"{type(runnable.module).__name__}: has no {lacking}, so it has no trajectory of its own;"
+            " name its mask token, or give calibration data (--calibration)"
+        )
+    return _Model(module=runnable.module, vocabulary=vocabulary, mask=vocabulary.mask, ordinary=ordinary)
+
+
+def _longest(vocabulary: Vocabulary, length: int | None) -> int:
+    """Tokens that are generated at most, without the special ones around them."""
+    whole = min(length or LENGTH, vocabulary.context or LENGTH)
+    return max(1, whole - vocabulary.around)
+
+
+def _batches(times: Sequence[float], longest: int, seed: int) -> list[_Batch]:
+    """Sequence i goes to batch i modulo their number, so that every batch, and so every length, meets every time."""
+    count = -(-len(times) // ROWS)
+    parts = chance.stratified(count, chance.generator(seed, "lengths"))
+    sizes = [max(1, round(longest * (1 + part) / 2)) for part in parts]
+    return [_Batch(number=n, inner=sizes[n], times=tuple(times[n::count])) for n in range(count)]
+
+
+@torch.no_grad()
+def _unmasked(model: _Model, batch: _Batch, seed: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states (rows, length) at the batch's times, and the finished sequences."""
+    draw = chance.generator(seed, "unmasking", batch.number)
+    ids = model.vocabulary.wrapped(torch.full((len(batch.times), batch.inner), model.mask))
+    states, wanted = ids.clone(), _wanted(batch, ids.shape[1])
+    for hidden in _schedule(batch.inner, wanted, steps)[1:]:
+        if (ids == model.mask).any():
+            ids = _revealed(model, ids, hidden, draw)
+        states = torch.where((hidden == wanted)[:, None], ids, states)
+    return states, ids
+
+
+def _wanted(batch: _Batch, length: int) -> torch.Tensor:
+    """How many tokens (rows,) are hidden at each row's time."""
+    return torch.tensor([hidden_count(time, length, batch.inner) for time in batch.times])
+
+
+def _schedule(inner: int, wanted: torch.Tensor, steps: int) -> torch.Tensor:
+    """Hidden tokens (steps + 1, rows) after each step: the same number less every time, from all to none.
+
+    In each row the step that comes nearest to the number wanted is moved to it; all of them are wanted at step 0.
+    """
+    even = torch.linspace(inner, 0, steps + 1, dtype=torch.float64).round().long()
+    table = even[:, None].repeat(1, len(wanted))
+    for row, number in enumerate(wanted.tolist()):
+        if number < inner and steps > 1:
+            table[1 + int((even[1:-1] - number).abs().argmin()), row] = number
+    return table
+
+
+def _revealed(model: _Model, ids: torch.Tensor, hidden: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """The ids (rows, length) with tokens sampled in the surest places, such that `hidden` (rows,) stay hidden."""
+    masked = ids == model.mask
+    logits = _logits(model, ids)[masked][:, : model.vocabulary.size].to(torch.float32)
+    chances = torch.softmax(logits.masked_fill(~model.ordinary, -torch.inf), dim=-1)
+    if not chances.isfinite().all():
+        raise QuantizationError(f"{type(model.module).__name__}: its logits for masked tokens are not finite")
+    tokens = torch.multinomial(chances, 1, generator=draw)
+    sure = torch.full(ids.shape, -1.0)
+    sure[masked] = chances.gather(1, tokens)[:, 0]
+    rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    proposed = ids.clone()
+    proposed[masked] = tokens[:, 0]
+    return torch.where(rank < (masked.sum(dim=1) - hidden)[:, None], proposed, ids)
+
+
+def _logits(model: _Model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, length, size of the vocabulary or more)."""
+    name = type(model.module).__name__
+    try:
+        output = model.module(**keywords(model.module, ids))
+    except Exception as error:
+        raise QuantizationError(
+            f"{name}: its forward fails on {tuple(ids.shape)} masked tokens: {type(error).__name__}: {error};"
+            " give calibration data that it takes (--calibration)"
+        ) from error
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    needed = (*ids.shape, model.vocabulary.size)
+    if isinstance(logits, torch.Tensor) and logits.shape[:2] == ids.shape and logits.shape[2:] >= needed[2:]:
+        return logits
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    raise QuantizationError(f"{name}: gives {found}; logits {needed} are needed for a trajectory of its own")

@@ -1,0 +1,147 @@
+"""Which weights a model multiplies its inputs with, and what those inputs are, seen while it runs.
+
+Knows nothing of what becomes of them. The watch sees each product as torch does it, so that it does not matter which
+module asks for it; layers that are given the same tensor are one input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear, pad
+from torch.overrides import TorchFunctionMode
+
+from arrow_quant_v2.calibration.stats import Seen, moments_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+MOST_ROWS = 2048  # of one input in one call: the others are much like them, and products with them cost as much
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+
+class EnoughSeen(BaseException):
+    """Ends a call of the model early: what follows is of no interest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """How a convolution moves over its input; None for a linear layer."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Product:
+    """One input of one or more weights, and how it was multiplied."""
+
+    inputs: Tensor
+    place: Place | None
+
+
+class Watch(TorchFunctionMode):
+    """Sees every product with the parameters named; `stop` ends the call once that many products were seen."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], stop: int | None = None) -> None:
+        """Watch for these parameters, by the names that the products shall have."""
+        super().__init__()
+        self._names = {parameter.data_ptr(): name for name, parameter in parameters.items()}
+        self._stop = stop
+        self.products: list[Product] = []
+        self.log: list[tuple[str, int]] = []  # each use of a weight, and the number of the product
+        self._of: dict[tuple[int, Place | None], int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do what was asked, and note it when it is a product with one of the parameters."""
+        given = kwargs or {}
+        if func is linear or func in CONVOLUTIONS:
+            self._note(func, *args, **given)
+        result = func(*args, **given)
+        if self._stop is not None and len(self.log) >= self._stop:
+            raise EnoughSeen
+        return result
+
+    def _note(self, func: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:  # noqa: A002 - torch's name
+        name = self._names.get(weight.data_ptr())
+        if name is None:
+            return
+        place = _place(weight, CONVOLUTIONS[func], *rest, **named) if func in CONVOLUTIONS else None
+        key = id(input), place  # the input is kept, so that no other tensor gets its id
+        if key not in self._of:
+            self._of[key] = len(self.products)
+            self.products.append(Product(inputs=input, place=place))
+        self.log.append((name, self._of[key]))
+
+
+def _place(weight: Tensor, axes: int, *rest: Any, **named: Any) -> Place:
+    """What a convolution was called with: bias, stride, padding, dilation, groups."""
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, rest, strict=False)) | named
+    kernel, dilation = tuple(weight.shape[2:]), _each(given.get("dilation", 1), axes)
+    padding = given.get("padding", 0)
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
+    return Place(
+        kernel=kernel, stride=_each(given.get("stride", 1), axes), padding=_each(padding, axes), dilation=dilation
+    )
+
+
+def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def seen(product: Product, seed: int) -> Seen:
+    """What the stats need of one product's input: some of its rows, its moments, and the absmax of each channel.
+
+    A linear layer's input is (..., in); a convolution's (batch, in, *places) is unfolded to one row for each place that
+    the kernel visits, columns in the order of weight.flatten(1). `seed` chooses the rows where there are many.
+    """
+    x = product.inputs.detach().to(torch.float32)
+    if product.place is None:
+        rows = x.reshape(-1, x.shape[-1])
+        channels = rows
+        rows = rows if len(rows) <= MOST_ROWS else rows[_choice(len(rows), seed)]
+    else:
+        batched = x if x.ndim == len(product.place.kernel) + 2 else x[None]
+        channels = batched.transpose(0, 1).flatten(1).mT
+        rows = _unfolded(batched, product.place, seed)
+    return Seen(rows=rows.contiguous(), moments=moments_of(x), absmax=channels.abs().amax(dim=0))
+
+
+def _choice(count: int, seed: int) -> Tensor:
+    """MOST_ROWS of `count` rows, in ascending order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:MOST_ROWS].sort().values
+
+
+def _unfolded(x: Tensor, place: Place, seed: int) -> Tensor:
+    """(batch, in, *places) -> (some places, in * product of the kernel)."""
+    axes = len(place.kernel)
+    x = pad(x, [size for padding in reversed(place.padding) for size in (padding, padding)])
+    for axis, (kernel, stride, dilation) in enumerate(
+        zip(place.kernel, place.stride, place.dilation, strict=True), start=2
+    ):
+        x = x.unfold(axis, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    shape = (x.shape[0], *x.shape[2 : 2 + axes])  # batch and places
+    patches = x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+    total = torch.Size(shape).numel()
+    chosen = torch.arange(total) if total <= MOST_ROWS else _choice(total, seed)
+    return patches[torch.unravel_index(chosen, shape)].flatten(1)
+
+
+def parameters_of(module: torch.nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The module's parameters by the names they have in it."""
+    found = dict(module.named_parameters(remove_duplicate=False))
+    return {name: found[name] for name in names}

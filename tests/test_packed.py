@@ -24,7 +24,7 @@ def packed(layout: Layout, *, rows: int | None = None, symmetric: bool = False, 
     count = layout.rows if rows is None else rows
     arrays: dict[str, Any] = {
         "codes": np.zeros((count, layout.row_bytes), np.uint8),
-        "scales": np.zeros((count, layout.groups), np.uint8),
+        "scales": np.zeros((count, layout.scales_per_row), np.uint8),
         "zero_points": None if symmetric else np.zeros((count, layout.groups), np.uint8),
         "row_scales": np.zeros(count, np.uint16),
     }
@@ -121,6 +121,73 @@ def test_rows_outside_the_tensor_are_refused(first: int, rows: int) -> None:
 @pytest.mark.parametrize(("first", "rows"), [(0, 6), (0, 2), (4, 2), (6, 0)])
 def test_a_chunk_of_the_rows_is_taken(first: int, rows: int) -> None:
     assert packed(LINEAR, rows=rows, first_row=first).rows == rows
+
+
+# The residual grid, turned and equalized channels
+
+R2Q = Layout(shape=(6, 24), bits=2, quant_axis=1, group_size=8, grid="r2q")
+
+
+def test_the_residual_grid_has_two_scales_in_every_group() -> None:
+    assert (R2Q.groups, R2Q.scales_per_row, LINEAR.scales_per_row) == (3, 6, 3)
+    assert packed(R2Q).nbytes == 6 * (6 + 6 + 3 + 2)
+    assert packed(R2Q, symmetric=True).nbytes == 6 * (6 + 6 + 2)
+    for wrong in ("scales", "zero_points"):
+        changes: dict[str, Any] = {wrong: np.zeros((6, 4), np.uint8)}
+        with pytest.raises(QuantizationError, match=rf"{wrong} are uint8 \(6, 4\); the layout asks for"):
+            packed(R2Q, **changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "channels"),
+    [
+        ((6, 24), 1, 24),
+        ((6, 24, 3, 3), 1, 24),
+        ((4, 6, 24), 2, 24),
+        ((6, 24), None, None),
+        ((6,), 0, 6),
+        ((6,), 1, None),
+    ],
+)
+def test_channels_lie_along_the_first_axis_of_the_columns(
+    shape: tuple[int, ...], axis: int | None, channels: int | None
+) -> None:
+    assert Layout(shape=shape, bits=4, quant_axis=axis, group_size=None).channels == channels
+
+
+def test_a_turned_and_equalized_tensor_counts_four_bytes_a_channel() -> None:
+    equalized = packed(R2Q, rotation=8, equalization=np.ones(24, np.float32))
+    assert equalized.nbytes == packed(R2Q).nbytes + 4 * 24
+
+
+@pytest.mark.parametrize("rotation", [-8, 0, 1, 4, 12, 24, 2048])
+def test_a_turn_that_is_no_power_of_two_is_refused(rotation: int) -> None:
+    with pytest.raises(QuantizationError, match=rf"up.weight: rotation {rotation}; allowed are 8, .* 1024, or none"):
+        packed(R2Q, rotation=rotation)
+
+
+@pytest.mark.parametrize(
+    ("layout", "channels"), [(R2Q, 24), (Layout(shape=(6, 32), bits=4, quant_axis=None, group_size=8), None)]
+)
+def test_a_turn_that_does_not_divide_the_channels_is_refused(layout: Layout, channels: int | None) -> None:
+    with pytest.raises(QuantizationError, match=rf"rotation 16 does not divide its input channels, {channels}"):
+        packed(layout, rotation=16)
+
+
+@pytest.mark.parametrize(
+    ("equalization", "message"),
+    [
+        (np.ones(23, np.float32), r"equalization is float32 \(23,\); its input channels ask for float32 \(24,\)"),
+        (np.ones(24, np.float64), "equalization is float64"),
+        (np.zeros(24, np.float32), "equalization goes from 0.0 to 0.0; allowed: finite, above 0"),
+        (np.full(24, -1, np.float32), "equalization goes from -1.0 to -1.0"),
+        (np.full(24, np.inf, np.float32), "equalization goes from inf to inf"),
+        (np.full(24, np.nan, np.float32), "equalization goes from nan to nan"),
+    ],
+)
+def test_equalization_that_does_not_fit_is_refused(equalization: "np.ndarray[Any, Any]", message: str) -> None:
+    with pytest.raises(QuantizationError, match=f"up.weight: {message}"):
+        packed(R2Q, equalization=equalization)
 
 
 # Tensors that lie elsewhere

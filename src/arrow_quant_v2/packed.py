@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from arrow_quant_v2.errors import QuantizationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
 Bits: TypeAlias = Literal[2, 4, 8]
+Grid: TypeAlias = Literal["affine", "r2q"]
 Bytes: TypeAlias = "NDArray[np.uint8]"
 Halfwords: TypeAlias = "NDArray[np.uint16]"
+Floats: TypeAlias = "NDArray[np.float32]"
 
 WIDTHS: tuple[Bits, ...] = (2, 4, 8)
+GRIDS: tuple[Grid, ...] = get_args(Grid)
+ROTATIONS = tuple(2**power for power in range(3, 11))
 ITEM_BITS = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8,
     "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "bool": 8,
@@ -50,13 +56,14 @@ class Layout:
     `quant_axis` splits the shape: the axes before it are rows, the rest are columns. It is None per
     tensor: one row, one group. A linear (out, in) and a convolution (out, in, *kernel) have axis 1,
     experts (expert, out, in) axis 2. `group_size` None means one group per row. The last group of a
-    row is shorter where the columns do not divide: the ragged tail.
+    row is shorter where the columns do not divide: the ragged tail. `grid` is what the codes of a group mean.
     """
 
     shape: tuple[int, ...]
     bits: Bits
     quant_axis: int | None
     group_size: int | None
+    grid: Grid = "affine"
 
     @property
     def rows(self) -> int:
@@ -79,6 +86,17 @@ class Layout:
         return -(-self.columns // self.group)
 
     @property
+    def scales_per_row(self) -> int:
+        """Stored scales of one row: one of each group, or two on the r2q grid."""
+        return self.groups * (2 if self.grid == "r2q" else 1)
+
+    @property
+    def channels(self) -> int | None:
+        """Input channels, which lie along the first axis of the columns; None where there is no such axis."""
+        axis = self.quant_axis
+        return None if axis is None or not 0 <= axis < len(self.shape) else self.shape[axis]
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row of packed codes; a row starts on a byte."""
         return -(-self.columns * self.bits // 8)
@@ -88,12 +106,19 @@ class Layout:
 class PackedTensor:
     """Codes and parameters of the rows `first_row` and on of one tensor; arrays may be memory-mapped.
 
-    codes        uint8 (rows, row_bytes)  lowest bits first, every row starts on a byte
-    scales       uint8 (rows, groups)     scale = row_scale * (scales / 255)^2
-    zero_points  uint8 (rows, groups)     zero_point = zero_points / (255 / (2^bits - 1)); None: 2^(bits-1)
-    row_scales   uint16 (rows,)           the bits of a bfloat16
+    codes         uint8 (rows, row_bytes)       lowest bits first, every row starts on a byte
+    scales        uint8 (rows, scales_per_row)  scale = row_scale * (scales / 255)^2
+    zero_points   uint8 (rows, groups)          zero_point = zero_points / (255 / (2^bits - 1)); None: 2^(bits-1)
+    row_scales    uint16 (rows,)                the bits of a bfloat16
+    rotation      columns of one block          None: the input channels are not turned
+    equalization  float32 (channels,) above 0   None: 1 each
 
-    weight ~ scale * (code - zero_point). `dtype` is that of the original tensor.
+    weight ~ scale * (code - zero_point). On the r2q grid, with m = 2^(bits-1) - 1, the scales of a group are a1, a2 and
+    its zero point is mu = (a1 + m a2) (1 - 2 zero_points / 255), None: 0; with top the highest bit of a code and low
+    the others, weight ~ mu + (a1 if top else -a1) + a2 (2 low - m), where a1 >= m a2 keeps the levels in order.
+
+    What is coded is W s with its channels turned in blocks, where s is the equalization; the layer's input is x / s,
+    turned alike (kernels/rotation.py). `dtype` is that of the original tensor.
     """
 
     name: str
@@ -104,16 +129,19 @@ class PackedTensor:
     zero_points: Bytes | None
     row_scales: Halfwords
     first_row: int = 0
+    rotation: int | None = None
+    equalization: Floats | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not fit the layout.
 
         Raises:
-            QuantizationError: an array has another shape or dtype than the layout asks.
+            QuantizationError: an array has another shape or dtype than the layout asks, or the rotation or the
+                equalization does not fit the input channels.
         """
         rows = len(self.codes)
         self._demand("codes", self.codes, (rows, self.layout.row_bytes), np.uint8)
-        self._demand("scales", self.scales, (rows, self.layout.groups), np.uint8)
+        self._demand("scales", self.scales, (rows, self.layout.scales_per_row), np.uint8)
         self._demand("row_scales", self.row_scales, (rows,), np.uint16)
         if self.zero_points is not None:
             self._demand("zero_points", self.zero_points, (rows, self.layout.groups), np.uint8)
@@ -121,6 +149,8 @@ class PackedTensor:
             raise QuantizationError(
                 f"{self.name}: rows {self.first_row} to {self.first_row + rows} lie outside its {self.layout.rows}"
             )
+        for problem in basis_problems(self.layout, self.rotation, self.equalization):
+            raise QuantizationError(f"{self.name}: {problem}")
 
     def _demand(self, what: str, array: NDArray[np.generic], shape: tuple[int, ...], dtype: type) -> None:
         if array.shape != shape or array.dtype != dtype:
@@ -136,8 +166,23 @@ class PackedTensor:
     @property
     def nbytes(self) -> int:
         """Every stored byte: codes and parameters."""
-        zeros = 0 if self.zero_points is None else self.zero_points.nbytes
-        return self.codes.nbytes + self.scales.nbytes + zeros + self.row_scales.nbytes
+        parts = (self.codes, self.scales, self.zero_points, self.row_scales, self.equalization)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def basis_problems(layout: Layout, rotation: int | None, equalization: Floats | None) -> Iterator[str]:
+    """What is wrong with a rotation and an equalization of the input channels of this layout, in words."""
+    if rotation is not None:
+        if rotation not in ROTATIONS:
+            yield f"rotation {rotation}; allowed are {', '.join(map(str, ROTATIONS))}, or none"
+        elif not layout.channels or layout.channels % rotation:
+            yield f"rotation {rotation} does not divide its input channels, {layout.channels}"
+    if equalization is not None:
+        if equalization.shape != (layout.channels,) or equalization.dtype != np.float32:
+            found = f"{equalization.dtype} {equalization.shape}"
+            yield f"equalization is {found}; its input channels ask for float32 ({layout.channels},)"
+        elif not (np.isfinite(equalization) & (equalization > 0)).all():
+            yield f"equalization goes from {equalization.min()} to {equalization.max()}; allowed: finite, above 0"
 
 
 @dataclass(frozen=True, kw_only=True)

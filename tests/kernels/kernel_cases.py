@@ -83,6 +83,17 @@ def columns_case(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor
     return torch.randn(rows, columns, generator=random), upper, scale, inverse, zero
 
 
+def residual_columns_case(rows: int, columns: int, bits: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """What `ops.quantize_columns_r2q` takes: a1 >= m a2, as writers keep it; row 0 has no a2."""
+    random = torch.Generator().manual_seed(seed)
+    block, upper = columns_case(rows, columns, seed)[:2]
+    a2 = torch.rand(rows, generator=random) / 2**bits
+    a2[:1] = 0.0
+    a1 = reference.largest_low(bits) * a2 + torch.rand(rows, generator=random)
+    inverse = torch.where(a2 > 0.0, 0.5 / a2, 0.0)
+    return block, upper, torch.randn(rows, generator=random), a1, a2, inverse
+
+
 @st.composite
 def rows(draw: st.DrawFn, columns: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
     """One row: noise of any magnitude and offset, an outlier, one value, zeros, or whatever hypothesis likes."""

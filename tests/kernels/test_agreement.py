@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import STRETCHES, columns_case, gaussian, group_sizes, weights, widths
+from kernel_cases import STRETCHES, columns_case, gaussian, group_sizes, residual_columns_case, weights, widths
 from torch import Tensor
 
 from arrow_quant_v2.kernels import cpu, ops, reference
-from arrow_quant_v2.packed import WIDTHS
+from arrow_quant_v2.packed import ROTATIONS, WIDTHS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [  # (rows, columns, group size): lanes of 16, blocks of 512, ragged tails, one group
@@ -169,6 +169,79 @@ def test_dequantize_is_the_references_for_any_parameters(
     assert same([ops.dequantize(*stored)], [reference.dequantize(*stored)])
 
 
+# The residual grid and the turn
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(
+    bits=widths,
+    rows=st.integers(0, 5),
+    columns=st.integers(1, 90),
+    group_size=group_sizes,
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 99),
+)
+def test_dequantize_r2q_is_the_references_for_any_parameters(
+    *, bits: int, rows: int, columns: int, group_size: int, symmetric: bool, dtype: torch.dtype, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group_size)
+
+    def some_bytes(width: int) -> Tensor:
+        return torch.randint(256, (rows, width), dtype=torch.uint8, generator=random)
+
+    codes, scales = some_bytes(reference.row_bytes(columns, bits)), some_bytes(2 * groups)
+    row_scales = torch.randn(rows, generator=random).bfloat16()
+    stored = (codes, scales, some_bytes(0 if symmetric else groups), row_scales, bits, columns, group_size, dtype)
+    assert same([ops.dequantize_r2q(*stored)], [reference.dequantize_r2q(*stored)])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.usefixtures("isa")
+def test_every_row_scale_and_every_zero_point_is_read_on_the_residual_grid(dtype: torch.dtype) -> None:
+    row_scales = ALL_HALVES.view(torch.bfloat16)  # NaN and infinity too
+    rows = row_scales.numel()
+    codes = torch.arange(256, dtype=torch.uint8).reshape(1, -1).repeat(rows, 1)[:, ::5]
+    scales = torch.tensor([[255, 22]], dtype=torch.uint8).repeat(rows, 1)
+    zero_points = torch.arange(rows).remainder(256).to(torch.uint8)[:, None]
+    stored = (codes, scales, zero_points, row_scales, 8, codes.shape[1], 64, dtype)
+    assert same([ops.dequantize_r2q(*stored)], [reference.dequantize_r2q(*stored)])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", [(0, 9), (1, 1), (1, 64), (15, 24), (16, 8), (33, 100), (700, 129)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_quantize_columns_r2q_is_the_references(shape: tuple[int, int], bits: int) -> None:
+    case = residual_columns_case(*shape, bits, seed=bits)
+    assert same(ops.quantize_columns_r2q(*case, bits), reference.quantize_columns_r2q(*case, bits))
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(weight=weights(most_rows=20, most_columns=40), bits=widths, seed=st.integers(0, 99))
+def test_quantize_columns_r2q_is_the_references_for_any_weight(weight: Tensor, bits: int, seed: int) -> None:
+    case = (weight, *residual_columns_case(*weight.shape, bits, seed=seed)[1:])
+    assert same(ops.quantize_columns_r2q(*case, bits), reference.quantize_columns_r2q(*case, bits))
+
+
+@pytest.mark.parametrize("block", ROTATIONS)
+@pytest.mark.parametrize("shape", [(0, 1), (1,), (3, 2), (2, 5, 3), (700, 1)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_hadamard_is_the_references(shape: tuple[int, ...], block: int) -> None:
+    x = torch.randn(*shape[:-1], shape[-1] * block, generator=torch.Generator().manual_seed(block))
+    assert same([ops.hadamard(x, block)], [reference.hadamard(x, block)])
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(block=st.sampled_from(ROTATIONS), weight=weights(most_columns=300))
+def test_hadamard_is_the_references_for_any_numbers(block: int, weight: Tensor) -> None:
+    x = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block))
+    assert same([ops.hadamard(x, block)], [reference.hadamard(x, block)])
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("shape", [(0, 9), (1, 1), (3, 13), (2, 64), (700, 129)], ids=str)
 @pytest.mark.usefixtures("isa")
@@ -253,6 +326,19 @@ def test_columns_do_not_depend_on_the_number_of_threads() -> None:
         assert same((*ops.quantize_columns(*case, 2), *ops.fit_grid(weight, 2, 72, False, STRETCHES)), alone)
 
 
+@pytest.mark.usefixtures("library", "torch_threads")
+def test_the_residual_grid_and_the_turn_do_not_depend_on_the_number_of_threads() -> None:
+    case, weight = residual_columns_case(2000, 72, 4), gaussian(101, 4096)
+    packed, scales = torch.randint(256, (2, 1024, 512), dtype=torch.uint8).unbind()
+    stored = (packed, scales[:, :64], scales[:, :32], gaussian(1024, 1)[:, 0].bfloat16(), 2, 2048, 64, torch.bfloat16)
+    torch.set_num_threads(1)
+    alone = (*ops.quantize_columns_r2q(*case, 4), ops.hadamard(weight, 128), ops.dequantize_r2q(*stored))
+    for threads in (2, 5, 64):
+        torch.set_num_threads(threads)
+        found = (*ops.quantize_columns_r2q(*case, 4), ops.hadamard(weight, 128), ops.dequantize_r2q(*stored))
+        assert same(found, alone)
+
+
 @pytest.mark.usefixtures("library")
 def test_a_worker_that_shares_the_cores_says_how_many_threads_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -283,6 +369,16 @@ def test_strides_do_not_matter(bits: int) -> None:
         ops.quantize_columns(*(tensor.t().contiguous().t() for tensor in columns), bits),
         ops.quantize_columns(*columns, bits),
     )
+    residual = residual_columns_case(9, 24, bits)
+    assert same(
+        ops.quantize_columns_r2q(*(tensor.t().contiguous().t() for tensor in residual), bits),
+        ops.quantize_columns_r2q(*residual, bits),
+    )
+    pairs = found[1].repeat_interleave(2, dim=1)
+    plain = ops.dequantize_r2q(found[0], pairs, *found[2:4], bits, 96, 32, torch.float32)
+    spread = (columnwise[0], pairs.t().contiguous().t(), columnwise[2], alternate)
+    assert same([ops.dequantize_r2q(*spread, bits, 96, 32, torch.float32)], [plain])
+    assert same([ops.hadamard(weight, 32)], [ops.hadamard(weight.contiguous(), 32)])
     codes = ops.unpack(found[0], bits, 96)
     assert same([ops.pack(codes.t().contiguous().t(), bits)], [found[0]])
 
@@ -302,6 +398,11 @@ def operator_calls() -> list[Any]:
         pytest.param(ops.fit_grid, (weight, 2, 16, False, [1.0, 1.5], torch.ones(40)), id="fit_grid"),
         pytest.param(ops.fit_grid, (weight.bfloat16(), 4, 64, True, []), id="fit_grid symmetric"),
         pytest.param(ops.quantize_columns, (*columns_case(3, 40), 2), id="quantize_columns"),
+        pytest.param(
+            ops.dequantize_r2q, (stored[0], codes[:, :6], codes[:, :3], stored[3], 2, 40, 16, torch.float16), id="r2q"
+        ),
+        pytest.param(ops.quantize_columns_r2q, (*residual_columns_case(3, 40, 2), 2), id="quantize_columns_r2q"),
+        pytest.param(ops.hadamard, (weight.reshape(3, 5, 8), 8), id="hadamard"),
     ]
 
 

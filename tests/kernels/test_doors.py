@@ -98,6 +98,43 @@ def test_quantize_columns_refuses(changes: dict[str, Any], message: str) -> None
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        refused({"bits": 3}, "quantize_columns_r2q: bits is 3; allowed: 2, 4, 8"),
+        refused({"block": WEIGHT.double()}, "quantize_columns_r2q: block is torch.float64 with 2 dimensions; allowed"),
+        refused({"upper": torch.eye(19)}, "quantize_columns_r2q: upper is torch.float32 (19, 19); the block asks for"),
+        refused({"mu": WEIGHT[0]}, "quantize_columns_r2q: mu is torch.float32 (20,); the block asks for float32 (4,)"),
+        refused({"a1": CODES[:, 0]}, "quantize_columns_r2q: a1 is torch.uint8 (4,); the block asks for float32 (4,)"),
+        refused({"a2": WEIGHT[:, :1]}, "quantize_columns_r2q: a2 is torch.float32 (4, 1); the block asks for float32"),
+        refused({"inverse": WEIGHT[:3, 0]}, "quantize_columns_r2q: inverse is torch.float32 (3,); the block asks for"),
+        refused({"upper": torch.zeros(20, 20)}, "quantize_columns_r2q: the diagonal of upper goes down to 0.0; allow"),
+    ],
+)
+def test_quantize_columns_r2q_refuses(changes: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"block": WEIGHT, "upper": torch.eye(20), "bits": 4}
+    asked |= dict.fromkeys(("mu", "a1", "a2", "inverse"), torch.ones(4))
+    with pytest.raises(QuantizationError) as raised:
+        ops.quantize_columns_r2q(**(asked | changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "block", "message"),
+    [
+        (WEIGHT, 4, "hadamard: block is 4; allowed: 8, 16, 32, 64, 128, 256, 512, 1024"),
+        (WEIGHT, 12, "hadamard: block is 12; allowed: 8, 16"),
+        (WEIGHT, 2048, "hadamard: block is 2048; allowed: 8, 16"),
+        (WEIGHT, 8, r"hadamard: x is torch.float32 \(4, 20\); allowed: float32 whose last axis splits into blocks of"),
+        (WEIGHT[:, :16].double(), 8, r"hadamard: x is torch.float64 \(4, 16\); allowed: float32"),
+        (torch.tensor(1.0), 8, r"hadamard: x is torch.float32 \(\); allowed: float32"),
+    ],
+)
+def test_hadamard_refuses(x: Tensor, block: int, message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        ops.hadamard(x, block)
+
+
 def test_as_many_stretches_are_tried_as_there_are() -> None:
     many = tuple(1 + i / 100 for i in range(200))
     assert torch.isfinite(ops.quantize(torch.randn(4, 64), 2, 32, False, many)[4]).all()
@@ -142,6 +179,34 @@ def test_dequantize_refuses(changes: dict[str, Any], message: str) -> None:
     assert not ops.dequantize(**asked).any()
     with pytest.raises(QuantizationError) as raised:
         ops.dequantize(**(asked | changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        refused({"codes": CODES[:, :9]}, "unpack: a row has 9 bytes; 20 codes of 4 bits take 10"),
+        refused({"group_size": 0}, "dequantize_r2q: group_size is 0; allowed: 1 or more columns"),
+        refused({"scales": CODES[:, :3]}, "dequantize_r2q: scales are torch.uint8 (4, 3); the codes ask for torch.u"),
+        refused({"zero_points": CODES[:, :6]}, "dequantize_r2q: zero_points are torch.uint8 (4, 6); the codes ask for"),
+        refused({"row_scales": WEIGHT[:, 0]}, "dequantize_r2q: row_scales are torch.float32 (4,); the codes ask for"),
+        refused({"dtype": torch.float64}, "dequantize_r2q: dtype is torch.float64; allowed: torch.float32, torch.bf"),
+    ],
+)
+def test_dequantize_r2q_refuses(changes: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {
+        "codes": CODES[:, :10],
+        "scales": CODES[:, :6],
+        "zero_points": CODES[:, :3],
+        "row_scales": WEIGHT[:, 0].bfloat16(),
+        "bits": 4,
+        "columns": 20,
+        "group_size": 8,
+        "dtype": torch.float32,
+    }
+    assert not ops.dequantize_r2q(**asked).any()
+    with pytest.raises(QuantizationError) as raised:
+        ops.dequantize_r2q(**(asked | changes))
     assert message in str(raised.value)
 
 

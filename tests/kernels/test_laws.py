@@ -6,7 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import STRETCHES, Quantized, columns_case, gaussian, group_sizes, quantized, weights, widths
+from kernel_cases import (
+    STRETCHES,
+    Quantized,
+    columns_case,
+    gaussian,
+    group_sizes,
+    quantized,
+    residual_columns_case,
+    weights,
+    widths,
+)
 from torch import Tensor
 
 from arrow_quant_v2.kernels import ops, reference
@@ -239,3 +249,47 @@ def test_the_errors_of_the_columns_are_the_whole_error_seen_through_the_factor(
     difference = errors.double() @ upper.double()  # E U = W - Q, so that ||E||^2 = tr((W - Q) H (W - Q)^T)
     size = errors.double().abs() @ upper.double().abs()
     assert ((difference - (block - restored)).abs() <= 2**-20 * (size + block.abs())).all()
+
+
+# The residual grid
+
+
+@settings(deadline=None)
+@given(bits=widths, seed=st.integers(0, 99), centre=st.booleans())
+def test_the_affine_grid_is_a_residual_one(bits: int, seed: int, centre: bool) -> None:
+    """a1 = (m + 1) a2: half a step and 2^(bits-2) of them, mu halfway between the first and the last level."""
+    random = torch.Generator().manual_seed(seed)
+    step, zero = torch.rand(2, 5, 1, generator=random).unbind()
+    zero = torch.full_like(zero, 2.0 ** (bits - 1)) if centre else zero * (2**bits - 1)
+    codes = torch.arange(2**bits, dtype=torch.uint8).repeat(5, 1)
+    mu = step * ((2**bits - 1) / 2 - zero)
+    grid = reference.Residual(mu=mu, a1=step * 2.0 ** (bits - 2), a2=step / 2)
+    expected = step * (codes - zero)
+    assert torch.allclose(reference.residual_level(codes, grid, bits), expected, rtol=1e-4, atol=2.0**bits * 1e-6)
+
+
+@settings(deadline=None)
+@given(weight=weights(most_rows=8, most_columns=40), bits=widths, seed=st.integers(0, 99))
+def test_no_level_is_nearer_than_the_chosen_one(weight: Tensor, bits: int, seed: int) -> None:
+    mu, a1, a2, inverse = (part[:, None] for part in residual_columns_case(weight.shape[0], 1, bits, seed)[2:])
+    grid = reference.Residual(mu=mu, a1=a1, a2=a2)
+    codes = reference.residual_codes(weight, grid, inverse, bits)
+    every = torch.arange(2**bits, dtype=torch.uint8).expand(weight.shape[0], -1)
+    levels = reference.residual_level(every, grid, bits).double()
+    assert (levels.diff(dim=1) >= -1e-6).all()  # in order
+    nearest = (weight[..., None].double() - levels[:, None]).abs().amin(dim=-1)
+    found = (weight.double() - reference.residual_level(codes, grid, bits).double()).abs()
+    assert (found <= nearest + 1e-5 * (1.0 + mu.abs() + a1) + 2.0**-23 * weight.abs()).all()
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 20), columns=st.integers(1, 40), bits=widths, seed=st.integers(0, 99))
+def test_the_errors_of_the_columns_are_the_whole_error_on_the_residual_grid_too(
+    rows: int, columns: int, bits: int, seed: int
+) -> None:
+    block, upper, mu, a1, a2, inverse = residual_columns_case(rows, columns, bits, seed)
+    codes, errors = ops.quantize_columns_r2q(block, upper, mu, a1, a2, inverse, bits)
+    grid = reference.Residual(mu=mu[:, None], a1=a1[:, None], a2=a2[:, None])
+    restored = reference.residual_level(codes, grid, bits).double()
+    difference, size = errors.double() @ upper.double(), errors.double().abs() @ upper.double().abs()
+    assert ((difference - (block - restored)).abs() <= 2**-20 * (size + block.abs() + 1.0)).all()

@@ -68,3 +68,26 @@ def test_a_quantized_row_on_paper(library: ctypes.CDLL) -> None:
     assert codes.numpy().tobytes() == b"\xe9\xe4"  # codes 1, 1.67 -> 2, 2.33 -> 2, 3; then 0, 1, 2, 3
     assert (scales.tolist(), zero_points.tolist(), row_scales.tolist()) == ([[255]], [[85]], [1.5])
     assert sums[0].tolist() == pytest.approx([27.5, 27.0, 0.5])
+
+
+def test_levels_of_the_residual_grid_on_paper(isa: str) -> None:
+    """Row scale 2, s = 255 and 51: a1 = 2, a2 = 0.08. z = 51: mu = (a1 + m a2) * 0.6."""
+    row_scales, scales = torch.tensor([2.0], dtype=torch.bfloat16), codes_of([[255, 51]])
+    for bits, reach in ((2, 2.08), (4, 2.56)):
+        m = 2 ** (bits - 1) - 1
+        codes = torch.arange(2**bits, dtype=torch.uint8)[None]
+        stored = (ops.pack(codes, bits), scales)
+        asked = (row_scales, bits, 2**bits, 2**bits, torch.float32)
+        above = [2.0 + 0.08 * (2 * low - m) for low in range(m + 1)]
+        below = [level - 4.0 for level in above]
+        assert ops.dequantize_r2q(*stored, scales[:, :0], *asked)[0].tolist() == pytest.approx(below + above)
+        shifted = [0.6 * reach + level for level in below + above]
+        assert ops.dequantize_r2q(*stored, codes_of([[51]]), *asked)[0].tolist() == pytest.approx(shifted)
+
+
+def test_two_groups_have_two_scales_each(isa: str) -> None:
+    """a1, a2 of group 0, then a1, a2 of group 1."""
+    packed, scales = codes_of([[0b11100100, 0b11100100]]), codes_of([[255, 0, 0, 255]])
+    row_scales = torch.tensor([1.0], dtype=torch.bfloat16)
+    found = ops.dequantize_r2q(packed, scales, scales[:, :0], row_scales, 2, 8, 4, torch.float32)
+    assert found.tolist() == [[-1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0]]

@@ -18,7 +18,7 @@ from arrow_quant_v2.kernels import ops, reference
 from arrow_quant_v2.kernels.native import find_library, open_library
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -63,7 +63,10 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 def register(library: ctypes.CDLL) -> None:
     """Let the dispatcher use the C++ kernels for every CPU tensor."""
     _register_codes(library)
+    _register_dequantize("dequantize", library.aq_dequantize)
+    _register_dequantize("dequantize_r2q", library.aq_dequantize_r2q)
     _register_columns(library)
+    _register_hadamard(library)
 
 
 def _register_codes(library: ctypes.CDLL) -> None:
@@ -81,26 +84,6 @@ def _register_codes(library: ctypes.CDLL) -> None:
         source = packed.contiguous()
         library.aq_unpack(_pointer(source), _pointer(codes), *_sizes(packed.shape[0], columns), bits, _threads())
         return codes
-
-    def dequantize_cpp(
-        codes: Tensor,
-        scales: Tensor,
-        zero_points: Tensor,
-        row_scales: Tensor,
-        bits: int,
-        columns: int,
-        group_size: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ops.check_dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
-        weight = codes.new_empty((codes.shape[0], columns), dtype=dtype)
-        kept = [t.contiguous() for t in (codes, scales, zero_points, row_scales)]
-        pointers = [_pointer(t) if t.numel() else None for t in kept]
-        rows, group = ctypes.c_int64(codes.shape[0]), ctypes.c_int64(group_size)
-        library.aq_dequantize(
-            *pointers, _pointer(weight), DTYPES[dtype], rows, ctypes.c_int64(columns), bits, group, _threads()
-        )
-        return weight
 
     def quantize_cpp(
         weight: Tensor,
@@ -129,8 +112,30 @@ def _register_codes(library: ctypes.CDLL) -> None:
         )
         return result
 
-    for kernel in (pack_cpp, unpack_cpp, dequantize_cpp, quantize_cpp):
+    for kernel in (pack_cpp, unpack_cpp, quantize_cpp):
         ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
+
+
+def _register_dequantize(name: str, kernel: Callable[..., None]) -> None:
+    def dequantize_cpp(
+        codes: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        row_scales: Tensor,
+        bits: int,
+        columns: int,
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ops.check_dequantize(name, codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
+        weight = codes.new_empty((codes.shape[0], columns), dtype=dtype)
+        kept = [t.contiguous() for t in (codes, scales, zero_points, row_scales)]
+        pointers = [_pointer(t) if t.numel() else None for t in kept]
+        rows, group = ctypes.c_int64(codes.shape[0]), ctypes.c_int64(group_size)
+        kernel(*pointers, _pointer(weight), DTYPES[dtype], rows, ctypes.c_int64(columns), bits, group, _threads())
+        return weight
+
+    ops.register_kernel(name, "CPU", dequantize_cpp)
 
 
 def _register_columns(library: ctypes.CDLL) -> None:
@@ -164,20 +169,40 @@ def _register_columns(library: ctypes.CDLL) -> None:
     def quantize_columns_cpp(
         block: Tensor, upper: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
     ) -> tuple[Tensor, Tensor]:
-        ops.check_quantize_columns(block, upper, scale, inverse, zero, bits)
-        given = [tensor.contiguous() for tensor in (block, upper, scale, inverse, zero)]
-        result = ops.empty_columns(given[0])
-        library.aq_quantize_columns(
-            *[_pointer(tensor) for tensor in given],
-            *_sizes(*block.shape),
-            bits,
-            *[_pointer(part) for part in result],
-            _threads(),
-        )
-        return result
+        rows = {"scale": scale, "inverse": inverse, "zero": zero}
+        ops.check_columns("quantize_columns", block, upper, rows, bits)
+        return _columns(library.aq_quantize_columns, block, (upper, *rows.values()), bits)
+
+    def quantize_columns_r2q_cpp(
+        block: Tensor, upper: Tensor, mu: Tensor, a1: Tensor, a2: Tensor, inverse: Tensor, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        rows = {"mu": mu, "a1": a1, "a2": a2, "inverse": inverse}
+        ops.check_columns("quantize_columns_r2q", block, upper, rows, bits)
+        return _columns(library.aq_quantize_columns_r2q, block, (upper, *rows.values()), bits)
 
     ops.register_kernel("fit_grid", "CPU", fit_grid_cpp)
     ops.register_kernel("quantize_columns", "CPU", quantize_columns_cpp)
+    ops.register_kernel("quantize_columns_r2q", "CPU", quantize_columns_r2q_cpp)
+
+
+def _columns(kernel: Callable[..., None], block: Tensor, others: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and errors of a column loop."""
+    given = [tensor.contiguous() for tensor in (block, *others)]
+    result = ops.empty_columns(given[0])
+    pointers = [_pointer(tensor) for tensor in given]
+    kernel(*pointers, *_sizes(*block.shape), bits, *[_pointer(part) for part in result], _threads())
+    return result
+
+
+def _register_hadamard(library: ctypes.CDLL) -> None:
+    def hadamard_cpp(x: Tensor, block: int) -> Tensor:
+        ops.check_hadamard(x, block)
+        source = x.contiguous()
+        turned = torch.empty_like(source)
+        library.aq_hadamard(_pointer(source), _pointer(turned), *_sizes(x.numel() // block, block), _threads())
+        return turned
+
+    ops.register_kernel("hadamard", "CPU", hadamard_cpp)
 
 
 def _sizes(rows: int, columns: int) -> tuple[ctypes.c_int64, ctypes.c_int64]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels import reference
-from arrow_quant_v2.packed import WIDTHS
+from arrow_quant_v2.packed import ROTATIONS, WIDTHS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEQUANTIZE_SCHEMA = (
@@ -35,6 +35,11 @@ FIT_GRID_SCHEMA = (
 )
 QUANTIZE_COLUMNS_SCHEMA = (
     "quantize_columns(Tensor block, Tensor upper, Tensor scale, Tensor inverse, Tensor zero, int bits)"
+    " -> (Tensor, Tensor)"
+)
+DEQUANTIZE_R2Q_SCHEMA = DEQUANTIZE_SCHEMA.replace("dequantize", "dequantize_r2q")
+QUANTIZE_COLUMNS_R2Q_SCHEMA = (
+    "quantize_columns_r2q(Tensor block, Tensor upper, Tensor mu, Tensor a1, Tensor a2, Tensor inverse, int bits)"
     " -> (Tensor, Tensor)"
 )
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
@@ -120,7 +125,7 @@ def dequantize(
     Raises:
         QuantizationError: a width, shape or dtype is not one of these.
     """
-    check_dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
+    check_dequantize("dequantize", codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
     return reference.dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
 
 
@@ -136,6 +141,63 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty((codes.shape[0], columns), dtype=dtype)
+
+
+@_operator(DEQUANTIZE_R2Q_SCHEMA)
+def dequantize_r2q(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bits: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Packed codes on the r2q grid -> (rows, columns) of `dtype`: (mu +- a1) + a2 (2 low - m) in float32.
+
+    As `dequantize`, but scales (rows, 2 groups) uint8 are a1, a2 of each group, and zero_points (rows, groups) or
+    (rows, 0) say where between its ends mu lies. m = 2^(bits-1) - 1; + where the highest bit of the code is set, low
+    the other bits.
+
+    Raises:
+        QuantizationError: a width, shape or dtype is not one of these.
+    """
+    check_dequantize("dequantize_r2q", codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
+    return reference.dequantize_r2q(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
+
+
+@_shapes_of("dequantize_r2q")
+def _(
+    codes: Tensor,
+    scales: Tensor,  # noqa: ARG001
+    zero_points: Tensor,  # noqa: ARG001
+    row_scales: Tensor,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+    columns: int,
+    group_size: int,  # noqa: ARG001
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], columns), dtype=dtype)
+
+
+@_operator("hadamard(Tensor x, int block) -> Tensor")
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """(..., columns) float32 -> the same: each block of the last axis times Sylvester's matrix / sqrt(block).
+
+    The matrix is symmetric and its own inverse. block is a power of two from 8 to 1024 that divides the columns. The
+    signs that go with it are in kernels/rotation.py.
+
+    Raises:
+        QuantizationError: the block or the dtype is not one of these.
+    """
+    check_hadamard(x, block)
+    return reference.hadamard(x, block)
+
+
+@_shapes_of("hadamard")
+def _(x: Tensor, block: int) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape)
 
 
 @_operator(QUANTIZE_SCHEMA)
@@ -235,7 +297,7 @@ def quantize_columns(
     Raises:
         QuantizationError: a width, shape, dtype or the diagonal of U is not one of these.
     """
-    check_quantize_columns(block, upper, scale, inverse, zero, bits)
+    check_columns("quantize_columns", block, upper, {"scale": scale, "inverse": inverse, "zero": zero}, bits)
     return reference.quantize_columns(block, upper, scale, inverse, zero, bits)
 
 
@@ -256,26 +318,68 @@ def empty_columns(block: Tensor) -> tuple[Tensor, Tensor]:
     return block.new_empty(block.shape, dtype=torch.uint8), block.new_empty(block.shape)
 
 
-def check_quantize_columns(
-    block: Tensor, upper: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
-) -> None:
-    """Refuse what the kernels of `quantize_columns` must not see.
+@_operator(QUANTIZE_COLUMNS_R2Q_SCHEMA)
+def quantize_columns_r2q(
+    block: Tensor, upper: Tensor, mu: Tensor, a1: Tensor, a2: Tensor, inverse: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """As `quantize_columns`, on the r2q grid: mu, a1, a2 and inverse (1 / (2 a2), or 0 where a2 is) (rows,) float32.
+
+    q_t = the upper half of the codes where w_t >= mu, centre = mu +- a1, and within it
+    low = round(clip((w_t - centre) * inverse + m / 2, 0, m)); its value is centre + a2 (2 low - m), m = 2^(bits-1) - 1.
+    That is the nearest level where a1 >= m a2.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or the diagonal of U is not one of these.
+    """
+    check_columns("quantize_columns_r2q", block, upper, {"mu": mu, "a1": a1, "a2": a2, "inverse": inverse}, bits)
+    return reference.quantize_columns_r2q(block, upper, mu, a1, a2, inverse, bits)
+
+
+@_shapes_of("quantize_columns_r2q")
+def _(
+    block: Tensor,
+    upper: Tensor,  # noqa: ARG001
+    mu: Tensor,  # noqa: ARG001
+    a1: Tensor,  # noqa: ARG001
+    a2: Tensor,  # noqa: ARG001
+    inverse: Tensor,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return empty_columns(block)
+
+
+def check_columns(who: str, block: Tensor, upper: Tensor, of_rows: Mapping[str, Tensor], bits: int) -> None:
+    """Refuse what the kernels of `quantize_columns` and `quantize_columns_r2q` must not see; `who` is asked.
 
     Raises:
         QuantizationError: a width, shape, dtype or the diagonal of U does not fit.
     """
-    _check_bits("quantize_columns", bits)
-    _check_matrix("quantize_columns: block", block, (torch.float32,))
+    _check_bits(who, bits)
+    _check_matrix(f"{who}: block", block, (torch.float32,))
     rows, columns = block.shape
-    wanted = {"upper": (columns, columns), "scale": (rows,), "inverse": (rows,), "zero": (rows,)}
-    for (what, shape), tensor in zip(wanted.items(), (upper, scale, inverse, zero), strict=True):
+    wanted = {"upper": (upper, (columns, columns))} | {what: (tensor, (rows,)) for what, tensor in of_rows.items()}
+    for what, (tensor, shape) in wanted.items():
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise QuantizationError(
-                f"quantize_columns: {what} is {tensor.dtype} {tuple(tensor.shape)}; the block asks for float32 {shape}"
+                f"{who}: {what} is {tensor.dtype} {tuple(tensor.shape)}; the block asks for float32 {shape}"
             )
     if columns and not float(upper.diagonal().min()) > 0.0:
         raise QuantizationError(
-            f"quantize_columns: the diagonal of upper goes down to {float(upper.diagonal().min())}; allowed: above 0"
+            f"{who}: the diagonal of upper goes down to {float(upper.diagonal().min())}; allowed: above 0"
+        )
+
+
+def check_hadamard(x: Tensor, block: int) -> None:
+    """Refuse what the kernels of `hadamard` must not see.
+
+    Raises:
+        QuantizationError: the block or the dtype does not fit.
+    """
+    if block not in ROTATIONS:
+        raise QuantizationError(f"hadamard: block is {block}; allowed: {', '.join(map(str, ROTATIONS))}")
+    if not x.ndim or x.dtype != torch.float32 or x.shape[-1] % block:
+        raise QuantizationError(
+            f"hadamard: x is {x.dtype} {tuple(x.shape)}; allowed: float32 whose last axis splits into blocks of {block}"
         )
 
 
@@ -353,6 +457,7 @@ def check_unpack(packed: Tensor, bits: int, columns: int) -> None:
 
 
 def check_dequantize(
+    who: str,
     codes: Tensor,
     scales: Tensor,
     zero_points: Tensor,
@@ -362,28 +467,26 @@ def check_dequantize(
     group_size: int,
     dtype: torch.dtype,
 ) -> None:
-    """Refuse parameters that do not belong to the codes.
+    """Refuse parameters that do not belong to the codes; `who` is `dequantize` or `dequantize_r2q`.
 
     Raises:
         QuantizationError: a width, shape or dtype does not fit.
     """
     check_unpack(codes, bits, columns)
     if group_size < 1:
-        raise QuantizationError(f"dequantize: group_size is {group_size}; allowed: 1 or more columns")
+        raise QuantizationError(f"{who}: group_size is {group_size}; allowed: 1 or more columns")
     rows, groups = codes.shape[0], -(-columns // group_size)
-    _check_parameters("scales", scales, torch.uint8, (rows, groups))
+    _check_parameters(f"{who}: scales", scales, torch.uint8, (rows, 2 * groups if who == "dequantize_r2q" else groups))
     if zero_points.numel():
-        _check_parameters("zero_points", zero_points, torch.uint8, (rows, groups))
-    _check_parameters("row_scales", row_scales, torch.bfloat16, (rows,))
+        _check_parameters(f"{who}: zero_points", zero_points, torch.uint8, (rows, groups))
+    _check_parameters(f"{who}: row_scales", row_scales, torch.bfloat16, (rows,))
     if dtype not in FLOATS:
-        raise QuantizationError(f"dequantize: dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}")
+        raise QuantizationError(f"{who}: dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}")
 
 
 def _check_parameters(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise QuantizationError(
-            f"dequantize: {what} are {tensor.dtype} {tuple(tensor.shape)}; the codes ask for {dtype} {shape}"
-        )
+        raise QuantizationError(f"{what} are {tensor.dtype} {tuple(tensor.shape)}; the codes ask for {dtype} {shape}")
 
 
 def _check_bits(who: str, bits: int) -> None:

@@ -6,8 +6,9 @@ vector kernel can repeat them exactly.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -84,6 +85,81 @@ def dequantize(
     scale = per_column(scale_of(scales, row_scales), group_size, columns)
     zero = per_column(zero_of(zero_points, scales, bits), group_size, columns)
     return ((unpack(codes, bits, columns).to(torch.float32) - zero) * scale).to(dtype)
+
+
+class Residual(NamedTuple):
+    """The r2q grid of some groups, float32: levels mu +- a1 + a2 k, k odd from -m to m, where m = 2^(bits-1) - 1."""
+
+    mu: Tensor
+    a1: Tensor
+    a2: Tensor
+
+
+def largest_low(bits: int) -> int:
+    """M = 2^(bits-1) - 1, the largest number in the lower bits of a code."""
+    return int(2 ** (bits - 1) - 1)
+
+
+def residual_of(scales: Tensor, zero_points: Tensor, row_scales: Tensor, bits: int) -> Residual:
+    """(rows, 2 groups) and (rows, groups) uint8 codes, (rows,) bfloat16 -> (rows, groups) each, in float32.
+
+    a = row_scale * (code / 255)^2 and mu = (a1 + m a2) * ((255 - 2 zero_point) / 255), or 0 without zero points.
+    """
+    pairs = scale_of(scales, row_scales).unflatten(1, (-1, 2))
+    a1, a2 = pairs[..., 0], pairs[..., 1]
+    if not zero_points.numel():
+        return Residual(mu=torch.zeros_like(a1), a1=a1, a2=a2)
+    share = (255.0 - 2.0 * zero_points.to(torch.float32)) / 255.0
+    return Residual(mu=(a1 + float(largest_low(bits)) * a2) * share, a1=a1, a2=a2)
+
+
+def residual_level(codes: Tensor, grid: Residual, bits: int) -> Tensor:
+    """What codes mean on a grid that broadcasts with them: (mu +- a1) + a2 (2 low - m)."""
+    m = largest_low(bits)
+    centre = torch.where(codes > m, grid.mu + grid.a1, grid.mu - grid.a1)
+    low = (codes & m).to(torch.float32)
+    return centre + grid.a2 * (2.0 * low - float(m))
+
+
+def residual_codes(weight: Tensor, grid: Residual, inverse: Tensor, bits: int) -> Tensor:
+    """The nearest codes, uint8; inverse is 1 / (2 a2), or 0 where a2 is.
+
+    The upper half of the levels lies above mu and the lower half below, because a1 >= m a2.
+    """
+    m = largest_low(bits)
+    top = weight >= grid.mu
+    centre = torch.where(top, grid.mu + grid.a1, grid.mu - grid.a1)
+    low = rounded((weight - centre) * inverse + 0.5 * m, float(m))
+    return (low + torch.where(top, float(m + 1), 0.0)).to(torch.uint8)
+
+
+def dequantize_r2q(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bits: int,
+    columns: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(rows, row_bytes) packed codes and their r2q parameters -> (rows, columns) of `dtype`."""
+    group_size = min(group_size, columns)
+    grid = residual_of(scales, zero_points, row_scales, bits)
+    wide = Residual(*(per_column(part, group_size, columns) for part in grid))
+    return residual_level(unpack(codes, bits, columns), wide, bits).to(dtype)
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """(..., columns) float32: the last axis in blocks, each times Sylvester's matrix over the root of its size."""
+    blocks = x.reshape(-1, block)
+    half = 1
+    while half < block:
+        pairs = blocks.reshape(-1, block // (2 * half), 2, half)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        blocks = torch.stack([first + second, first - second], dim=2).reshape(-1, block)
+        half *= 2
+    return (blocks * (1.0 / math.sqrt(block))).reshape(x.shape)
 
 
 def lane_sum(values: Tensor) -> Tensor:
@@ -272,6 +348,21 @@ def quantize_columns(
         q = rounded(w * inverse + zero, float(2**bits - 1))
         e = (w - (q - zero) * scale) / upper[t, t]
         codes[:, t], errors[:, t] = q.to(torch.uint8), e
+        weights[:, t + 1 :] = weights[:, t + 1 :] - e[:, None] * upper[t, t + 1 :]
+    return codes, errors
+
+
+def quantize_columns_r2q(
+    block: Tensor, upper: Tensor, mu: Tensor, a1: Tensor, a2: Tensor, inverse: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The same on the r2q grid: (rows, n) codes and errors; see ops.quantize_columns_r2q."""
+    weights, errors = block.clone(), torch.empty_like(block)
+    codes, grid = torch.empty_like(block, dtype=torch.uint8), Residual(mu=mu, a1=a1, a2=a2)
+    for t in range(block.shape[1]):
+        w = weights[:, t]
+        q = residual_codes(w, grid, inverse, bits)
+        e = (w - residual_level(q, grid, bits)) / upper[t, t]
+        codes[:, t], errors[:, t] = q, e
         weights[:, t + 1 :] = weights[:, t + 1 :] - e[:, None] * upper[t, t + 1 :]
     return codes, errors
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from arrow_quant_v2.kernels import cpu, ops
+from arrow_quant_v2.kernels.rotation import unturn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,11 +31,27 @@ def shared_tensor(array: NDArray[Any]) -> torch.Tensor:
 
 
 def dequantized(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Codes -> (rows, columns) weights, computed in float32 and rounded once to `dtype` (any floating dtype)."""
+    """Codes -> (rows, columns) of the original weight, whatever was done to its channels before it was coded.
+
+    Computed in float32 and rounded once to `dtype` (any floating dtype): unturn(stored) / equalization.
+    """
+    if packed.rotation is None and packed.equalization is None:
+        return stored_weight(packed, dtype)
+    along = stored_weight(packed).reshape(packed.rows, packed.layout.channels or 1, -1)  # (rows, channels, kernel)
+    if packed.rotation is not None:
+        along = unturn(along, packed.rotation, axis=1)
+    if packed.equalization is not None:
+        along = along / shared_tensor(packed.equalization)[:, None]
+    return along.flatten(1).to(dtype)
+
+
+def stored_weight(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Codes -> (rows, columns) as they were coded: equalized and turned, for a layer whose input is so too."""
     cpu.activate()
     layout = packed.layout
     zeros = np.empty((packed.rows, 0), np.uint8) if packed.zero_points is None else packed.zero_points
-    weight: torch.Tensor = ops.dequantize(
+    dequantize = ops.dequantize_r2q if layout.grid == "r2q" else ops.dequantize
+    weight: torch.Tensor = dequantize(
         shared_tensor(packed.codes),
         shared_tensor(packed.scales),
         shared_tensor(zeros),

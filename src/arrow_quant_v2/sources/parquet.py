@@ -5,6 +5,7 @@ Knows nothing of how the codes were chosen.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 
 from arrow_quant_v2.kernels.tensors import dequantized, shared_tensor
-from arrow_quant_v2.packed import PackedTensor, TensorInfo
 from arrow_quant_v2.sources.slices import bounds, find, torch_dtype
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.record import RawTensor
@@ -20,6 +20,7 @@ from arrow_quant_v2.store.record import RawTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from arrow_quant_v2.packed import PackedTensor, TensorInfo
     from arrow_quant_v2.store.record import Payload
 
 LAYERS_AT_HAND = 4  # slices of one layer come one after the other; its checksum is checked once
@@ -100,10 +101,8 @@ def _raw_elements(chunk: RawTensor, start: int, stop: int) -> torch.Tensor | Non
 
 def _rows(chunk: PackedTensor, first: int, last: int) -> PackedTensor:
     part = np.s_[first - chunk.first_row : last - chunk.first_row]
-    return PackedTensor(
-        name=chunk.name,
-        dtype=chunk.dtype,
-        layout=chunk.layout,
+    return replace(
+        chunk,
         codes=chunk.codes[part],
         scales=chunk.scales[part],
         zero_points=None if chunk.zero_points is None else chunk.zero_points[part],

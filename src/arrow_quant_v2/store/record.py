@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -155,10 +155,8 @@ def _split_raw(tensor: RawTensor, chunk_bytes: int) -> Iterator[RawTensor]:
 
 def _split_packed(tensor: PackedTensor, chunk_bytes: int) -> Iterator[PackedTensor]:
     for start, stop in ranges(tensor.rows, math.ceil(tensor.nbytes / max(1, tensor.rows)), chunk_bytes):
-        yield PackedTensor(
-            name=tensor.name,
-            dtype=tensor.dtype,
-            layout=tensor.layout,
+        yield replace(
+            tensor,
             codes=tensor.codes[start:stop],
             scales=tensor.scales[start:stop],
             zero_points=None if tensor.zero_points is None else tensor.zero_points[start:stop],

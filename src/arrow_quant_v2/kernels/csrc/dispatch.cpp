@@ -111,7 +111,7 @@ int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 2; }
+AQ_EXPORT int aq_abi() { return 3; }
 
 AQ_EXPORT const char* aq_isa() { return chosen.load()->name; }
 
@@ -166,6 +166,27 @@ AQ_EXPORT void aq_dequantize(const uint8_t* codes, const uint8_t* scales, const 
                        columns, group,  groups_of(columns, group), row_bytes_of(columns, bits), bits};
   expect_to_fill(weight, rows * columns * (dtype == FLOAT32 ? 4 : 2));
   over_rows(ask, chosen.load()->dequantize, rows, columns, threads);
+}
+
+AQ_EXPORT void aq_dequantize_r2q(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                                 const uint16_t* row_scales, void* weight, int dtype, int64_t rows, int64_t columns,
+                                 int bits, int64_t group, int threads) {
+  const Dequantize ask{codes,   scales, zero_points,                row_scales,                  weight, (Dtype)dtype,
+                       columns, group,  groups_of(columns, group), row_bytes_of(columns, bits), bits};
+  expect_to_fill(weight, rows * columns * (dtype == FLOAT32 ? 4 : 2));
+  over_rows(ask, chosen.load()->dequantize_r2q, rows, columns, threads);
+}
+
+AQ_EXPORT void aq_quantize_columns_r2q(const float* block, const float* upper, const float* mu, const float* a1,
+                                       const float* a2, const float* inverse, int64_t rows, int64_t columns, int bits,
+                                       uint8_t* codes, float* errors, int threads) {
+  const ResidualColumns ask{block, upper, mu, a1, a2, inverse, codes, errors, columns, bits};
+  over_rows(ask, chosen.load()->quantize_columns_r2q, rows, 8 * columns, threads);  // each value costs a loop
+}
+
+AQ_EXPORT void aq_hadamard(const float* from, float* to, int64_t rows, int64_t block, int threads) {
+  expect_to_fill(to, rows * block * 4);
+  over_rows(Hadamard{from, to, block}, chosen.load()->hadamard, rows, block, threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

@@ -41,9 +41,27 @@ struct Columns {
   int bits;
 };
 
+// The same on the r2q grid, of which mu, a1 and a2 are given; inverse is 1 / (2 a2), or 0.
+struct ResidualColumns {
+  const float* block;                        // (rows, columns)
+  const float* upper;                        // (columns, columns)
+  const float *mu, *a1, *a2, *inverse;       // (rows,)
+  uint8_t* codes;                            // (rows, columns)
+  float* errors;                             // (rows, columns)
+  int64_t columns;
+  int bits;
+};
+
+// Rows of one block each, turned by Sylvester's matrix over the root of its size.
+struct Hadamard {
+  const float* from;  // (rows, block)
+  float* to;
+  int64_t block;
+};
+
 struct Dequantize {
   const uint8_t* codes;
-  const uint8_t* scales;
+  const uint8_t* scales;  // two of each group on the r2q grid
   const uint8_t* zero_points;
   const uint16_t* row_scales;
   void* weight;
@@ -67,4 +85,7 @@ struct KernelTable {
   void (*quantize_columns)(const Columns&, int64_t first, int64_t last);
   void (*pack)(const Repack&, int64_t first, int64_t last);
   void (*unpack)(const Repack&, int64_t first, int64_t last);
+  void (*dequantize_r2q)(const Dequantize&, int64_t first, int64_t last);
+  void (*quantize_columns_r2q)(const ResidualColumns&, int64_t first, int64_t last);
+  void (*hadamard)(const Hadamard&, int64_t first, int64_t last);
 };

@@ -15,6 +15,7 @@
 
 #include "kernels.hpp"
 #include "lanes.hpp"
+#include "stored.hpp"
 
 namespace AQ_ISA {
 
@@ -39,13 +40,6 @@ static float up_to_bfloat16(float x) {
   std::memcpy(&bits, &x, 4);
   bits = (bits + 0xFFFF) & 0xFFFF0000;
   if (bits > LARGEST_BFLOAT16) bits = LARGEST_BFLOAT16;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-static float from_bfloat16_bits(uint16_t half) {
-  const uint32_t bits = (uint32_t)half << 16;
-  float x;
   std::memcpy(&x, &bits, 4);
   return x;
 }
@@ -432,28 +426,6 @@ static void pack_row(const uint8_t* bytes, uint8_t* out, int64_t columns, int bi
     out[whole] |= (uint8_t)(bytes[i] << bits * (i - whole * per_byte));
 }
 
-static void unpack_row(const uint8_t* packed, uint8_t* bytes, int64_t columns, int bits) {
-  const int per_byte = 8 / bits;
-  const int64_t whole = columns / per_byte;
-  const uint8_t ones = (uint8_t)((1 << bits) - 1);
-  if (bits == 8) {
-    std::memcpy(bytes, packed, columns);
-  } else if (bits == 4) {
-    for (int64_t i = 0; i < whole; i++) {
-      const uint16_t x = (uint16_t)((packed[i] | packed[i] << 4) & 0x0F0F);
-      std::memcpy(bytes + 2 * i, &x, 2);
-    }
-  } else {
-    for (int64_t i = 0; i < whole; i++) {
-      const uint32_t p = packed[i];
-      const uint32_t x = (p | p << 6 | p << 12 | p << 18) & 0x03030303;
-      std::memcpy(bytes + 4 * i, &x, 4);
-    }
-  }
-  for (int64_t i = whole * per_byte; i < columns; i++)
-    bytes[i] = (uint8_t)(packed[whole] >> bits * (i - whole * per_byte)) & ones;
-}
-
 template <Zero ZERO>
 static void encode_and_pack(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
   if (ask.group % LANES || ask.columns % LANES) {
@@ -500,16 +472,6 @@ static void fit_grid(const FitGrid& fit, int64_t first, int64_t last) {
     std::copy(row.mean_w.begin(), row.mean_w.end(), fit.mean_w + r * ask.groups);
   }
 }
-
-static inline void put(float* p, Lanes x) { store(p, x); }
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-static inline void put(Bfloat16* p, Lanes x) { store_bfloat16(&p->bits, x); }
-static inline void put(Float16* p, Lanes x) { store_float16(&p->bits, x); }
 
 template <class Item>
 static void dequantize_group(const uint8_t* codes, Item* to, int64_t n, Lanes scale, Lanes zero) {
@@ -558,6 +520,10 @@ static void unpack(const Repack& ask, int64_t first, int64_t last) {
 #define AQ_NAME(isa) AQ_NAME_2(isa)
 extern const KernelTable table;
 void quantize_columns(const Columns& ask, int64_t first, int64_t last);  // columns.cpp
-const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack};
+void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last);  // residual.cpp
+void quantize_columns_r2q(const ResidualColumns& ask, int64_t first, int64_t last);
+void hadamard(const Hadamard& ask, int64_t first, int64_t last);
+const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
+                           dequantize_r2q, quantize_columns_r2q, hadamard};
 
 }  // namespace AQ_ISA

@@ -1,0 +1,216 @@
+// The residual grid (r2q) and the block-Hadamard turn; compiled once per instruction set, with the same bits from each.
+//
+//   m = 2^(bits-1) - 1,  top = the highest bit of a code,  low = its other bits
+//   centre = mu + a1 where top, else mu - a1
+//   weight = centre + a2 (2 low - m)
+//   stored: a = row_scale * (s / 255)^2 for the two scales of a group,  mu = (a1 + m a2) ((255 - 2 z) / 255), or 0
+//
+//   nearest: top = w >= mu,  low = round(clip((w - centre) / (2 a2) + m / 2, 0, m)),  where a1 >= m a2
+//
+//   hadamard: for h = 1, 2, 4 ... block / 2:  x_i, x_{i+h} = x_i + x_{i+h}, x_i - x_{i+h}  wherever i has no bit h
+//
+// Every element sees the same operations in the same order as in kernels/reference.py. Assumes what kernels/ops.py has
+// checked: shapes, widths, contiguity, U_tt > 0, blocks of at least 8. Measured: python bench/kernels.py.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "kernels.hpp"
+#include "lanes.hpp"
+#include "stored.hpp"
+
+namespace AQ_ISA {
+
+static inline Lanes at_least(Lanes x, Lanes limit, Lanes yes, Lanes no) {
+  AQ_EACH(x.part[i] >= limit.part[i] ? yes.part[i] : no.part[i])
+}
+
+// What a code adds to the centre of its half, and which half it is.
+struct Halves {
+  float most;   // m
+  float first;  // 2^(bits-1), the first code on top
+
+  explicit Halves(int bits) : most((float)((1 << (bits - 1)) - 1)), first((float)(1 << (bits - 1))) {}
+};
+
+struct Levels {
+  Lanes above, below, a2;  // mu + a1, mu - a1
+};
+
+static inline Lanes level(Lanes code, const Levels& of, Halves halves) {
+  const Lanes first = fill(halves.first), most = fill(halves.most);
+  const Lanes centre = at_least(code, first, of.above, of.below);
+  const Lanes low = code - at_least(code, first, first, fill(0.0f));
+  return centre + of.a2 * (low + low - most);
+}
+
+template <class Item>
+static void residual_group(const uint8_t* codes, Item* to, int64_t n, const Levels& levels, Halves halves) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) put(to + i, level(load_codes(codes + i), levels, halves));
+  if (i == n) return;
+  Item tail[LANES];
+  put(tail, level(load_codes(codes + i), levels, halves));
+  std::memcpy(to + i, tail, (n - i) * sizeof(Item));
+}
+
+template <class Item>
+static void dequantize_r2q_as(const Dequantize& ask, int64_t first, int64_t last) {
+  std::vector<uint8_t> bytes(ask.columns + LANES);
+  const Halves halves(ask.bits);
+  for (int64_t r = first; r < last; r++) {
+    unpack_row(ask.codes + r * ask.row_bytes, bytes.data(), ask.columns, ask.bits);
+    const float row_scale = from_bfloat16_bits(ask.row_scales[r]);
+    const auto scale = [&](uint8_t s) { return row_scale * ((float)(s * s) / 65025.0f); };
+    for (int64_t g = 0; g < ask.groups; g++) {
+      const int64_t at = r * ask.groups + g, start = g * ask.group;
+      const int64_t n = std::min(ask.group, ask.columns - start);
+      const float a1 = scale(ask.scales[2 * at]), a2 = scale(ask.scales[2 * at + 1]);
+      const float share = ask.zero_points ? (float)(255 - 2 * ask.zero_points[at]) / 255.0f : 0.0f;
+      const float mu = ask.zero_points ? (a1 + halves.most * a2) * share : 0.0f;
+      const Levels levels{fill(mu + a1), fill(mu - a1), fill(a2)};
+      residual_group(bytes.data() + start, (Item*)ask.weight + r * ask.columns + start, n, levels, halves);
+    }
+  }
+}
+
+void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last) {
+  if (ask.dtype == FLOAT32) dequantize_r2q_as<float>(ask, first, last);
+  if (ask.dtype == BFLOAT16) dequantize_r2q_as<Bfloat16>(ask, first, last);
+  if (ask.dtype == FLOAT16) dequantize_r2q_as<Float16>(ask, first, last);
+}
+
+// Sixteen rows and their parameters, as in columns.cpp: rows that are missing at the end are zeros.
+struct ResidualTile {
+  int64_t columns;
+  std::vector<float> weights, errors;  // (columns, 16)
+  std::vector<uint8_t> codes;          // (columns, 16)
+  float mu[LANES], a1[LANES], a2[LANES], inverse[LANES];
+
+  explicit ResidualTile(int64_t n) : columns(n), weights(n * LANES), errors(n * LANES), codes(n * LANES) {}
+
+  void read(const ResidualColumns& ask, int64_t row, int64_t count) {
+    for (int64_t i = 0; i < LANES; i++) {
+      const bool here = i < count;
+      mu[i] = here ? ask.mu[row + i] : 0.0f;
+      a1[i] = here ? ask.a1[row + i] : 0.0f;
+      a2[i] = here ? ask.a2[row + i] : 0.0f;
+      inverse[i] = here ? ask.inverse[row + i] : 0.0f;
+      const float* from = ask.block + (row + i) * columns;
+      for (int64_t t = 0; t < columns; t++) weights[t * LANES + i] = here ? from[t] : 0.0f;
+    }
+  }
+
+  void write(const ResidualColumns& ask, int64_t row, int64_t count) const {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t at = (row + i) * columns;
+      for (int64_t t = 0; t < columns; t++) ask.codes[at + t] = codes[t * LANES + i];
+      for (int64_t t = 0; t < columns; t++) ask.errors[at + t] = errors[t * LANES + i];
+    }
+  }
+};
+
+static void residual_loop(const float* upper, Halves halves, ResidualTile& tile) {
+  const int64_t n = tile.columns;
+  const Lanes mu = load(tile.mu), a1 = load(tile.a1), a2 = load(tile.a2), inverse = load(tile.inverse);
+  const Lanes above = mu + a1, below = mu - a1, none = fill(0.0f);
+  const Lanes most = fill(halves.most), middle = fill(halves.most * 0.5f), first = fill(halves.first);
+  float* w = tile.weights.data();
+  for (int64_t t = 0; t < n; t++) {
+    const float* u = upper + t * n;
+    const Lanes now = load(w + t * LANES);
+    const Lanes centre = at_least(now, mu, above, below);
+    const Lanes place = min(max((now - centre) * inverse + middle, none), most);
+    const Lanes low = code_of(shift_to_code(place));
+    const Lanes error = (now - (centre + a2 * (low + low - most))) / fill(u[t]);
+    const Codes codes = codes_of(shift_to_code(low + at_least(now, mu, first, none)));
+    std::memcpy(&tile.codes[t * LANES], &codes, LANES);
+    store(&tile.errors[t * LANES], error);
+    for (int64_t s = t + 1; s < n; s++) store(w + s * LANES, load(w + s * LANES) - error * fill(u[s]));
+  }
+}
+
+void quantize_columns_r2q(const ResidualColumns& ask, int64_t first, int64_t last) {
+  ResidualTile tile(ask.columns);
+  for (int64_t row = first; row < last; row += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, last - row);
+    tile.read(ask, row, count);
+    residual_loop(ask.upper, Halves(ask.bits), tile);
+    tile.write(ask, row, count);
+  }
+}
+
+// Lane i of the result is lane i ^ H.
+template <int H, int... I>
+static inline FloatPart swapped(FloatPart x, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, (I ^ H)...);
+#else
+  typedef int32_t Places __attribute__((vector_size(WIDTH * 4)));
+  return __builtin_shuffle(x, Places{(I ^ H)...});
+#endif
+}
+
+template <int H, int... I>
+static inline FloatPart signs(std::integer_sequence<int, I...>) {
+  return FloatPart{(I & H ? -1.0f : 1.0f)...};
+}
+
+// One step within a part: where lane i has bit H, x_{i-H} - x_i, otherwise x_i + x_{i+H}; a factor of 1 or -1 is exact.
+template <int H>
+static inline FloatPart step(FloatPart x) {
+  constexpr auto lanes = std::make_integer_sequence<int, WIDTH>();
+  return swapped<H>(x, lanes) + x * signs<H>(lanes);
+}
+
+static inline FloatPart small_steps(FloatPart x) {
+  x = step<2>(step<1>(x));
+  if constexpr (WIDTH > 4) x = step<4>(x);
+  if constexpr (WIDTH > 8) x = step<8>(x);
+  return x;
+}
+
+static inline FloatPart load_part(const float* p) { return *(const AnyFloats*)p; }
+static inline void store_part(float* p, FloatPart x) { *(AnyFloats*)p = x; }
+
+// For blocks of 8 where a part has 16 lanes.
+static void turn_narrow_block(float* x, int64_t block, float scale) {
+  for (int64_t h = 1; h < block; h *= 2)
+    for (int64_t i = 0; i < block; i += 2 * h)
+      for (int64_t j = i; j < i + h; j++) {
+        const float a = x[j], b = x[j + h];
+        x[j] = a + b;
+        x[j + h] = a - b;
+      }
+  for (int64_t i = 0; i < block; i++) x[i] *= scale;
+}
+
+static void turn_block(const float* from, float* x, int64_t block, float scale) {
+  for (int64_t i = 0; i < block; i += WIDTH) store_part(x + i, small_steps(load_part(from + i)));
+  for (int64_t h = WIDTH; h < block; h *= 2)
+    for (int64_t i = 0; i < block; i += 2 * h)
+      for (int64_t j = i; j < i + h; j += WIDTH) {
+        const FloatPart a = load_part(x + j), b = load_part(x + j + h);
+        store_part(x + j, a + b);
+        store_part(x + j + h, a - b);
+      }
+  for (int64_t i = 0; i < block; i += WIDTH) store_part(x + i, load_part(x + i) * scale);
+}
+
+void hadamard(const Hadamard& ask, int64_t first, int64_t last) {
+  const float scale = (float)(1.0 / std::sqrt((double)ask.block));
+  for (int64_t r = first; r < last; r++) {
+    const float* from = ask.from + r * ask.block;
+    float* to = ask.to + r * ask.block;
+    if (ask.block >= WIDTH) {
+      turn_block(from, to, ask.block, scale);
+    } else {
+      std::copy_n(from, ask.block, to);
+      turn_narrow_block(to, ask.block, scale);
+    }
+  }
+}
+
+}  // namespace AQ_ISA

@@ -15,13 +15,13 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
 
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.packed import WIDTHS, Bits
+from arrow_quant_v2.packed import WIDTHS, Bits, Grid
 
 if TYPE_CHECKING:
     from pydantic import ModelWrapValidatorHandler, ValidationInfo
     from typing_extensions import Self
 
-Method: TypeAlias = Literal["clip", "rtn"]
+Method: TypeAlias = Literal["clip", "gptq", "r2q", "rtn"]
 Modality: TypeAlias = Literal["text", "code", "image", "audio"]
 Profile: TypeAlias = Literal["edge", "local", "cloud"]
 
@@ -244,6 +244,11 @@ class LayerSpec:
         ]
         if wrong:
             raise ConfigurationError(_listed(wrong))
+
+    @property
+    def grid(self) -> Grid:
+        """What codes of this method mean."""
+        return "r2q" if self.method == "r2q" else "affine"
 
     def _group_fits(self) -> bool:
         size: object = self.group_size

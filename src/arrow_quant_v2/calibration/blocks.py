@@ -87,7 +87,7 @@ class Walk:
         self.blocks = self._found()
         self._order = {block.name: number for number, block in enumerate(self.blocks)}
         for block in self.blocks:
-            block.module.forward = self._replaying(block, block.module.forward)  # type: ignore[method-assign]
+            block.module.forward = self._replaying(block, block.module.forward)
 
     def close(self) -> None:
         """Give the model its own forwards back."""

@@ -62,7 +62,7 @@ def gptq(
             f" the weight has {weight.shape[1]} in groups of {group_size}"
         )
     cpu.activate()
-    ask = Ask(bits=spec.bits, symmetric=spec.symmetric, stretches=STRETCHES[spec.bits], refits=refits)
+    ask = Ask(grid=spec.grid, bits=spec.bits, symmetric=spec.symmetric, stretches=STRETCHES[spec.bits], refits=refits)
     pieces = tiles(weight.shape[0], ROWS)
     return joined(each_on_one_core(lambda rows: _quantized(weight[rows].to(torch.float32), factor, ask), pieces))
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOMENTS = 5  # count, sum, sum of squares, least, largest
+PROBES = 64  # rows of each time group that are kept, to measure errors with
+PROBES_PER_CALL = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +42,8 @@ class InputStats:
 
     moments  (groups, 5) float64: count, sum, sum of squares, least and largest in each time group
     absmax   (groups, channels) float32
+    sums     (groups, columns) float64: sum of the rows that were seen in each time group
+    probes   up to PROBES of those rows for each time group, (rows, columns) float32
     second   H = sum of w x x^T, w the weight of the sample's time group, so that every group has the same say
     """
 
@@ -49,6 +53,9 @@ class InputStats:
         self.moments = torch.zeros(groups, MOMENTS, dtype=torch.float64)
         self.moments[:, 3], self.moments[:, 4] = torch.inf, -torch.inf
         self.absmax = torch.zeros(groups, channels)
+        self.sums = torch.zeros(groups, columns, dtype=torch.float64)
+        self.rows = torch.zeros(groups, dtype=torch.int64)
+        self.probes = [torch.zeros(0, columns) for _ in range(groups)]
         self.second = SecondMoment(columns)
 
     @property
@@ -65,6 +72,9 @@ class InputStats:
         for one, group in zip(seen, groups, strict=True):
             _add_moments(self.moments[group], one.moments)
             self.absmax[group] = torch.maximum(self.absmax[group], one.absmax)
+            self.sums[group] += one.rows.sum(dim=0, dtype=torch.float64)
+            self.rows[group] += len(one.rows)
+            self._probe(group, _spaced(one.rows, PROBES_PER_CALL))
         rows = [one.rows if w == 1.0 else one.rows * w**0.5 for one, w in zip(seen, weights, strict=True)]
         self.second.add(torch.cat(rows))
 
@@ -82,6 +92,10 @@ class InputStats:
         for mine, theirs in zip(self.moments, other.moments, strict=True):
             _add_moments(mine, theirs)
         self.absmax = torch.maximum(self.absmax, other.absmax)
+        self.sums += other.sums
+        self.rows += other.rows
+        for group, rows in enumerate(other.probes):
+            self._probe(group, rows)
         self.second.merge(other.second)
 
     def spread(self) -> dict[str, list[float]]:
@@ -93,10 +107,20 @@ class InputStats:
         named = {"mean": mean, "std": variance.sqrt(), "min": low, "max": high}
         return {name: values.tolist() for name, values in named.items()}
 
+    def _probe(self, group: int, rows: Tensor) -> None:
+        self.probes[group] = torch.cat([self.probes[group], rows])[:PROBES]
+
+    @property
+    def means(self) -> Tensor:
+        """(groups, columns) float32: the mean row of each time group, zeros where none was seen."""
+        return (self.sums / self.rows.clamp(min=1)[:, None]).to(torch.float32)
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything seen, ready to be stored."""
         count = torch.tensor([self.second.count])
-        return {"moments": self.moments, "absmax": self.absmax, "second": self.second.matrix, "count": count}
+        probes = {f"probes.{group}": rows for group, rows in enumerate(self.probes)}
+        own = {"moments": self.moments, "absmax": self.absmax, "sums": self.sums, "rows": self.rows, "count": count}
+        return {**own, "second": self.second.matrix, **probes}
 
     @classmethod
     def of(cls, layers: tuple[str, ...], tensors: Mapping[str, Tensor]) -> InputStats:
@@ -109,9 +133,15 @@ class InputStats:
         if moments.shape != (len(absmax), MOMENTS) or second.ndim != 2 or second.shape[0] != second.shape[1]:  # noqa: PLR2004 - a matrix
             raise QuantizationError(f"the stored stats of {', '.join(layers)} do not fit together; calibrate again")
         result = cls(layers, len(moments), columns=0, channels=absmax.shape[1])
-        result.moments, result.absmax = moments, absmax
+        result.moments, result.absmax, result.sums, result.rows = moments, absmax, tensors["sums"], tensors["rows"]
+        result.probes = [tensors[f"probes.{group}"] for group in range(len(moments))]
         result.second = SecondMoment.of(second, int(tensors["count"]))
         return result
+
+
+def _spaced(rows: Tensor, count: int) -> Tensor:
+    """At most `count` of the rows, evenly spaced."""
+    return rows if len(rows) <= count else rows[torch.linspace(0, len(rows) - 1, count).long()]
 
 
 def moments_of(values: Tensor) -> Tensor:

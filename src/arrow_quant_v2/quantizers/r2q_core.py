@@ -2,9 +2,9 @@
 
 R2Q (Chen et al., 2025, arXiv 2511.21736) writes a weight as mu + a1 b1 + a2 b2 with b = +-1: each stage is the sign of
 what the one before left. Here b1 is one binary stage and b2 an affine residual, b2 = -m, 2 - m, ..., m with
-m = 2^(bits-1) - 1, which at 2 bits is the second binary stage. The affine grid is a1 = (m + 1) a2. With the codes fixed,
-mu, a1, a2 of the least squares follow in closed form; with those fixed, the nearest codes do; the two alternate (Xu et
-al., 2018, arXiv 1802.00150).
+m = 2^(bits-1) - 1, which at 2 bits is the second binary stage. The affine grid is a1 = (m + 1) a2. With the codes
+fixed, mu, a1, a2 of the least squares follow in closed form; with those fixed, the nearest codes do; the two alternate
+(Xu et al., 2018, arXiv 1802.00150).
 """
 
 from __future__ import annotations

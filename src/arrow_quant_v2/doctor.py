@@ -11,7 +11,6 @@ from arrow_quant_v2.layers import chunk_bytes
 from arrow_quant_v2.plan import plan_model
 from arrow_quant_v2.publish import Description, file_groups, source_hash
 from arrow_quant_v2.store.record import ranges
-from arrow_quant_v2.store.schema import file_metadata
 from arrow_quant_v2.store.sizes import RowSize, predicted_file_bytes
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def predicted_weight_bytes(
     description = Description(
         config=config, modality=modality, component=component, source_hash=source_hash(p.tensor for p in plans)
     )
-    metadata = file_metadata(description.file_metadata())
+    metadata = description.file_metadata()
     return sum(
         predicted_file_bytes(
             [row for index in group for row in _rows(plans[index], modality)], metadata=metadata, grouped=len(group) > 1

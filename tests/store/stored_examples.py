@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from arrow_quant_v2.packed import ITEM_BITS, WIDTHS, Layout, PackedTensor
+from arrow_quant_v2.packed import GRIDS, ITEM_BITS, WIDTHS, Layout, PackedTensor
 from arrow_quant_v2.store.record import LayerRecord, Payload, RawTensor, payload_bytes
 from arrow_quant_v2.store.seal import MAGIC
 
@@ -41,13 +41,25 @@ SPATIAL = {
     "activation_smoothing": False,
     "equalization_scales": [0.5, 2.0],
 }
+SMOOTHED = SPATIAL | {"channel_equalization": False, "equalization_scales": None, "activation_smoothing": True}
 STATS = {"mean": [0.0, 0.5], "std": [1.0, 2.0], "min": [-1.0, -2.0], "max": [1.0, 2.0]}
 
 
 def packed(
-    name="layer.weight", shape=(4, 6), bits=4, axis=1, *, group_size=4, symmetric=False, seed=0, dtype="bfloat16"
+    name="layer.weight",
+    shape=(4, 6),
+    bits=4,
+    axis=1,
+    *,
+    group_size=4,
+    symmetric=False,
+    seed=0,
+    dtype="bfloat16",
+    grid="affine",
+    rotation=None,
+    equalized=False,
 ) -> PackedTensor:
-    layout = Layout(shape=tuple(shape), bits=bits, quant_axis=axis, group_size=group_size)
+    layout = Layout(shape=tuple(shape), bits=bits, quant_axis=axis, group_size=group_size, grid=grid)
     rng = np.random.default_rng(seed)
 
     def codes(*grid):
@@ -58,9 +70,11 @@ def packed(
         dtype=dtype,
         layout=layout,
         codes=codes(layout.rows, layout.row_bytes),
-        scales=codes(layout.rows, layout.groups),
+        scales=codes(layout.rows, layout.scales_per_row),
         zero_points=None if symmetric else codes(layout.rows, layout.groups),
         row_scales=rng.integers(0x3C00, 0x3F80, layout.rows, dtype=np.uint16),
+        rotation=rotation,
+        equalization=rng.uniform(0.1, 10, layout.channels).astype(np.float32) if equalized else None,
     )
 
 
@@ -103,13 +117,15 @@ def contents(payload: Payload) -> tuple[object, ...]:
     columns = tuple(None if column is None else column.tobytes() for column in payload_bytes(payload))
     if isinstance(payload, RawTensor):
         return payload.name, payload.shape, payload.dtype, payload.start, columns
-    return payload.name, payload.layout, payload.dtype, payload.first_row, columns
+    equalization = None if payload.equalization is None else payload.equalization.tobytes()
+    return payload.name, payload.layout, payload.dtype, payload.first_row, payload.rotation, equalization, columns
 
 
 def everything(one: LayerRecord) -> tuple[object, ...]:
-    """Everything in a record, comparable."""
-    facts = [getattr(one, field.name) for field in dataclasses.fields(one) if field.name != "payload"]
-    return contents(one.payload), *facts
+    """Everything in a record, comparable; where its payload has an equalization, `spatial_quant` repeats it."""
+    spatial = None if getattr(one.payload, "equalization", None) is not None else one.spatial_quant
+    others = [field.name for field in dataclasses.fields(one) if field.name not in {"payload", "spatial_quant"}]
+    return contents(one.payload), spatial, *(getattr(one, name) for name in others)
 
 
 def unsealed(path: Path, target: Path) -> Path:
@@ -147,11 +163,18 @@ sizes = st.integers(1, 9)
 @st.composite
 def packed_tensors(draw, name=names) -> PackedTensor:
     shape = draw(st.lists(sizes, min_size=1, max_size=4))
+    axis = draw(st.none() | st.integers(0, len(shape) - 1))
+    rotation = None if axis is None else draw(st.sampled_from([None, None, 8, 16]))
+    if rotation:
+        shape[axis] = 16
     return packed(
         name=draw(name),
         shape=shape,
         bits=draw(st.sampled_from(WIDTHS)),
-        axis=draw(st.none() | st.integers(0, len(shape) - 1)),
+        axis=axis,
+        grid=draw(st.sampled_from(GRIDS)),
+        rotation=rotation,
+        equalized=axis is not None and draw(st.booleans()),
         group_size=draw(st.none() | st.integers(1, 12)),
         symmetric=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
@@ -176,7 +199,7 @@ facts = st.fixed_dictionaries(
         "modality": st.none() | st.sampled_from(["text", "image"]),
         "is_diffusion_model": st.booleans(),
         "time_aware_quant": st.none() | st.just(TIME_AWARE),
-        "spatial_quant": st.none() | st.just(SPATIAL),
+        "spatial_quant": st.none() | st.just(SMOOTHED),
         "activation_stats": st.none() | st.just(STATS),
     }
 )

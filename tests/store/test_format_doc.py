@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from stored_examples import METADATA, chunked, packed, raw, record
 
+from arrow_quant_v2.kernels.tensors import dequantized
+from arrow_quant_v2.packed import ROTATIONS
 from arrow_quant_v2.store import StoredModel, write_part
 from arrow_quant_v2.store.schema import ENCODINGS, SCHEMA, SCHEMA_NAME, SCHEMA_VERSION, version_text
 from arrow_quant_v2.store.sizes import LARGEST_RANK, LARGEST_VALUE
@@ -24,6 +26,13 @@ def out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "model.parquet"
+
+
+def shown(tensor, out) -> np.ndarray:
+    write_part(out, [record(raw("bias")), *chunked(tensor, 2)], METADATA)
+    weight: np.ndarray = run(DEQUANTIZE)["weight"]
+    assert (weight.shape, weight.dtype) == (tensor.layout.shape, np.float32)
+    return weight
 
 
 def run(code: str) -> dict[str, object]:
@@ -50,9 +59,7 @@ def test_the_questions_are_answered(out) -> None:
 @pytest.mark.parametrize(("axis", "group_size"), [(1, 4), (1, None), (None, 5), (2, 3)])
 def test_the_example_dequantizes_one_layer(out, bits, symmetric, axis, group_size) -> None:
     tensor = packed("attention.weight", (3, 4, 7), bits, axis, group_size=group_size, symmetric=symmetric)
-    write_part(out, [record(raw("bias")), *chunked(tensor, 2)], METADATA)
-    weight = run(DEQUANTIZE)["weight"]
-    assert (weight.shape, weight.dtype) == ((3, 4, 7), np.float32)
+    weight = shown(tensor, out)
     layout = tensor.layout
     row, column = layout.rows - 1, layout.columns - 1
     place = column * bits
@@ -61,6 +68,24 @@ def test_the_example_dequantizes_one_layer(out, bits, symmetric, axis, group_siz
     zero = 2 ** (bits - 1) if z is None else z / {2: 85, 4: 17, 8: 1}[bits]
     row_scale = np.array([int(tensor.row_scales[row]) << 16], np.uint32).view(np.float32)[0]
     assert weight.reshape(-1)[-1] == pytest.approx(row_scale * (s / 255) ** 2 * (code - zero), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("axis", "group_size"), [(1, 4), (1, None), (None, 5), (2, 3)])
+def test_the_example_knows_the_residual_grid(out, bits, symmetric, axis, group_size) -> None:
+    tensor = packed("attention.weight", (3, 4, 7), bits, axis, group_size=group_size, symmetric=symmetric, grid="r2q")
+    assert np.array_equal(shown(tensor, out).reshape(tensor.rows, -1), dequantized(tensor).numpy())
+
+
+@pytest.mark.parametrize("grid", ["affine", "r2q"])
+@pytest.mark.parametrize("basis", [{"rotation": 8}, {"equalized": True}, {"rotation": 16, "equalized": True}])
+@pytest.mark.parametrize(("shape", "axis"), [((5, 32), 1), ((3, 16, 3, 3), 1), ((2, 3, 64), 2)])
+def test_the_example_undoes_rotation_and_equalization(out, shape, axis, basis, grid) -> None:
+    tensor = packed("attention.weight", shape, 4, axis, grid=grid, **basis)
+    expected = dequantized(tensor).numpy()
+    found = shown(tensor, out).reshape(tensor.rows, -1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -92,4 +117,6 @@ def test_the_constants_are_those_of_the_program(out) -> None:
     write_part(out, [record(raw())], METADATA)
     for key in StoredModel(out).metadata:
         assert f"| {key} |" in TEXT
-    assert set(ENCODINGS) == {"data", "weight", "scales", "zero_points", "row_scales", "checksum"}
+    assert f"a power of two from {min(ROTATIONS)} to {max(ROTATIONS)} that divides" in TEXT
+    assert f"| schema_version | `{version_text(SCHEMA_VERSION)}` |" in TEXT
+    assert set(ENCODINGS) >= {"data", "weight", "scales", "zero_points", "row_scales", "checksum", "rotation"}

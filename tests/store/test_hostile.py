@@ -21,6 +21,7 @@ def records():
         record(packed("a"), time_aware_quant=TIME_AWARE),
         *chunked(raw("b", (6,)), 4),
         record(packed("c", symmetric=True)),
+        record(packed("d", (4, 8), grid="r2q", rotation=8, equalized=True)),
     ]
 
 
@@ -95,7 +96,7 @@ def test_metadata_that_is_no_text(path, tmp_path) -> None:
         StoredModel(tmp_path / "b.parquet")
 
 
-@pytest.mark.parametrize("version", [b"2.1", b"3.0"])
+@pytest.mark.parametrize("version", [b"2.2", b"3.0"])
 def test_a_newer_version(path, tmp_path, version) -> None:
     table = pq.read_table(path)
     metadata = table.schema.metadata | {b"schema_version": version}
@@ -111,7 +112,7 @@ def test_a_newer_version_is_told_before_its_columns(path, tmp_path) -> None:
         StoredModel(tmp_path / "b.parquet")
 
 
-@pytest.mark.parametrize("column", ["layer_name", "data", "row_scales", "checksum", "data_bytes"])
+@pytest.mark.parametrize("column", ["layer_name", "data", "row_scales", "checksum", "data_bytes", "grid", "rotation"])
 def test_a_missing_column(path, tmp_path, column) -> None:
     other = edited(path, tmp_path / "b.parquet", **{column: None})
     with pytest.raises(StoreError, match=rf"b\.parquet: column '{column}' is missing"):
@@ -183,6 +184,92 @@ def test_columns_that_contradict_each_other(path, tmp_path, column, values, mess
     other = edited(path, tmp_path / "b.parquet", **{column: replaced})
     with pytest.raises(StoreError, match=message):
         StoredModel(other).read_all()
+
+
+def spatial(scales, **facts):
+    on = {"enabled": True, "channel_equalization": True, "activation_smoothing": False}
+    return [on | {"equalization_scales": scales} | facts]
+
+
+TURNED = {
+    "grid": [
+        (["affine"], "grid 'affine' is unknown; known are 'r2q', and null"),
+        (["R2Q"], "grid 'R2Q' is unknown"),
+        ([None], "scales is 16 bytes; its layout asks for 8|checksum is"),
+    ],
+    "rotation": [
+        ([-8], "rotation -8; allowed are 8, 16, 32, 64, 128, 256, 512, 1024, or none"),
+        ([0], "rotation 0; allowed"),
+        ([4], "rotation 4; allowed"),
+        ([12], "rotation 12; allowed"),
+        ([2048], "rotation 2048; allowed"),
+        ([16], "rotation 16 does not divide its input channels, 8"),
+    ],
+    "scales": [([b"x" * 8], "scales is 8 bytes; its layout asks for 16")],
+    "spatial_quant": [
+        (spatial([1.0] * 7), r"equalization is float32 \(7,\); its input channels ask for float32 \(8,\)"),
+        (spatial([]), r"equalization is float32 \(0,\)"),
+        (spatial(None), r"equalization is float32 \(0,\)"),
+        (spatial([1.0] * 7 + [0.0]), "equalization goes from 0.0 to 1.0; allowed: finite, above 0"),
+        (spatial([1.0] * 7 + [-1.0]), "equalization goes from -1.0 to 1.0"),
+        (spatial([1.0] * 7 + [float("inf")]), "equalization goes from 1.0 to inf"),
+        (spatial([1.0] * 7 + [float("nan")]), "equalization goes from nan to nan"),
+        (spatial([1.0] * 7 + [None]), "equalization goes from nan to nan"),
+    ],
+    "quant_axis": [([None], "rotation 8 does not divide its input channels, None|rows 0 to 4")],
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [(column, values, message) for column, cases in TURNED.items() for values, message in cases],
+)
+def test_a_basis_that_contradicts_the_layout(tmp_path, column, values, message) -> None:
+    tensor = packed("a", (4, 8), grid="r2q", rotation=8, equalized=True)
+    write_part(tmp_path / "a.parquet", [record(tensor)], METADATA)
+    kind = pq.read_schema(tmp_path / "a.parquet").field(column).type
+    other = edited(tmp_path / "a.parquet", tmp_path / "b.parquet", **{column: pa.array(values, kind)})
+    with pytest.raises(StoreError, match=rf"^a \(chunk 0 in .*b\.parquet\): .*({message})"):
+        StoredModel(other).read_all()
+
+
+def test_equalization_that_is_switched_off_means_nothing(tmp_path) -> None:
+    write_part(tmp_path / "a.parquet", [record(packed("a"))], METADATA)
+    for switched in ({"enabled": False}, {"channel_equalization": False}, {"enabled": None}):
+        off = spatial([1.0], **switched)
+        other = edited(tmp_path / "a.parquet", tmp_path / "b.parquet", spatial_quant=off)
+        assert StoredModel(other).read("a")[0].equalization is None
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("grid", ["r2q"], "has a grid"),
+        ("rotation", [8], "has a rotation"),
+        ("spatial_quant", spatial([1.0]), "has equalization_scales"),
+    ],
+)
+def test_only_codes_have_a_grid_and_a_basis(tmp_path, column, values, message) -> None:
+    write_part(tmp_path / "a.parquet", [record(raw("a"))], METADATA)
+    other = edited(tmp_path / "a.parquet", tmp_path / "b.parquet", **{column: values})
+    with pytest.raises(StoreError, match=rf"is not quantized, but {message}; that is for codes alone"):
+        StoredModel(other)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("grid", ["r2q", None], "grid is None, but 'r2q' in|data_bytes|layout asks"),
+        ("rotation", [8, None], "rotation is None, but 8 in"),
+        ("spatial_quant", spatial([1.0] * 8) + spatial([2.0] * 8), "its equalization_scales are not those in"),
+    ],
+)
+def test_chunks_in_different_bases_are_of_different_models(tmp_path, column, values, message) -> None:
+    tensor = packed("a", (4, 8), grid="r2q", rotation=8, equalized=True)
+    write_part(tmp_path / "a.parquet", chunked(tensor, 2), METADATA)
+    other = edited(tmp_path / "a.parquet", tmp_path / "b.parquet", **{column: values})
+    with pytest.raises(StoreError, match=message):
+        StoredModel(other)
 
 
 @pytest.mark.parametrize("column", ["layer_name", "shape", "checksum", "data", "scales", "spatial_quant"])

@@ -7,20 +7,29 @@ import polars as pl
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from stored_examples import METADATA, SPATIAL, chunked, everything, packed, raw, record
+from stored_examples import METADATA, chunked, everything, packed, raw, record
 
 from arrow_quant_v2.store import StoredModel, write_part
 
 QUESTION = "SELECT layer_name, bit_width, cosine_similarity FROM '{}/**/*.parquet' ORDER BY 3"
 
 
+EQUALIZED = packed("a", equalized=True)
+SPATIAL = {
+    "enabled": True,
+    "channel_equalization": True,
+    "activation_smoothing": False,
+    "equalization_scales": EQUALIZED.equalization.tolist(),
+}
+
+
 @pytest.fixture
 def out(tmp_path):
     folder = tmp_path / "out"
     (folder / "transformer").mkdir(parents=True)
-    first = [record(packed("a"), cosine_similarity=0.75, spatial_quant=SPATIAL), record(raw("b"))]
+    first = [record(EQUALIZED, cosine_similarity=0.75), record(raw("b"))]
     write_part(folder / "transformer" / "1.parquet", first, METADATA)
-    second = chunked(packed("c", (4, 6), bits=2, symmetric=True), 2, cosine_similarity=0.25)
+    second = chunked(packed("c", (4, 8), bits=2, symmetric=True, grid="r2q", rotation=8), 2, cosine_similarity=0.25)
     write_part(folder / "transformer" / "2.parquet", second, METADATA)
     return folder
 
@@ -37,6 +46,7 @@ def test_duckdb_reads_every_column(out) -> None:
     found = dict(zip(rows.columns, rows.fetchall()[0], strict=True))
     assert found["data"] == packed("a").codes.tobytes()
     assert found["row_scales"] == packed("a").row_scales.tobytes()
+    assert (found["grid"], found["rotation"]) == (None, None)
     assert found["spatial_quant"] == SPATIAL
 
 

@@ -7,6 +7,7 @@ from stored_examples import contents, packed, packed_tensors, raw, raw_tensors
 from arrow_quant_v2.errors import StoreError
 from arrow_quant_v2.packed import Layout, PackedTensor
 from arrow_quant_v2.store.record import RawTensor, checksum, payload_bytes, payload_sizes, ranges, split
+from arrow_quant_v2.store.sizes import total
 
 
 def test_payload_columns_are_literal_bytes() -> None:
@@ -62,8 +63,8 @@ def test_split_loses_nothing_and_keeps_the_limit(payload, limit) -> None:
     for index, column in enumerate(whole):
         if column is not None:
             assert b"".join(part[index].tobytes() for part in parts) == column.tobytes()
-    single = 8 if isinstance(payload, RawTensor) else payload.nbytes // payload.rows
-    assert all(piece.nbytes <= max(limit, single) for piece in pieces)
+    single = 8 if isinstance(payload, RawTensor) else total(payload_sizes(payload)) // payload.rows
+    assert all(total(payload_sizes(piece)) <= max(limit, single) for piece in pieces)
 
 
 def test_a_piece_knows_its_place() -> None:

@@ -18,6 +18,8 @@ PROMISED = {
     "quant_axis": "int32",
     "group_size": "int32",
     "symmetric": "bool",
+    "grid": "string",
+    "rotation": "int32",
     "is_diffusion_model": "bool",
     "modality": "string",
     "method": "string",
@@ -33,12 +35,12 @@ PROMISED = {
     "row_stop": "int64",
 }
 NULLABLE = {
-    "scales", "zero_points", "row_scales", "quant_axis", "group_size", "symmetric", "modality", "method",
-    "cosine_similarity", "mse", "time_aware_quant", "spatial_quant", "activation_stats",
+    "scales", "zero_points", "row_scales", "quant_axis", "group_size", "symmetric", "grid", "rotation", "modality",
+    "method", "cosine_similarity", "mse", "time_aware_quant", "spatial_quant", "activation_stats",
 }  # fmt: skip
 
 
-def test_the_columns_of_schema_2_0_are_frozen() -> None:
+def test_the_columns_of_schema_2_1_are_frozen() -> None:
     structs = {"time_aware_quant", "spatial_quant", "activation_stats"}
     assert {field.name: str(field.type) for field in schema.SCHEMA if field.name not in structs} == PROMISED
     assert {field.name for field in schema.SCHEMA if field.nullable} == NULLABLE
@@ -67,7 +69,7 @@ def test_the_structs_hold_what_the_design_promises() -> None:
 def test_metadata_holds_ours_and_the_callers() -> None:
     found = schema.file_metadata({"b": "2", "a": "1"})
     assert found["schema_name"] == "parquet_v2_extended"
-    assert found["schema_version"] == "2.0"
+    assert found["schema_version"] == "2.1"
     assert "65025" in found["encodings"]
     assert list(found)[-2:] == ["a", "b"]
 
@@ -82,20 +84,26 @@ def metadata(version: str) -> dict[str, str]:
     return {"schema_name": "parquet_v2_extended", "schema_version": version}
 
 
-@pytest.mark.parametrize("version", ["2.1", "3.0", "10.0", "1.0"])
+@pytest.mark.parametrize("version", ["2.2", "3.0", "10.0", "1.0"])
 def test_another_version_is_refused_by_name(version) -> None:
-    with pytest.raises(SchemaVersionError, match=rf"^x: written in schema {version}; this program reads 2\.0 to 2\.0"):
+    with pytest.raises(SchemaVersionError, match=rf"^x: written in schema {version}; this program reads 2\.0 to 2\.1"):
         schema.check_version("x", metadata(version))
 
 
 @pytest.mark.parametrize("version", ["", "2", "2.", "a.b", "-2.0", "2.0.0", "\u00b2.0", "9" * 5000 + ".0"])
 def test_a_version_that_is_none_is_refused(version) -> None:
-    with pytest.raises(StoreError, match=r"is not a version like '2\.0'"):
+    with pytest.raises(StoreError, match=r"is not a version like '2\.1'"):
         schema.check_version("x", metadata(version))
 
 
-def test_our_version_passes() -> None:
-    schema.check_version("x", metadata("2.0"))
+@pytest.mark.parametrize("version", [(2, 0), (2, 1)])
+def test_our_versions_pass(version) -> None:
+    assert schema.check_version("x", metadata(schema.version_text(version))) == version
+
+
+def test_the_columns_of_schema_2_0_are_those_of_2_1_but_two() -> None:
+    assert set(schema.columns_of((2, 1))) - set(schema.columns_of((2, 0))) == {"grid", "rotation"}
+    assert schema.columns_of((2, 1)) == tuple(schema.SCHEMA.names)
 
 
 def test_another_kind_of_file_is_refused() -> None:
@@ -106,8 +114,12 @@ def test_another_kind_of_file_is_refused() -> None:
 def test_a_missing_column_is_named() -> None:
     for column in PROMISED:
         with pytest.raises(StoreError, match=f"x: column '{column}' is missing"):
-            schema.check_columns("x", [name for name in schema.SCHEMA.names if name != column])
+            schema.check_columns("x", [name for name in schema.SCHEMA.names if name != column], (2, 1))
+
+
+def test_a_column_that_came_later_may_be_absent_from_an_older_file() -> None:
+    schema.check_columns("x", [name for name in schema.SCHEMA.names if name not in {"grid", "rotation"}], (2, 0))
 
 
 def test_structs_may_be_absent_and_strangers_present() -> None:
-    schema.check_columns("x", [*PROMISED, "stranger"])
+    schema.check_columns("x", [*PROMISED, "stranger"], (2, 1))

@@ -6,6 +6,7 @@ from stored_examples import METADATA, packed, raw, record
 from arrow_quant_v2.errors import StoreError
 from arrow_quant_v2.packed import Layout, TensorInfo
 from arrow_quant_v2.store.merge import merge_parts
+from arrow_quant_v2.store.record import payload_sizes
 from arrow_quant_v2.store.sizes import (
     RowSize,
     bits_per_weight,
@@ -29,6 +30,15 @@ def test_sizes_count_every_column() -> None:
     assert total((1, None, 2)) == 3
 
 
+def test_the_residual_grid_has_two_scales_in_a_group_and_equalization_four_bytes_a_channel() -> None:
+    r2q = dataclasses.replace(LAYOUT, grid="r2q")
+    assert packed_sizes(r2q, 10, symmetric=False) == (330, 60, 30, 20)
+    assert packed_sizes(r2q, 10, symmetric=True) == (330, 60, None, 20)
+    assert stored_bytes(r2q, symmetric=False) == 256 * 44
+    assert stored_bytes(r2q, symmetric=False, equalized=True) == 256 * 44 + 4 * 130
+    assert bits_per_weight(r2q, symmetric=True, equalized=True) == 8 * (41 + 4 * 130 / 256) / 130
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -37,6 +47,7 @@ def test_sizes_count_every_column() -> None:
         ({"quant_axis": 2}, r"quant_axis 2 is not an axis of shape \[256, 130\]"),
         ({"quant_axis": -1}, "quant_axis -1"),
         ({"group_size": 0}, "group_size 0 holds no column"),
+        ({"grid": "r3q"}, "grid 'r3q' is unknown; known are affine, r2q"),
     ],
 )
 def test_a_layout_that_means_nothing_is_refused(wrong, message) -> None:
@@ -55,8 +66,12 @@ def test_an_absurd_shape_is_refused(shape, message) -> None:
 
 def text_bytes(one) -> int:
     payload = one.payload
-    kind = payload.dtype if payload.name.endswith("bias") else f"int{payload.layout.bits}"
+    kind = payload.dtype if payload.name.endswith("bias") else f"int{payload.layout.bits}r2q"
     return sum(len(text or "") for text in (payload.dtype, kind, one.modality, one.method, one.decision))
+
+
+def layer(name: str, *, equalized: bool):
+    return packed(name, (32, 640), grid="r2q", rotation=64, equalized=equalized)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -66,11 +81,21 @@ def test_a_file_is_as_large_as_predicted(tmp_path, count, grouped) -> None:
     records = [
         record(raw(f"blocks.{i}.bias", (64,)), modality="text")
         if i % 3 == 0
-        else record(packed(f"blocks.{i}.attention.weight", (32, 64)), modality="text", cosine_similarity=0.9, mse=1e-3)
+        else record(
+            layer(f"blocks.{i}.attention.weight", equalized=i % 3 == 1),
+            modality="text",
+            cosine_similarity=0.9,
+            mse=1e-3,
+        )
         for i in range(count)
     ]
     rows = [
-        RowSize(layer_name=one.payload.name, payload_bytes=one.payload.nbytes, text_bytes=text_bytes(one))
+        RowSize(
+            layer_name=one.payload.name,
+            payload_bytes=total(payload_sizes(one.payload)),
+            text_bytes=text_bytes(one),
+            equalized=0 if getattr(one.payload, "equalization", None) is None else 640,
+        )
         for one in records
     ]
     path, metadata = tmp_path / "a.parquet", METADATA | {"configuration": "bits: 4\n" * 200}

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stored_examples import METADATA, packed, raw, record
+from stored_examples import METADATA, SMOOTHED, SPATIAL, everything, packed, raw, record
 
 from arrow_quant_v2.errors import QuantizationError, StoreError
 from arrow_quant_v2.store import StoredModel, make_durable, write_part, writer
@@ -39,12 +39,28 @@ def test_columns_are_plain_and_the_payload_has_no_statistics(target) -> None:
         assert column.is_stats_set == (column.path_in_schema == "layer_name")
 
 
+def test_equalization_scales_are_the_payloads(target) -> None:
+    equalized = packed("a", equalized=True)
+    write_part(target, [record(equalized, spatial_quant=SMOOTHED)], METADATA)
+    (one,) = StoredModel(target).records()
+    assert one.payload.equalization.tobytes() == equalized.equalization.tobytes()
+    scales = {"channel_equalization": True, "equalization_scales": equalized.equalization.tolist()}
+    assert one.spatial_quant == SMOOTHED | scales
+    assert everything(one) == everything(record(equalized))
+
+
+@pytest.mark.parametrize("payload", [packed("a"), raw("a")])
+def test_scales_that_the_payload_does_not_have_are_refused(target, payload) -> None:
+    with pytest.raises(StoreError, match=r"^a: spatial_quant says that its channels are equalized; give the scales"):
+        write_part(target, [record(payload, spatial_quant=SPATIAL)], METADATA)
+
+
 def test_the_file_says_what_it_is(target) -> None:
     write_part(target, [record(packed())], METADATA)
     assert pq.read_schema(target).equals(SCHEMA)  # the metadata aside
     metadata = pq.read_schema(target).metadata
     assert metadata.items() <= pq.read_metadata(target).metadata.items()
-    assert metadata[b"schema_version"] == b"2.0"
+    assert metadata[b"schema_version"] == b"2.1"
     assert metadata[b"source_hash"] == b"c0ffee"
 
 

@@ -7,18 +7,24 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from arrow_quant_v2.errors import StoreError
-from arrow_quant_v2.packed import ITEM_BITS, WIDTHS, Bits, Layout, TensorInfo
-from arrow_quant_v2.store.schema import FACTS
+from arrow_quant_v2.packed import ITEM_BITS, WIDTHS, Bits, Grid, Layout, TensorInfo, basis_problems
+from arrow_quant_v2.store.schema import FACTS, SCHEMA_VERSION
 from arrow_quant_v2.store.sizes import PayloadSizes, check_layout, check_shape, packed_sizes, total
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    from arrow_quant_v2.packed import Floats
     from arrow_quant_v2.store.record import Structure
 
+EQUALIZED_SINCE = (2, 1)
 _WIDTHS: dict[str, Bits] = {f"int{bits}": bits for bits in WIDTHS}
+_GRIDS: dict[str | None, Grid] = {None: "affine", "r2q": "r2q"}
+_A = {"grid": "a grid", "rotation": "a rotation", "equalization": "equalization_scales"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +42,8 @@ class LayerEntry:
     quant_axis: int | None
     group_size: int | None
     symmetric: bool | None
+    grid: str | None
+    rotation: int | None
     row_start: int
     row_stop: int
     data_bytes: int
@@ -51,6 +59,7 @@ class LayerEntry:
     spatial_quant: Structure | None
     activation_stats: Structure | None
 
+    equalization: Floats | None
     file: Path
     row: int
 
@@ -74,6 +83,7 @@ class LayerEntry:
             bits=_WIDTHS[self.quant_type],
             quant_axis=self.quant_axis,
             group_size=self.group_size,
+            grid=_GRIDS.get(self.grid, "affine"),
         )
 
     @property
@@ -91,26 +101,36 @@ class LayerEntry:
 
     @property
     def stored_bytes(self) -> int:
-        """Payload bytes of this row, parameters included."""
-        return total(self.sizes)
+        """Payload bytes of this row, parameters and equalization included."""
+        return total(self.sizes) + (0 if self.equalization is None else self.equalization.nbytes)
 
 
-_SAME_IN_CHUNKS = ("shape", "dtype", "quant_type", "quant_axis", "group_size", "symmetric", "source_checksum")
+_SAME_IN_CHUNKS = (
+    "shape", "dtype", "quant_type", "quant_axis", "group_size", "symmetric", "grid", "rotation", "source_checksum",
+)  # fmt: skip
 _FACT_NAMES = tuple(field.name for field in fields(LayerEntry) if field.name in FACTS.names)
 _REQUIRED = tuple(field.name for field in FACTS if not field.nullable)
 
 
-def entry(facts: Mapping[str, Any], *, file: Path, row: int) -> LayerEntry:
-    """The entry of one row.
+def entry(facts: Mapping[str, Any], *, file: Path, row: int, version: tuple[int, int] = SCHEMA_VERSION) -> LayerEntry:
+    """The entry of one row of a file of this version; equalization scales mean something since 2.1.
 
     Raises:
         StoreError: the columns contradict each other or are out of range; the message names layer and file.
     """
     given: dict[str, Any] = {name: facts.get(name) for name in _FACT_NAMES}
     shape = tuple(given.pop("shape") or ())
-    found = LayerEntry(**given, shape=shape, file=file, row=row)
+    equalization = None if version < EQUALIZED_SINCE else _equalization(given["spatial_quant"])
+    found = LayerEntry(**given, shape=shape, equalization=equalization, file=file, row=row)
     _check(found)
     return found
+
+
+def _equalization(spatial: Structure | None) -> Floats | None:
+    """The scales that are switched on; a null among them, or instead of them, becomes NaN or none, which is refused."""
+    if spatial is None or not (spatial["enabled"] and spatial["channel_equalization"]):
+        return None
+    return np.array(spatial["equalization_scales"] or [], np.float32)
 
 
 def by_layer(entries: Iterable[LayerEntry]) -> dict[str, tuple[LayerEntry, ...]]:
@@ -141,9 +161,23 @@ def _check(found: LayerEntry) -> None:
             f"{found.where}: quant_type {found.quant_type!r} of {found.bit_width} bits; allowed are"
             f" {', '.join(f'{name!r} of {bits}' for name, bits in widths.items())}"
         )
-    if found.layout is not None:
-        check_layout(found.where, found.layout)
+    _check_grid(found)
     _check_counts(found)
+
+
+def _check_grid(found: LayerEntry) -> None:
+    """What the codes mean, and in which basis."""
+    if found.layout is None:
+        for name in ("grid", "rotation", "equalization"):
+            if getattr(found, name) is not None:
+                raise StoreError(f"{found.where}: is not quantized, but has {_A[name]}; that is for codes alone")
+        return
+    if found.grid not in _GRIDS:
+        known = " or ".join(repr(name) for name in _GRIDS if name)
+        raise StoreError(f"{found.where}: grid {found.grid!r} is unknown; known are {known}, and null")
+    check_layout(found.where, found.layout)
+    for problem in basis_problems(found.layout, found.rotation, found.equalization):
+        raise StoreError(f"{found.where}: {problem}")
 
 
 def _check_counts(found: LayerEntry) -> None:
@@ -184,3 +218,12 @@ def _check_follows(before: LayerEntry, after: LayerEntry) -> None:
                 f"{after.where}: {name} is {getattr(after, name)!r}, but {getattr(before, name)!r} in {before.file};"
                 " chunks of different models are mixed"
             )
+    if not _alike(before.equalization, after.equalization):
+        raise StoreError(
+            f"{after.where}: its equalization_scales are not those in {before.file};"
+            " chunks of different models are mixed"
+        )
+
+
+def _alike(one: Floats | None, other: Floats | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from arrow_quant_v2.errors import StoreError
-from arrow_quant_v2.store.schema import FACTS, PAYLOAD, check_columns, check_version
+from arrow_quant_v2.store.schema import FACTS, PAYLOAD, check_columns, check_version, columns_of
 from arrow_quant_v2.store.seal import sealed_offsets
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class MappedFile:
             found = self._footer.metadata or {}
             self.metadata = {key.decode(): text.decode() for key, text in found.items() if key != ARROW_KEY}
             self._names = set(parquet.schema_arrow.names)
-        check_version(path, self.metadata)
-        check_columns(path, self._names)
+        self.version = check_version(path, self.metadata)
+        check_columns(path, self._names, self.version)
 
     def facts(self) -> list[dict[str, Any]]:
         """The small columns, row by row; the bytes of the payload are not touched.
@@ -61,7 +61,7 @@ class MappedFile:
         Raises:
             StoreError: a column cannot be decoded, or has another type than the schema's.
         """
-        names = [name for name in FACTS.names if name in self._names]
+        names = [name for name in columns_of(self.version) if name in self._names and name in FACTS.names]
         with explained(self.path):
             table = self._open().read(columns=names, use_threads=False)
             columns = [table.column(name).cast(FACTS.field(name).type) for name in names]

@@ -139,7 +139,9 @@ class _StoredFile:
     def __init__(self, path: Path) -> None:
         self._file = MappedFile(path)
         self.metadata: Mapping[str, str] = self._file.metadata
-        self.entries = tuple(entry(facts, file=path, row=row) for row, facts in enumerate(self._file.facts()))
+        self.entries = tuple(
+            entry(facts, file=path, row=row, version=self._file.version) for row, facts in enumerate(self._file.facts())
+        )
 
     def payload(self, one: LayerEntry) -> PayloadBytes:
         """The four payload columns of one row, of the sizes that its layout asks, their content unchecked."""
@@ -187,16 +189,18 @@ def _payload(one: LayerEntry, columns: PayloadBytes) -> Payload:
     layout = one.layout
     if layout is None or scales is None or row_scales is None:
         return RawTensor(name=one.layer_name, shape=one.shape, dtype=one.dtype, values=data, start=one.row_start)
-    grid = (one.row_stop - one.row_start, layout.groups)
+    rows = one.row_stop - one.row_start
     return PackedTensor(
         name=one.layer_name,
         dtype=one.dtype,
         layout=layout,
-        codes=data.reshape(grid[0], layout.row_bytes),
-        scales=scales.reshape(grid),
-        zero_points=None if zero_points is None else zero_points.reshape(grid),
+        codes=data.reshape(rows, layout.row_bytes),
+        scales=scales.reshape(rows, layout.scales_per_row),
+        zero_points=None if zero_points is None else zero_points.reshape(rows, layout.groups),
         row_scales=_halfwords(row_scales),
         first_row=one.row_start,
+        rotation=one.rotation,
+        equalization=one.equalization,
     )
 
 

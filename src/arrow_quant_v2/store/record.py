@@ -84,7 +84,8 @@ class LayerRecord:
 
     All but `payload` and `chunk` is the same in every chunk of a layer. `source_checksum` is the CRC-32 of
     the original tensor's bytes, `decision` the text of its Decision. The three structures follow
-    `schema.SCHEMA`; None where the feature is off.
+    `schema.SCHEMA`; None where the feature is off. Equalization scales are the payload's: written, they stand in
+    `spatial_quant`.
     """
 
     payload: Payload
@@ -154,7 +155,8 @@ def _split_raw(tensor: RawTensor, chunk_bytes: int) -> Iterator[RawTensor]:
 
 
 def _split_packed(tensor: PackedTensor, chunk_bytes: int) -> Iterator[PackedTensor]:
-    for start, stop in ranges(tensor.rows, math.ceil(tensor.nbytes / max(1, tensor.rows)), chunk_bytes):
+    of_rows = sum(size or 0 for size in payload_sizes(tensor))
+    for start, stop in ranges(tensor.rows, math.ceil(of_rows / max(1, tensor.rows)), chunk_bytes):
         yield replace(
             tensor,
             codes=tensor.codes[start:stop],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from arrow_quant_v2.packed import Bytes, PackedTensor
-    from arrow_quant_v2.store.record import LayerRecord, Payload, PayloadBytes
+    from arrow_quant_v2.store.record import LayerRecord, Payload, PayloadBytes, Structure
 
 
 def record_batch(records: Sequence[LayerRecord]) -> pa.RecordBatch:
@@ -52,7 +52,7 @@ def _facts(record: LayerRecord, columns: PayloadBytes) -> dict[str, Any]:
         "mse": record.mse,
         "decision": record.decision,
         "time_aware_quant": record.time_aware_quant,
-        "spatial_quant": record.spatial_quant,
+        "spatial_quant": _spatial(record),
         "activation_stats": record.activation_stats,
     }
 
@@ -78,9 +78,26 @@ def _packed_facts(tensor: PackedTensor) -> dict[str, Any]:
         "quant_axis": layout.quant_axis,
         "group_size": layout.group_size,
         "symmetric": tensor.zero_points is None,
+        "grid": None if layout.grid == "affine" else layout.grid,
+        "rotation": tensor.rotation,
         "row_start": tensor.first_row,
         "row_stop": tensor.first_row + tensor.rows,
     }
+
+
+def _spatial(record: LayerRecord) -> Structure | None:
+    """What is known of the channels; the equalization that readers undo is the payload's and nobody else's."""
+    given = record.spatial_quant
+    scales = None if isinstance(record.payload, RawTensor) else record.payload.equalization
+    if scales is None:
+        if given is not None and given.get("enabled") and given.get("channel_equalization"):
+            raise StoreError(
+                f"{record.payload.name}: spatial_quant says that its channels are equalized; give the scales to its"
+                " PackedTensor as `equalization`, or set channel_equalization to False"
+            )
+        return given
+    on = {"enabled": True, "channel_equalization": True, "equalization_scales": scales.tolist()}
+    return {"activation_smoothing": False} | dict(given or {}) | on
 
 
 def _check(payload: Payload, columns: PayloadBytes) -> None:

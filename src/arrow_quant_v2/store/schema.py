@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 SCHEMA_NAME = "parquet_v2_extended"
-SCHEMA_VERSION = (2, 0)
+SCHEMA_VERSION = (2, 1)
+ADDED = {"grid": (2, 1), "rotation": (2, 1)}  # columns that the first version did not have
 
 NAME_KEY = "schema_name"
 VERSION_KEY = "schema_version"
@@ -26,8 +27,12 @@ AGREEING_KEYS = (CONFIGURATION_KEY, SOURCE_KEY)  # the same in every file of a m
 ENCODINGS = {
     "data": "codes: bits lowest first, every row starts on a byte; unquantized: little-endian values",
     "weight": "scale * (code - zero_point)",
-    "scales": "uint8 s per group, scale = row_scale * (s * s / 65025), in float32",
+    "weight_r2q": "m = 2^(bit_width - 1) - 1; (mu + (a1 if code > m else -a1)) + a2 * (2 * (code & m) - m), in float32",
+    "scales": "uint8 s per group, scale = row_scale * (s * s / 65025), in float32; grid r2q: two per group, a1 and a2",
     "zero_points": "uint8 z per group, zero_point = z / (255 / (2^bit_width - 1)); null: 2^(bit_width - 1)",
+    "zero_points_r2q": "uint8 z per group, mu = (a1 + m * a2) * ((255 - 2 * z) / 255); null: 0",
+    "rotation": "each block of that many input channels is (w * sign) @ Hadamard / sqrt(block), see docs/format.md",
+    "equalization_scales": "float32 s per input channel, the weight was multiplied with s before it was turned",
     "row_scales": "bfloat16 per row, little-endian",
     "checksum": "zlib.crc32 over data, scales, zero_points, row_scales in this order",
 }
@@ -68,6 +73,8 @@ FACTS = pa.schema(
         pa.field("quant_axis", pa.int32()),
         pa.field("group_size", pa.int32()),
         pa.field("symmetric", pa.bool_()),
+        pa.field("grid", pa.string()),
+        pa.field("rotation", pa.int32()),
         pa.field("row_start", pa.int64(), nullable=False),
         pa.field("row_stop", pa.int64(), nullable=False),
         pa.field("data_bytes", pa.int64(), nullable=False),
@@ -114,12 +121,12 @@ def file_metadata(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def version_text(version: tuple[int, int]) -> str:
-    """A version as it stands in the file: "2.0"."""
+    """A version as it stands in the file: "2.1"."""
     return f"{version[0]}.{version[1]}"
 
 
-def check_version(where: object, metadata: Mapping[str, str]) -> None:
-    """Refuse a file of another kind or of a version that this program cannot read.
+def check_version(where: object, metadata: Mapping[str, str]) -> tuple[int, int]:
+    """The version of a file; one of another kind, or that this program cannot read, is refused.
 
     Raises:
         StoreError: the file is no Parquet V2 Extended, or its version is not a version.
@@ -137,16 +144,22 @@ def check_version(where: object, metadata: Mapping[str, str]) -> None:
             f"{where}: written in schema {version_text(found)}; this program reads"
             f" {SCHEMA_VERSION[0]}.0 to {version_text(SCHEMA_VERSION)}; install a matching arrow-quant-v2"
         )
+    return found
 
 
-def check_columns(where: object, found: Iterable[str]) -> None:
-    """Refuse a file that lacks a column; columns that are not ours are nobody's business.
+def columns_of(version: tuple[int, int]) -> tuple[str, ...]:
+    """The columns that a version knows; others of such a file mean nothing."""
+    return tuple(name for name in SCHEMA.names if ADDED.get(name, version) <= version)
+
+
+def check_columns(where: object, found: Iterable[str], version: tuple[int, int]) -> None:
+    """Refuse a file that lacks a column of its version; columns that are not ours are nobody's business.
 
     Raises:
         StoreError: names the missing column.
     """
     present = set(found)
-    for column in SCHEMA.names:
+    for column in columns_of(version):
         if column not in present and column not in OPTIONAL_COLUMNS:
             raise StoreError(f"{where}: column {column!r} is missing; every column but the structs is required")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from arrow_quant_v2.errors import StoreError
-from arrow_quant_v2.packed import WIDTHS, Layout, TensorInfo
+from arrow_quant_v2.packed import GRIDS, WIDTHS, Layout, TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +19,11 @@ CHUNK_BYTES = 2**30  # a larger payload is several rows
 LARGEST_VALUE = 2**31 - 2**16  # a Parquet page counts its bytes in 31 bits, header included
 LARGEST_RANK = 32
 LARGEST_COUNT = 2**63 - 1
+EQUALIZATION_BYTES = 4  # of one input channel
 
 # measured on pyarrow 26, and held by a test
-FILE_BYTES = 6480  # the schema, twice: Parquet's and Arrow's
-GROUP_BYTES = 4140  # page headers and footer entries of 42 columns
+FILE_BYTES = 7740  # the schema, twice: Parquet's and Arrow's; and the store's own keys
+GROUP_BYTES = 4300  # page headers and footer entries of 44 columns
 ROW_BYTES = 165  # numbers, lengths of texts, four offsets
 BOUNDS = 4  # smallest and largest layer_name, in the page and in the footer
 KEY_BYTES = 40
@@ -31,8 +32,8 @@ METADATA_COPIES = 7 / 3  # once as it is, once in base64 within Arrow's schema
 
 def packed_sizes(layout: Layout, rows: int, *, symmetric: bool) -> PayloadSizes:
     """Bytes of each payload column for `rows` rows of codes."""
-    parameters = rows * layout.groups
-    return rows * layout.row_bytes, parameters, None if symmetric else parameters, 2 * rows
+    zero_points = None if symmetric else rows * layout.groups
+    return rows * layout.row_bytes, rows * layout.scales_per_row, zero_points, 2 * rows
 
 
 def row_bytes(layout: Layout, *, symmetric: bool) -> int:
@@ -40,30 +41,42 @@ def row_bytes(layout: Layout, *, symmetric: bool) -> int:
     return total(packed_sizes(layout, 1, symmetric=symmetric))
 
 
-def stored_bytes(layout: Layout, *, symmetric: bool) -> int:
+def equalization_bytes(channels: int | None) -> int:
+    """What the equalization of so many input channels takes in a row of the file, beside its payload."""
+    return EQUALIZATION_BYTES * (channels or 0)
+
+
+def stored_bytes(layout: Layout, *, symmetric: bool, equalized: bool = False) -> int:
     """Stored bytes of the whole layer, parameters included."""
-    return layout.rows * row_bytes(layout, symmetric=symmetric)
+    equalization = equalization_bytes(layout.channels) if equalized else 0
+    return layout.rows * row_bytes(layout, symmetric=symmetric) + equalization
 
 
-def bits_per_weight(layout: Layout, *, symmetric: bool) -> float:
+def bits_per_weight(layout: Layout, *, symmetric: bool, equalized: bool = False) -> float:
     """What one weight of this layer costs, parameters included."""
-    return 8 * stored_bytes(layout, symmetric=symmetric) / math.prod(layout.shape)
+    return 8 * stored_bytes(layout, symmetric=symmetric, equalized=equalized) / math.prod(layout.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowSize:
-    """What decides the size of one row; `text_bytes` counts dtype, quant_type, modality, method and decision."""
+    """What decides the size of one row; `text_bytes` counts dtype, quant_type, grid, modality, method and decision.
+
+    `equalized` input channels have a scale each.
+    """
 
     layer_name: str
     payload_bytes: int
     text_bytes: int = 100
+    equalized: int = 0
 
 
 def predicted_file_bytes(rows: Iterable[RowSize], *, metadata: Mapping[str, str], grouped: bool) -> int:
     """Size of a file before it is written, to about 5% of what it holds beside the payload.
 
+    `metadata` is the caller's; the store's own keys are counted without being asked.
+
     `grouped` as `merge_parts` writes it: all rows in one row group; otherwise each has its own. The three
-    structures are taken to be null.
+    structures are taken to be null, but for equalization scales.
     """
     names = [(len(row.layer_name.encode()), row) for row in rows]
     groups = [max(name for name, _ in names)] if grouped else [name for name, _ in names]
@@ -74,6 +87,7 @@ def predicted_file_bytes(rows: Iterable[RowSize], *, metadata: Mapping[str, str]
         + round(METADATA_COPIES * texts)
         + sum(GROUP_BYTES + BOUNDS * name for name in groups)
         + sum(ROW_BYTES + name + row.text_bytes + row.payload_bytes for name, row in names)
+        + sum(equalization_bytes(row.equalized) for _, row in names)
     )
 
 
@@ -95,10 +109,10 @@ def check_shape(info: TensorInfo) -> None:
 
 
 def check_layout(name: str, layout: Layout) -> None:
-    """Refuse a layout whose rows, columns or groups mean nothing.
+    """Refuse a layout whose rows, columns, groups or grid mean nothing.
 
     Raises:
-        StoreError: says which of bits, shape, quant_axis and group_size is wrong, and what is allowed.
+        StoreError: says which of bits, shape, quant_axis, group_size and grid is wrong, and what is allowed.
     """
     for problem in _problems(layout):
         raise StoreError(f"{name}: {problem}")
@@ -113,3 +127,5 @@ def _problems(layout: Layout) -> Iterator[str]:
         yield f"quant_axis {layout.quant_axis} is not an axis of shape {list(layout.shape)}"
     if layout.group_size is not None and layout.group_size < 1:
         yield f"group_size {layout.group_size} holds no column; it is 1 or more, or null for one group per row"
+    if layout.grid not in GRIDS:
+        yield f"grid {layout.grid!r} is unknown; known are {', '.join(GRIDS)}"

@@ -221,7 +221,14 @@ def test_a_kernel_that_config_json_names_is_not_fetched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "entries", [{"hidden_size": "wide"}, {"hidden_size": 15}, {"num_attention_heads": 0}, {"model_type": "nonsense"}]
+    "entries",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": "wide"},
+        {"hidden_size": 15},
+        {"num_attention_heads": 0},
+        {"model_type": "nonsense"},
+    ],
 )
 def test_a_config_that_builds_nothing_is_a_clear_error(entries: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"config.json"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
 
+from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.sources.folder import open_model
 
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.sample import Sample
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -78,3 +79,20 @@ def ids_of(call: Sample) -> torch.Tensor:
 def same_calls(first: Iterable[Sample], second: Iterable[Sample]) -> bool:
     pairs = list(zip(first, second, strict=True))
     return all(torch.equal(ids_of(a), ids_of(b)) and a.timestep == b.timestep for a, b in pairs)
+
+
+class Denoiser(torch.nn.Module):
+    """A model of images as diffusers has them."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.config = SimpleNamespace(**config)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: Any = None) -> torch.Tensor:
+        assert timestep.shape == (1,)
+        return sample * self.scale
+
+
+def image_model(**config: Any) -> Runnable:
+    return Runnable(module=Denoiser(**({"in_channels": 3, "sample_size": 4} | config)), modality="image", names={})

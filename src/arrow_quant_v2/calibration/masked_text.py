@@ -1,4 +1,4 @@
-"""Sequences of tokens as the states of a masked diffusion model; knows neither the model nor where they come from.
+"""Sequences of tokens as the states of a masked diffusion model; knows not where they come from.
 
 A state is a sequence of which some tokens are hidden behind the mask token; its time is the masked fraction of the
 whole sequence, as LLaDA trains (arXiv 2502.09992). Times are given, and met exactly but for rounding up to a token.
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from arrow_quant_v2.calibration import chance
+from arrow_quant_v2.calibration.tokens import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from arrow_quant_v2.calibration.sample import Sample
 
 LARGEST_PREFIX = 2  # as a divisor: half of what could be hidden
 BLOCKWISE = 4  # one in four
@@ -45,6 +48,24 @@ def masked_states(
     kinds = dict(zip(by_size, chance.one_of_every(BLOCKWISE, len(times), draw), strict=True))
     pairs = enumerate(zip(sequences, times, strict=True))
     return [_masked(ids, time, mask, special, draw, blockwise=kinds[i]) for i, (ids, time) in pairs]
+
+
+def masked_calls(
+    module: torch.nn.Module,
+    sequences: Sequence[torch.Tensor],
+    count: int,
+    *,
+    mask: int,
+    special: frozenset[int],
+    seed: int,
+) -> tuple[Sample, ...]:
+    """`count` calls with states of the sequences, times stratified over (0, 1]; sequences are used again in turn."""
+    draw = chance.generator(seed, "masked text")
+    times = chance.stratified(count, draw)
+    mixed = [times[i] for i in chance.shuffled(count, draw)]
+    repeated = [sequences[i % len(sequences)] for i in range(count)]
+    states = masked_states(repeated, mixed, mask=mask, special=special, draw=draw)
+    return tuple(shown(module, state, masked_fraction(state, mask)) for state in states)
 
 
 def masked_fraction(ids: torch.Tensor, mask: int) -> float:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.errors import QuantizationError
 
 if TYPE_CHECKING:
     from arrow_quant_v2.calibration.runnable import Runnable
 
+LENGTH = 128  # tokens of a sequence that is made, where nothing is said
 PROBE = "a"  # any text: only what the tokenizer puts around it is looked at
 UNLIMITED = 10**9  # tokenizers without a limit state one of 30 digits
 
@@ -72,6 +74,13 @@ def vocabulary_of(runnable: Runnable) -> Vocabulary:
     special = {*known.pop("special", ()), *(() if runnable.mask_token is None else (runnable.mask_token,))}
     context = _context(getattr(runnable.module, "config", None), runnable.tokenizer)
     return Vocabulary(size=size, special=frozenset(special), mask=runnable.mask_token, context=context, **known)
+
+
+def spread_lengths(vocabulary: Vocabulary, count: int, length: int | None, draw: torch.Generator) -> list[int]:
+    """Tokens between the special ones in `count` sequences: stratified from half of what fits `length` to all of it."""
+    whole = min(length or LENGTH, vocabulary.context or LENGTH)
+    longest = max(1, whole - vocabulary.around)
+    return [max(1, round(longest * (1 + part) / 2)) for part in chance.stratified(count, draw)]
 
 
 def _of_tokenizer(tokenizer: Any, size: int) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def _config(transformers: Any, folder: Path) -> Any:
             f" ({_first_line(error)}); code that comes with a model is never run: update transformers, or quantize"
             " without calibration"
         ) from error
+    config.use_cache = False  # of keys and values of earlier tokens, which nobody asks for
     config._attn_implementation = None  # noqa: SLF001 - it may name a kernel on the hub, which would be fetched and run
     return config
 
@@ -103,6 +104,9 @@ def _fitting(transformers: Any, config: Any, model: Model) -> Any:
     if not classes:
         raise SourceError(f"{model.folder}: transformers has no class for {type(config).__name__}")
     files = [info.name for info in model.source.tensors]
+    stated = getattr(config, "num_hidden_layers", 0)
+    if isinstance(stated, int) and stated > len(files):  # before they are built
+        raise SourceError(f"{model.folder}: config.json states {stated} layers; the files hold {len(files)} tensors")
     modules = [_without_values(found, config, model.folder) for found in classes]
     return min(modules, key=lambda module: len(_missing(module, _names(module, files))))
 

@@ -15,7 +15,7 @@ import torch
 
 from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.masked_text import hidden_count, masked_fraction, masked_states
-from arrow_quant_v2.calibration.tokens import keywords, shown, vocabulary_of
+from arrow_quant_v2.calibration.tokens import keywords, shown, spread_lengths, vocabulary_of
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import QuantizationError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from arrow_quant_v2.calibration.sample import Sample
     from arrow_quant_v2.calibration.tokens import Vocabulary
 
-LENGTH = 128  # tokens, where nothing is said
 STEPS = 16
 ROWS = 4  # sequences in a batch; part of the result, so it never follows the machine
 
@@ -82,7 +81,7 @@ def generate(
         QuantizationError: as for `own_trajectory`.
     """
     model = _model(runnable)
-    batches = _batches(times, _longest(model.vocabulary, length), seed)
+    batches = _batches(model.vocabulary, times, length, seed)
     made = each_on_one_core(lambda batch: _unmasked(model, batch, seed, steps), batches)
     places = [(i % len(batches), i // len(batches)) for i in range(len(times))]
     return [made[batch][0][row] for batch, row in places], [made[batch][1][row] for batch, row in places]
@@ -100,17 +99,10 @@ def _model(runnable: Runnable) -> _Model:
     return _Model(module=runnable.module, vocabulary=vocabulary, mask=vocabulary.mask, ordinary=ordinary)
 
 
-def _longest(vocabulary: Vocabulary, length: int | None) -> int:
-    """Tokens that are generated at most, without the special ones around them."""
-    whole = min(length or LENGTH, vocabulary.context or LENGTH)
-    return max(1, whole - vocabulary.around)
-
-
-def _batches(times: Sequence[float], longest: int, seed: int) -> list[_Batch]:
+def _batches(vocabulary: Vocabulary, times: Sequence[float], length: int | None, seed: int) -> list[_Batch]:
     """Sequence i goes to batch i modulo their number, so that every batch, and so every length, meets every time."""
     count = -(-len(times) // ROWS)
-    parts = chance.stratified(count, chance.generator(seed, "lengths"))
-    sizes = [max(1, round(longest * (1 + part) / 2)) for part in parts]
+    sizes = spread_lengths(vocabulary, count, length, chance.generator(seed, "lengths"))
     return [_Batch(number=n, inner=sizes[n], times=tuple(times[n::count])) for n in range(count)]
 
 

@@ -1,4 +1,4 @@
-r"""Tensors of a folder of `.npy` files, read with positioned reads. Never unpickles, knows nothing of models.
+r"""Tensors of an `.npy` file or a folder of them, read with positioned reads. Never unpickles, knows no models.
 
 A file is: `\x93NUMPY`, two bytes of version, the header's length (2 bytes in version 1, 4 in version 2, little
 endian), the header - a Python literal of one line - and the values. We match that line instead of evaluating it.
@@ -46,10 +46,10 @@ class _Array:
 
 
 class NpySource:
-    """The arrays of a folder; `a.b.weight.npy` holds the tensor `a.b.weight`."""
+    """The arrays of a folder, or of one file; `a.b.weight.npy` holds the tensor `a.b.weight`."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the header of every `.npy` file that lies in the folder.
+        """Read the header of the file, or of every `.npy` file that lies in the folder.
 
         Raises:
             SourceError: there is none; or one is damaged, holds Python objects, or has a dtype or byte order
@@ -57,7 +57,7 @@ class NpySource:
         """
         self._folder = folder
         try:
-            paths = sorted(path for path in folder.iterdir() if path.suffix == ".npy")
+            paths = [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.suffix == ".npy")
         except OSError as error:
             raise cannot_open(folder, error) from error
         if not paths:
@@ -72,7 +72,7 @@ class NpySource:
 
     @property
     def location(self) -> str:
-        """The folder."""
+        """The folder, or the file."""
         return str(self._folder)
 
     @property

@@ -149,7 +149,7 @@ def _kept(count: int, steps: int, branches: int, runs: int) -> list[frozenset[tu
 
     Every step keeps count / steps, rounded down or up, and the trajectories and branches take turns.
     """
-    lanes = [(run, branch) for run in range(runs) for branch in range(branches)]
+    lanes = [(run, (run + half) % branches) for half in range(branches) for run in range(runs)]
     kept: dict[int, set[tuple[int, int]]] = {}
     turn = 0
     for step in range(steps):

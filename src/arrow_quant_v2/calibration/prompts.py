@@ -70,7 +70,9 @@ def encode(module: nn.Module, prompts: Sequence[str]) -> list[Encoded]:
         with _quietly(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             pipeline = _text_pipeline(folder.parent, folder.name, module)
             said = each_on_one_core(lambda prompt: _said(pipeline, prompt), prompts)
-    except (ImportError, OSError, TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+    except QuantizationError:
+        raise
+    except Exception as error:  # tokenizers raise it bare
         first_line = str(error).strip().partition("\n")[0][:200]
         raise QuantizationError(f"its text encoders cannot be run ({type(error).__name__}: {first_line})") from error
     if not all(t.isfinite().all() for tensors in said for t in tensors):

@@ -29,6 +29,7 @@ class Asked:
     count: int = 16
     seed: int = 0
     steps: int = 2
+    prompts: tuple[str, ...] = ()
 
 
 def add_text(root: Path, *suffixes: str, width: int = 24, projected: int | None = None) -> Path:
@@ -67,8 +68,8 @@ def add_text(root: Path, *suffixes: str, width: int = 24, projected: int | None 
     return root
 
 
-def run(root: Path, **given: Any) -> Samples:
-    return trajectory(open_pipeline(root), Asked(), **given)
+def run(root: Path, *prompts: str) -> Samples:
+    return trajectory(open_pipeline(root), Asked(prompts=prompts))
 
 
 def states(samples: Samples) -> list[torch.Tensor]:
@@ -83,12 +84,13 @@ def states(samples: Samples) -> list[torch.Tensor]:
 
 def test_prompts_are_encoded_by_the_encoders_beside_the_model(tmp_path: Path) -> None:
     root = add_text(PIPELINES["sd ddim v"].save(tmp_path), "")
-    samples = run(root, prompts=["a cat", "the dog"])
+    samples = run(root, "a cat", "the dog")
     assert samples.notes == ()
     tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(root / "text_encoder")
     found = states(samples)
     assert len(found) == 3
+    assert not any(state.requires_grad for state in found)
     for text in ("a cat", "", "the dog"):
         with torch.no_grad():
             expected = encoder(tokenizer(text, padding="max_length", return_tensors="pt").input_ids)[0]
@@ -100,7 +102,7 @@ def test_plain_prompts_of_ours_stand_in_for_missing_ones(tmp_path: Path) -> None
     samples = run(root)
     assert len(states(samples)) == 5  # four trajectories and the empty prompt
     assert samples.identity == run(root).identity
-    assert samples.identity != run(root, prompts=["a cat"]).identity
+    assert samples.identity != run(root, "a cat").identity
 
 
 def test_encoding_leaves_the_random_state_and_the_libraries_as_they_were(tmp_path: Path) -> None:
@@ -121,11 +123,19 @@ def test_sdxl_is_told_both_prompts_and_what_it_was_trained_to_see_without_one(tm
     root = add_text(PIPELINES["sdxl"].save(tmp_path), "", "_2", width=12, projected=32)
     index = json.loads((root / "model_index.json").read_text()) | {"force_zeros_for_empty_prompt": zeros}
     (root / "model_index.json").write_text(json.dumps(index))
-    samples = run(root, prompts=["a cat"])
+    samples = run(root, "a cat")
     assert samples.notes == ()
     assert [bool(state.any()) for state in states(samples)].count(False) == zeros
     added: Any = samples.calls[0].keywords["added_cond_kwargs"]
     assert added["text_embeds"].shape == (1, 32)
+
+
+def with_code_of_its_own(root: Path) -> None:
+    rename(root, "text_encoder", ["transformers", "AutoModel"])
+    path = root / "text_encoder" / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "evil", "auto_map": {"AutoModel": "evil.Evil"}}
+    path.write_text(json.dumps(config))
+    (root / "text_encoder" / "evil.py").write_text("raise SystemExit('was imported')")
 
 
 @pytest.mark.parametrize(
@@ -135,6 +145,7 @@ def test_sdxl_is_told_both_prompts_and_what_it_was_trained_to_see_without_one(tm
         (lambda root: (root / "tokenizer" / "tokenizer.json").write_text("{"), "cannot be run"),
         (lambda root: rename(root, "text_encoder", ["evil", "Backdoor"]), "no class of transformers or diffusers"),
         (lambda root: rename(root, "text_encoder", ["transformers", "pipeline"]), "no class of transformers"),
+        (with_code_of_its_own, "cannot be run"),
         (lambda root: rename(root, "_class_name", "os"), "is no pipeline of diffusers"),
         (lambda root: rename(root, "_class_name", ["pipeline", "Evil"]), "is no pipeline of diffusers"),
     ],

@@ -37,7 +37,10 @@ MISFITS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, Ari
 
 
 class Asked(Protocol):
-    """How many calls, from which seed, of how many steps of the sampler."""
+    """How many calls, from which seed, of how many steps of the sampler; and what the model is told, or ours if none.
+
+    It is what this file needs of the record of what is asked of calibration.
+    """
 
     @property
     def count(self) -> int: ...  # noqa: D102
@@ -48,14 +51,17 @@ class Asked(Protocol):
     @property
     def steps(self) -> int: ...  # noqa: D102
 
+    @property
+    def prompts(self) -> Sequence[str]: ...  # noqa: D102
 
-def trajectory(runnable: Runnable, asked: Asked, prompts: Sequence[str] = ()) -> Samples:
+
+def trajectory(runnable: Runnable, asked: Asked) -> Samples:
     """`asked.count` calls of the model on its way from noise to a result, in `asked.steps` steps of its own scheduler.
 
     Several trajectories run, with a noise, a class or a prompt of their own each; of each step of the sampler, and of
     each branch of the guidance, equally many calls are kept (to within one). Tensors are float32 with a batch of one.
-    Without `prompts`, plain ones of ours are encoded by the text encoders beside the model; where that is impossible
-    conditions are normal numbers, and a note says so.
+    Prompts are encoded by the text encoders beside the model; where that is impossible conditions are normal numbers,
+    and a note says so.
 
     Raises:
         QuantizationError: the model has no scheduler, cannot be called, or says something that is no finite number.
@@ -66,13 +72,14 @@ def trajectory(runnable: Runnable, asked: Asked, prompts: Sequence[str] = ()) ->
     branches = 2 if model.has_empty_branch and not _is_distilled(model, scheduler) else 1
     runs = max(-(-asked.count // (len(times) * branches)), min(asked.count, LEAST_RUNS))
     kept = _kept(asked.count, len(times), branches, runs)
-    encoded, note = _encoded(runnable, model, len(kept), prompts)
+    texts = tuple(asked.prompts) or PROMPTS[runnable.modality]
+    encoded, note = _encoded(runnable, model, len(kept), texts)
     tour = _Tour(model=model, scheduler=scheduler, steps=asked.steps, seed=asked.seed, branches=branches)
     found = each_on_one_core(lambda run: _run(tour, run, kept[run], encoded), range(len(kept)))
     return Samples(
         calls=tuple(sample for samples in found for sample in samples),
         origin=f"the model's own trajectory ({len(times)} steps of {type(scheduler).__name__})",
-        identity=_identity(tour, asked.count, None if note else _texts(runnable, prompts)),
+        identity=_identity(tour, asked.count, None if note else texts),
         notes=(note,) if note else (),
     )
 
@@ -160,17 +167,10 @@ def _kept(count: int, steps: int, branches: int, runs: int) -> list[frozenset[tu
     return [frozenset(kept[run]) for run in sorted(kept)]
 
 
-def _texts(runnable: Runnable, prompts: Sequence[str]) -> Sequence[str]:
-    return tuple(prompts) or PROMPTS[runnable.modality]
-
-
-def _encoded(
-    runnable: Runnable, model: Denoiser, runs: int, prompts: Sequence[str]
-) -> tuple[list[Encoded], str | None]:
+def _encoded(runnable: Runnable, model: Denoiser, runs: int, texts: Sequence[str]) -> tuple[list[Encoded], str | None]:
     """What each trajectory's prompt became, the empty prompt last; and the note that says why, where nothing did."""
     if not {"encoder_hidden_states", "cap_feats"} & set(model.parameters):
         return [()] * (runs + 1), None
-    texts = _texts(runnable, prompts)
     used = texts[:runs]
     try:
         *said, empty = encode(runnable.module, [*used, ""])

@@ -67,9 +67,10 @@ def encode(module: nn.Module, prompts: Sequence[str]) -> list[Encoded]:
     if not (folder.parent / PIPELINE).is_file():
         raise QuantizationError("no pipeline lies around the model")
     try:
-        with _quietly(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with _quietly(), torch.random.fork_rng(devices=[]):
             pipeline = _text_pipeline(folder.parent, folder.name, module)
-            said = each_on_one_core(lambda prompt: _said(pipeline, prompt), prompts)
+            # All in one piece: a tokenizer keeps its padding in itself while it works, so it serves one thread.
+            (said,) = each_on_one_core(lambda texts: _all_said(pipeline, texts), [prompts])
     except QuantizationError:
         raise
     except Exception as error:  # tokenizers raise it bare
@@ -111,8 +112,11 @@ def _part(folder: Path, entry: Sequence[str]) -> Any:
     if not (isinstance(build, type) and hasattr(build, "from_pretrained") and folder.is_dir()):
         raise QuantizationError(f"{folder.name} is {entry}, which is no class of transformers or diffusers")
     if "tokenizer" in folder.name:
-        return build.from_pretrained(folder, local_files_only=True)
-    options = {"dtype" if entry[0] == "transformers" else "torch_dtype": torch.float32}
+        return build.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if entry[0] == "transformers":
+        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    else:
+        options = {"torch_dtype": torch.float32}
     return build.from_pretrained(folder, local_files_only=True, **options).eval()
 
 
@@ -120,6 +124,11 @@ def _setting(parameter: inspect.Parameter) -> object:
     if parameter.default is parameter.empty:
         return None
     return False if parameter.name == "requires_safety_checker" else parameter.default
+
+
+def _all_said(pipeline: Any, prompts: Sequence[str]) -> list[Encoded]:
+    with torch.no_grad():  # which holds for the thread that says it
+        return [_said(pipeline, prompt) for prompt in prompts]
 
 
 def _said(pipeline: Any, prompt: str) -> Encoded:

@@ -1,0 +1,172 @@
+"""Weights that share an input, quantized so that their outputs change least: the basis, then the column loop.
+
+Knows nothing of models, files or where the stats come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from arrow_quant_v2.kernels.tensors import dequantized
+from arrow_quant_v2.packed import Layout, PackedTensor, WeightError
+from arrow_quant_v2.quantizers.basis import Basis, rotation_block
+from arrow_quant_v2.quantizers.gptq import gptq
+from arrow_quant_v2.quantizers.gptq_factor import DAMPING, factorize
+from arrow_quant_v2.quantizers.result import not_finite
+from arrow_quant_v2.quantizers.spatial import ALPHAS, SpatialQuantizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from arrow_quant_v2.config import LayerSpec
+    from arrow_quant_v2.packed import TensorInfo
+    from arrow_quant_v2.quantizers.gptq_factor import Factor
+    from arrow_quant_v2.quantizers.result import QuantizedRows
+
+FEW = 0.1  # the damping that suits as many tokens as columns
+TRIED_ROWS = 256  # of all weights of an input together: enough to tell which basis is better
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sight:
+    """What the fit needs of the stats of one input: H, how many tokens are in it, and absmax of each channel."""
+
+    hessian: Tensor
+    count: int
+    absmax: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freedom:
+    """What the fit may try: turned channels, equalized channels, and refits of each group's grid."""
+
+    rotate: bool = True
+    equalize: bool = False
+    refits: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weight:
+    """A weight to be fitted: values (rows, columns) float32, the tensor that they are, and what is asked of it."""
+
+    values: Tensor
+    info: TensorInfo
+    layout: Layout
+    spec: LayerSpec
+
+    def some(self, count: int) -> Weight:
+        """At most `count` of its rows, evenly spaced."""
+        rows = len(self.values)
+        if rows <= count:
+            return self
+        chosen = torch.linspace(0, rows - 1, count).long()
+        layout = replace(self.layout, shape=(count, *self.layout.shape[self.layout.quant_axis or 0 :]), quant_axis=1)
+        return replace(self, values=self.values[chosen], layout=layout)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitted:
+    """A weight quantized; `left` is W - Q (rows, columns) in the basis of the model."""
+
+    packed: PackedTensor
+    error: WeightError
+    left: Tensor
+
+
+def suitable_damping(columns: int, count: int) -> float:
+    """0.1 columns / tokens, but 0.01 to 1: with few tokens H fits what was seen, not what will be."""
+    return min(1.0, max(DAMPING, FEW * columns / max(1, count)))
+
+
+def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Fitted]:
+    """Each weight by its spec, all of them in the one basis that loses least of their outputs.
+
+    Raises:
+        QuantizationError: H has no Cholesky factor, or a weight is not finite.
+    """
+    bases = [_Seen(basis, sight) for basis in _bases(weights, sight, freedom)]
+    best = bases[0]
+    if len(bases) > 1:
+        tried = [weight.some(max(16, TRIED_ROWS // len(weights))) for weight in weights]
+        losses = [sum(basis.loss(weight) for weight in tried) for basis in bases]
+        best = bases[losses.index(min(losses))]
+    return [best.fitted(weight, freedom.refits) for weight in weights]
+
+
+def _bases(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Basis]:
+    """Every basis that may be tried; the one that changes nothing comes first."""
+    channels = len(sight.absmax)
+    found = [Basis(channels=channels)]
+    block = rotation_block(channels) if freedom.rotate else None
+    if block is not None:
+        found.append(Basis(channels=channels, rotation=block))
+    if freedom.equalize:
+        spatial = SpatialQuantizer(sight.absmax)
+        unfolded = [weight.values.reshape(len(weight.values), channels, -1) for weight in weights]
+        found += [spatial.basis(unfolded, alpha) for alpha in ALPHAS]
+    return found
+
+
+class _Seen:
+    """An input seen in one basis; H's factor is made once for each size of groups."""
+
+    def __init__(self, basis: Basis, sight: Sight) -> None:
+        self.basis = basis
+        self.hessian = basis.moment(sight.hessian)
+        self.damping = suitable_damping(len(self.hessian), sight.count)
+        self._factors: dict[int, Factor] = {}
+
+    def factor(self, group: int) -> Factor:
+        if group not in self._factors:
+            self._factors[group] = factorize(self.hessian, group, self.damping)
+        return self._factors[group]
+
+    def loss(self, weight: Weight) -> float:
+        """tr(dW H dW^T), without refits."""
+        left = self.basis.weight(self.fitted(weight, 0).left)
+        return float(((left @ self.hessian) * left).sum(dtype=torch.float64))
+
+    def fitted(self, weight: Weight, refits: int) -> Fitted:
+        changed = self.basis.weight(weight.values).contiguous()
+        rows = gptq(changed, weight.spec, self.factor(weight.layout.group), refits=refits)
+        if not np.isfinite(rows.sums).all():
+            raise not_finite(weight.values, weight.info.name, weight.info.shape)
+        packed = _packed(weight, rows, self.basis)
+        quantized = dequantized(packed)
+        left = weight.values - quantized
+        return Fitted(packed=packed, error=_error(weight.values, quantized, left), left=left)
+
+
+def _packed(weight: Weight, rows: QuantizedRows, basis: Basis) -> PackedTensor:
+    return PackedTensor(
+        name=weight.info.name,
+        dtype=weight.info.dtype,
+        layout=weight.layout,
+        codes=rows.codes,
+        scales=rows.scales,
+        zero_points=rows.zero_points,
+        row_scales=rows.row_scales,
+        rotation=basis.rotation,
+        equalization=None if basis.equalization is None else basis.equalization.numpy(),
+    )
+
+
+def _error(weight: Tensor, quantized: Tensor, left: Tensor) -> WeightError:
+    """The sums in the basis of the model: an equalized weight has others."""
+    original, other, difference = (float(part.to(torch.float64).square().sum()) for part in (weight, quantized, left))
+    return WeightError(original=original, quantized=other, difference=difference, count=weight.numel())
+
+
+def output_error(left: Tensor, weight: Tensor, probes: Sequence[Tensor]) -> list[float]:
+    """||dW x||^2 / ||W x||^2 over some inputs x of each time group, (tokens, columns); NaN without any."""
+    errors = []
+    for inputs in probes:
+        lost, whole = (float((inputs @ part.mT).square().sum(dtype=torch.float64)) for part in (left, weight))
+        errors.append(lost / whole if whole > 0.0 else float("nan") if not len(inputs) else 0.0)
+    return errors

@@ -80,7 +80,7 @@ class Walk:
         Raises:
             QuantizationError: the model cannot be called with the first sample.
         """
-        self.module, self.samples, self._parameters = module, samples, parameters
+        self.module, self.samples, self.parameters = module, samples, parameters
         self._now = threading.local()
         self._given: dict[str, dict[int, list[Any]]] = {}
         self._names = dict(candidates(module, frozenset(parameters)))
@@ -97,7 +97,7 @@ class Walk:
     def watch(self, number: int, layers: Sequence[str], sample: int) -> Watch:
         """Run block `number` on one sample until all products with these layers were seen, and return them."""
         block = self.blocks[number]
-        watch = Watch({n: self._parameters[n] for n in layers}, stop=sum(block.uses[n] for n in layers))
+        watch = Watch({n: self.parameters[n] for n in layers}, stop=sum(block.uses[n] for n in layers))
         self._run(number, sample, watch)
         return watch
 
@@ -148,7 +148,7 @@ class Walk:
         """The blocks in the order in which the first sample meets them, each with its inputs."""
         calls: list[tuple[str, int]] = []  # a block, and the products before it
         ends: dict[str, list[tuple[int, int]]] = {}
-        watch = Watch(self._parameters)
+        watch = Watch(self.parameters)
         hooks = []
 
         def before(name: str) -> Callable[..., None]:

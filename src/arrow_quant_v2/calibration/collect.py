@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from arrow_quant_v2.calibration.stats import Seen, moments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -52,7 +52,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor], stop: int | None = None) -> None:
         """Watch for these parameters, by the names that the products shall have."""
         super().__init__()
-        self._names = {parameter.data_ptr(): name for name, parameter in parameters.items()}
+        self._names = {(p.data_ptr(), p.shape): name for name, p in parameters.items()}  # a slice has another shape
         self._stop = stop
         self.products: list[Product] = []
         self.log: list[tuple[str, int]] = []  # each use of a weight, and the number of the product
@@ -71,10 +71,15 @@ class Watch(TorchFunctionMode):
         return result
 
     def _note(self, func: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:  # noqa: A002 - torch's name
-        name = self._names.get(weight.data_ptr())
+        name = self._names.get((weight.data_ptr(), weight.shape))
         if name is None:
             return
-        place = _place(weight, CONVOLUTIONS[func], *rest, **named) if func in CONVOLUTIONS else None
+        place = None
+        if func in CONVOLUTIONS:
+            given = dict(zip(("bias", "stride", "padding", "dilation", "groups"), rest, strict=False)) | named
+            if given.get("groups", 1) != 1:
+                return  # each group of channels has an H of its own
+            place = _place(weight, CONVOLUTIONS[func], given)
         key = id(input), place  # the input is kept, so that no other tensor gets its id
         if key not in self._of:
             self._of[key] = len(self.products)
@@ -82,10 +87,7 @@ class Watch(TorchFunctionMode):
         self.log.append((name, self._of[key]))
 
 
-def _place(weight: Tensor, axes: int, *rest: Any, **named: Any) -> Place:
-    """What a convolution was called with: bias, stride, padding, dilation, groups."""
-    names = ("bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, rest, strict=False)) | named
+def _place(weight: Tensor, axes: int, given: Mapping[str, Any]) -> Place:
     kernel, dilation = tuple(weight.shape[2:]), _each(given.get("dilation", 1), axes)
     padding = given.get("padding", 0)
     if padding == "valid":
@@ -139,9 +141,3 @@ def _unfolded(x: Tensor, place: Place, seed: int) -> Tensor:
     total = torch.Size(shape).numel()
     chosen = torch.arange(total) if total <= MOST_ROWS else _choice(total, seed)
     return patches[torch.unravel_index(chosen, shape)].flatten(1)
-
-
-def parameters_of(module: torch.nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The module's parameters by the names they have in it."""
-    found = dict(module.named_parameters(remove_duplicate=False))
-    return {name: found[name] for name in names}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.packed import Layout, PackedTensor, WeightError
 from arrow_quant_v2.quantizers.basis import Basis, rotation_block
@@ -75,6 +76,7 @@ class Fitted:
     """A weight quantized; `left` is W - Q (rows, columns) in the basis of the model."""
 
     packed: PackedTensor
+    basis: Basis
     error: WeightError
     left: Tensor
 
@@ -90,13 +92,18 @@ def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
     Raises:
         QuantizationError: H has no Cholesky factor, or a weight is not finite.
     """
-    bases = [_Seen(basis, sight) for basis in _bases(weights, sight, freedom)]
+    groups = sorted({weight.layout.group for weight in weights})
+    bases = each_on_one_core(lambda basis: _Seen(basis, sight, groups), _bases(weights, sight, freedom))
     best = bases[0]
     if len(bases) > 1:
         tried = [weight.some(max(16, TRIED_ROWS // len(weights))) for weight in weights]
-        losses = [sum(basis.loss(weight) for weight in tried) for basis in bases]
-        best = bases[losses.index(min(losses))]
-    return [best.fitted(weight, freedom.refits) for weight in weights]
+        pairs = [(basis, weight) for basis in bases for weight in tried]
+        losses = each_on_one_core(lambda pair: pair[0].loss(pair[1]), pairs)
+        totals = [sum(losses[at : at + len(tried)]) for at in range(0, len(losses), len(tried))]
+        best = bases[totals.index(min(totals))]
+    if len(weights) == 1:
+        return [best.fitted(weights[0], freedom.refits)]  # its rows are shared out instead
+    return each_on_one_core(lambda weight: best.fitted(weight, freedom.refits), weights)
 
 
 def _bases(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Basis]:
@@ -114,18 +121,13 @@ def _bases(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Ba
 
 
 class _Seen:
-    """An input seen in one basis; H's factor is made once for each size of groups."""
+    """An input seen in one basis, with H's factor for each size of groups."""
 
-    def __init__(self, basis: Basis, sight: Sight) -> None:
+    def __init__(self, basis: Basis, sight: Sight, groups: Sequence[int]) -> None:
         self.basis = basis
         self.hessian = basis.moment(sight.hessian)
-        self.damping = suitable_damping(len(self.hessian), sight.count)
-        self._factors: dict[int, Factor] = {}
-
-    def factor(self, group: int) -> Factor:
-        if group not in self._factors:
-            self._factors[group] = factorize(self.hessian, group, self.damping)
-        return self._factors[group]
+        damping = suitable_damping(len(self.hessian), sight.count)
+        self.factors: dict[int, Factor] = {group: factorize(self.hessian, group, damping) for group in groups}
 
     def loss(self, weight: Weight) -> float:
         """tr(dW H dW^T), without refits."""
@@ -134,13 +136,13 @@ class _Seen:
 
     def fitted(self, weight: Weight, refits: int) -> Fitted:
         changed = self.basis.weight(weight.values).contiguous()
-        rows = gptq(changed, weight.spec, self.factor(weight.layout.group), refits=refits)
+        rows = gptq(changed, weight.spec, self.factors[weight.layout.group], refits=refits)
         if not np.isfinite(rows.sums).all():
             raise not_finite(weight.values, weight.info.name, weight.info.shape)
         packed = _packed(weight, rows, self.basis)
         quantized = dequantized(packed)
         left = weight.values - quantized
-        return Fitted(packed=packed, error=_error(weight.values, quantized, left), left=left)
+        return Fitted(packed=packed, basis=self.basis, error=_error(weight.values, quantized, left), left=left)
 
 
 def _packed(weight: Weight, rows: QuantizedRows, basis: Basis) -> PackedTensor:

@@ -1,0 +1,143 @@
+"""Calibrated quantization of a whole model: each block is fitted on what the quantized blocks before it give.
+
+Knows nothing of how samples were found, nor of where the results are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from arrow_quant_v2.calibration.observe import observe, strata
+from arrow_quant_v2.engines.one_core import each_on_one_core
+from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.kernels.tensors import dequantized
+from arrow_quant_v2.quantizers.calibrated import Freedom, Sight, Weight, fit_together, output_error
+from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from arrow_quant_v2.calibration.blocks import Walk
+    from arrow_quant_v2.calibration.stats import InputStats
+    from arrow_quant_v2.decisions import Decision
+    from arrow_quant_v2.packed import PackedTensor, WeightError
+    from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.quantizers.calibrated import Fitted
+    from arrow_quant_v2.quantizers.time_aware import TimeGroupParameters
+    from arrow_quant_v2.timestep import TimeGroups
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibratedLayer:
+    """One layer as calibration left it.
+
+    output_error  ||dW x||^2 / ||W x||^2 over inputs x of each time group
+    activations   8-bit parameters of its inputs in each time group; None: time-aware quantization is off
+    spread        mean, std, min and max of its inputs in each time group
+    """
+
+    plan: LayerPlan
+    packed: PackedTensor
+    error: WeightError
+    decision: Decision
+    output_error: tuple[float, ...]
+    activations: tuple[TimeGroupParameters, ...] | None
+    spread: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitting:
+    """What a run through all blocks needs: plans by the module's own names of their weights, and where results go.
+
+    values    a plan -> its weight, (rows, columns) float32
+    finished  a plan -> what an earlier run made of it, or None
+    keep      takes each layer as it is done
+    """
+
+    plans: Mapping[str, LayerPlan]
+    groups: TimeGroups
+    freedom: Freedom
+    time_aware: bool
+    shown: str
+    values: Callable[[LayerPlan], torch.Tensor]
+    finished: Callable[[LayerPlan], PackedTensor | None]
+    keep: Callable[[CalibratedLayer], None]
+
+
+def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
+    """Quantize all planned layers of the walk, block by block, input by input.
+
+    A layer whose inputs no sample gives, or whose H cannot be used, is left as it is: it is not kept, and quantizing
+    it without calibration is the caller's.
+
+    Raises:
+        QuantizationError: a weight or an input is not finite.
+    """
+    parts = strata(walk.samples, ask.groups)
+    for number, block in enumerate(walk.blocks):
+        for layers in block.inputs:
+            waiting = _restored(walk, layers, ask)
+            stats = observe(walk, number, layers, parts) if waiting else None
+            if stats is not None:
+                _fit(walk, stats, waiting, ask)
+        each_on_one_core(lambda sample: walk.finish(number, sample), range(len(walk.samples)))  # noqa: B023 - at once
+
+
+def _restored(walk: Walk, layers: tuple[str, ...], ask: Fitting) -> list[str]:
+    """Put what an earlier run made into the model; the layers that it did not make."""
+    waiting = []
+    for layer in layers:
+        packed = ask.finished(ask.plans[layer])
+        if packed is None:
+            waiting.append(layer)
+        else:
+            _put(walk.parameters[layer], dequantized(packed))
+    return waiting
+
+
+def _put(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(values.reshape(parameter.shape))
+
+
+def _fit(walk: Walk, stats: InputStats, layers: Sequence[str], ask: Fitting) -> None:
+    """Fit the layers that share one input, put the result into the model, and hand it on."""
+    weights = [_weight(ask.plans[layer], ask) for layer in layers]
+    sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
+    fitted = fit_together(weights, sight, ask.freedom)
+    for layer, weight, one in zip(layers, weights, fitted, strict=True):
+        _put(walk.parameters[layer], weight.values - one.left)
+        ask.keep(_layer(ask.plans[layer], weight, one, stats, ask))
+
+
+def _weight(plan: LayerPlan, ask: Fitting) -> Weight:
+    if plan.spec is None or plan.layout is None:
+        raise QuantizationError(f"{plan.tensor.name}: has no spec to be quantized by; this is a bug, please report it")
+    return Weight(values=ask.values(plan), info=plan.tensor, layout=plan.layout, spec=plan.spec)
+
+
+def _layer(plan: LayerPlan, weight: Weight, fitted: Fitted, stats: InputStats, ask: Fitting) -> CalibratedLayer:
+    errors = tuple(output_error(fitted.left, weight.values, stats.probes))
+    spread = stats.spread()
+    ranges = TimeAwareQuantizer(ask.groups).parameters(spread["min"], spread["max"]) if ask.time_aware else None
+    return CalibratedLayer(
+        plan=plan,
+        packed=fitted.packed,
+        error=fitted.error,
+        decision=_decision(plan, fitted, errors, ask.shown),
+        output_error=errors,
+        activations=ranges,
+        spread=spread,
+    )
+
+
+def _decision(plan: LayerPlan, fitted: Fitted, errors: Sequence[float], shown: str) -> Decision:
+    """What the plan said, and what calibration adds to it."""
+    known = [error for error in errors if error == error]  # noqa: PLR0124 - not NaN
+    basis = f", {fitted.basis}" if str(fitted.basis) else ""
+    mean = sum(known) / max(1, len(known))
+    because = f"{plan.decision.because}, calibrated on {shown}{basis}, output error {mean:.2g}"
+    return replace(plan.decision, because=because)

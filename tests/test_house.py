@@ -15,8 +15,9 @@ FILES = sorted(HOUSE.rglob("*.py"))
 # From top to bottom: a room imports only rooms above it.
 ORDER = (
     "errors", "decisions", "packed", "config", "progress", "timestep", "kernels", "engines", "store", "sources",
-    "calibration", "plan", "quantizers", "one_tensor", "validation", "layers", "budget", "workfolder", "publish",
-    "export", "doctor", "orchestrator", "results", "api", "cli_progress", "cli_tables", "cli",
+    "calibration", "plan", "quantizers", "one_tensor", "validation", "sequential", "layers", "budget", "workfolder",
+    "publish", "export", "doctor", "preparation", "calibrated_run", "orchestrator", "results", "api", "cli_progress",
+    "cli_tables", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}
 FREE = {"__init__", "__main__"}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Method: TypeAlias = Literal["clip", "gptq", "r2q", "rtn"]
 Modality: TypeAlias = Literal["text", "code", "image", "audio"]
+Device: TypeAlias = Literal["cpu", "cuda"]
+Grouping: TypeAlias = Literal["uniform", "balanced"]
 Profile: TypeAlias = Literal["edge", "local", "cloud"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -111,7 +113,15 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     calibration_samples   samples that calibration looks at
     deployment_profile    where the values not named otherwise come from
     fail_fast             raise at the first layer that misses the bar, never fall back
-    method                "clip": clip search with least-squares refit; "rtn": round to nearest
+    method                "r2q": residual grid, "gptq": affine grid, both in the column loop where a layer was calibrated;
+                          "clip": clip search with refit, "rtn": round to nearest, both from the weights alone;
+                          None: r2q for text and code, gptq for image and audio, clip what was not calibrated
+    enable_calibration    look at what goes into the layers; False: from the weights alone
+    calibration_data      a file of texts, token ids, prompts or inputs; None: the model's own trajectory
+    mask_token            id of the token that hides another one; None: the tokenizer or config.json tells
+    seed                  of every random choice of calibration
+    device                where calibration computes: "cpu" or "cuda"
+    time_groups           "uniform": equally many steps in each; "balanced": an equal share of the stats' change
     symmetric             no zero points
     component             folder of a pipeline to quantize; None: its denoiser
     max_memory            bytes the whole process may use, also as "4GB" or "512MiB"; None: no limit
@@ -135,7 +145,15 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     calibration_samples: int = Field(default=128, ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
     deployment_profile: Profile = Field(default="local", description="edge, local or cloud")
     fail_fast: bool = Field(default=False, description="True or False")
-    method: Method = Field(default="clip", description="clip or rtn")
+    method: Method | None = Field(default=None, description="clip, gptq, r2q or rtn, or None to choose by modality")
+    enable_calibration: bool = Field(default=True, description="True or False")
+    calibration_data: Annotated[str, StringConstraints(min_length=1)] | None = Field(
+        default=None, description="the path of a calibration file, or None for the model's own trajectory"
+    )
+    mask_token: int | None = Field(default=None, ge=0, description="the id of a token, 0 or more, or None")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+    device: Device = Field(default="cpu", description="cpu or cuda")
+    time_groups: Grouping = Field(default="uniform", description="uniform or balanced")
     symmetric: bool = Field(default=False, description="True or False")
     component: Annotated[str, AfterValidator(_folder)] | None = Field(
         default=None, description="the name of one folder of the pipeline, or None for its denoiser"
@@ -211,7 +229,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
         The profile is not among them, because the values that it brought are.
         """
-        settings = self.model_dump(mode="json", exclude={"deployment_profile", "fail_fast", "max_memory", "threads"})
+        settings = self.model_dump(mode="json", exclude={"deployment_profile", "fail_fast", "max_memory", "threads", "device"})
         return dict(sorted((settings | {"keep": sorted(set(self.keep))}).items()))
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -292,7 +310,7 @@ def _from_text(name: str, text: str) -> object:
         return SWITCH.get(text.lower(), text)
     if text.lower() in {"none", "null"}:
         return None
-    return text if name == "component" else _number(text)
+    return text if name in {"component", "calibration_data"} else _number(text)
 
 
 def _number(text: str) -> object:

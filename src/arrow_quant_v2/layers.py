@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from arrow_quant_v2.config import Modality
     from arrow_quant_v2.packed import Bytes, WeightError
     from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.sequential import CalibratedLayer
     from arrow_quant_v2.sources.base import Source
+    from arrow_quant_v2.store.record import Structure
 
 CHUNK_BYTES = 256 * 2**20  # a layer that packs to more becomes several rows of the file
 KEPT_CHUNK_BYTES = 32 * 2**20  # the same for a tensor that stays as large as it is: Arrow copies a chunk twice
@@ -114,6 +116,42 @@ def records(plan: LayerPlan, pieces: list[Piece], modality: Modality) -> Iterato
             mse=None if error is None else error.mse,
             modality=modality,
         )
+
+
+def calibrated_records(layer: CalibratedLayer, checksum: int, modality: Modality) -> Iterator[LayerRecord]:
+    """The rows of the store that hold a layer that was fitted to its inputs."""
+    plan, packed = layer.plan, layer.packed
+    for chunk, part in enumerate(split(packed, chunk_bytes(plan))):
+        yield LayerRecord(
+            payload=part,
+            chunk=chunk,
+            bits_per_weight=8 * packed.nbytes / plan.tensor.numel,
+            source_checksum=checksum,
+            decision=str(layer.decision),
+            method=layer.decision.method,
+            cosine_similarity=layer.error.cosine,
+            mse=layer.error.mse,
+            output_error=list(layer.output_error),
+            modality=modality,
+            time_aware_quant=_time_aware(layer),
+            activation_stats={name: list(values) for name, values in layer.spread.items()},
+        )
+
+
+def _time_aware(layer: CalibratedLayer) -> Structure | None:
+    if layer.activations is None:
+        return None
+    groups = [
+        {
+            "time_range": {"start": one.start, "end": one.end},
+            "scale": one.scale,
+            "zero_point": one.zero_point,
+            "group_size": None,
+            "bias_correction": None if one.bias is None else list(one.bias),
+        }
+        for one in layer.activations
+    ]
+    return {"enabled": True, "num_time_groups": len(groups), "time_group_params": groups}
 
 
 def _payload(plan: LayerPlan, pieces: Sequence[Piece]) -> tuple[PackedTensor | RawTensor, WeightError | None]:

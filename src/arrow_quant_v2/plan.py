@@ -15,9 +15,10 @@ from arrow_quant_v2.store.sizes import row_bytes, stored_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from arrow_quant_v2.config import DiffusionQuantConfig
+    from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+WEIGHTS_ALONE = ("clip", "rtn")
 FEWEST_WEIGHTS = 1024  # below this the parameters and the file's own bytes eat what packing saves
 LONGEST_KERNEL = 31  # a 3-D weight with a longer last axis is a stack of experts, not a 1-D convolution
 
@@ -49,19 +50,48 @@ class LayerPlan:
         return 8 * self.stored_bytes / self.tensor.numel if self.tensor.numel else 0.0
 
 
-def plan_model(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig) -> tuple[LayerPlan, ...]:
-    """One plan per tensor, in the order given."""
-    return tuple(_plan(tensor, config) for tensor in tensors)
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """Which tensors are fitted to what goes into them, and by which method."""
+
+    names: frozenset[str] = frozenset()
+    method: Method = "gptq"
 
 
-def _plan(tensor: TensorInfo, config: DiffusionQuantConfig) -> LayerPlan:
-    spec = LayerSpec(
-        bits=config.bit_width, group_size=config.group_size, method=config.method, symmetric=config.symmetric
-    )
+NOTHING_CALIBRATED = Calibrated()
+
+
+def calibrated_method(config: DiffusionQuantConfig, modality: Modality) -> Method | None:
+    """The method of calibrated layers: as asked, else by modality; None where the method looks at weights alone."""
+    if config.method in WEIGHTS_ALONE:
+        return None
+    return config.method or ("r2q" if modality in {"text", "code"} else "gptq")
+
+
+def plan_model(
+    tensors: Iterable[TensorInfo], config: DiffusionQuantConfig, calibrated: Calibrated = NOTHING_CALIBRATED
+) -> tuple[LayerPlan, ...]:
+    """One plan per tensor, in the order given; those that are not calibrated are quantized from the weights alone."""
+    return tuple(_plan(tensor, config, calibrated) for tensor in tensors)
+
+
+def _method(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated) -> Method:
+    if tensor.name in calibrated.names:
+        return calibrated.method
+    return config.method if config.method and config.method != "gptq" else "clip"
+
+
+def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated) -> LayerPlan:
+    method = _method(tensor, config, calibrated)
+    spec = LayerSpec(bits=config.bit_width, group_size=config.group_size, method=method, symmetric=config.symmetric)
     reason = _reason_to_keep(tensor, config)
     if reason is None:
         layout = Layout(
-            shape=tensor.shape, bits=spec.bits, quant_axis=quant_axis(tensor.shape), group_size=spec.group_size
+            shape=tensor.shape,
+            bits=spec.bits,
+            quant_axis=quant_axis(tensor.shape),
+            group_size=spec.group_size,
+            grid=spec.grid,
         )
         if stored_bytes(layout, symmetric=spec.symmetric) < tensor.nbytes:
             return LayerPlan(tensor=tensor, spec=spec, layout=layout, decision=_quantized(tensor, spec, layout))

@@ -54,6 +54,7 @@ class LayerEntry:
     method: str | None
     cosine_similarity: float | None
     mse: float | None
+    output_error: list[float] | None
     decision: str
     time_aware_quant: Structure | None
     spatial_quant: Structure | None

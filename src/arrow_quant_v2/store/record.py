@@ -96,6 +96,7 @@ class LayerRecord:
     method: str | None = None
     cosine_similarity: float | None = None
     mse: float | None = None
+    output_error: list[float] | None = None
     modality: str | None = None
     is_diffusion_model: bool = True
     time_aware_quant: Structure | None = None

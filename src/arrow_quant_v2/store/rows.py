@@ -50,6 +50,7 @@ def _facts(record: LayerRecord, columns: PayloadBytes) -> dict[str, Any]:
         "method": record.method,
         "cosine_similarity": record.cosine_similarity,
         "mse": record.mse,
+        "output_error": record.output_error,
         "decision": record.decision,
         "time_aware_quant": record.time_aware_quant,
         "spatial_quant": _spatial(record),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SCHEMA_NAME = "parquet_v2_extended"
 SCHEMA_VERSION = (2, 1)
-ADDED = {"grid": (2, 1), "rotation": (2, 1)}  # columns that the first version did not have
+ADDED = {"grid": (2, 1), "rotation": (2, 1), "output_error": (2, 1)}  # columns that the first version did not have
 
 NAME_KEY = "schema_name"
 VERSION_KEY = "schema_version"
@@ -85,6 +85,7 @@ FACTS = pa.schema(
         pa.field("method", pa.string()),
         pa.field("cosine_similarity", pa.float64()),
         pa.field("mse", pa.float64()),
+        pa.field("output_error", _FLOATS),
         pa.field("decision", pa.string(), nullable=False),
         pa.field("time_aware_quant", _TIME_AWARE),
         pa.field("spatial_quant", _SPATIAL),

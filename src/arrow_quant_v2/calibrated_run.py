@@ -1,0 +1,166 @@
+"""The calibrated half of a run: walk the model, fit its layers, keep each one as a finished part.
+
+Knows nothing of how samples are found or of what becomes of the layers that are not calibrated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from arrow_quant_v2.calibration.blocks import walking
+from arrow_quant_v2.errors import InterruptedRunError, StoreError
+from arrow_quant_v2.layers import calibrated_records
+from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
+from arrow_quant_v2.quantizers.calibrated import Freedom
+from arrow_quant_v2.sequential import Fitting, fit_in_sequence
+from arrow_quant_v2.store.crc32 import crc32
+from arrow_quant_v2.store.reader import StoredModel
+from arrow_quant_v2.store.writer import write_part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from arrow_quant_v2.calibration.blocks import Walk
+    from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
+    from arrow_quant_v2.packed import PackedTensor
+    from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.preparation import Prepared
+    from arrow_quant_v2.progress import Progress
+    from arrow_quant_v2.publish import Description
+    from arrow_quant_v2.sequential import CalibratedLayer
+    from arrow_quant_v2.sources.base import Source
+    from arrow_quant_v2.workfolder import WorkFolder
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibratedRun:
+    """What the calibrated half is given by the whole run."""
+
+    source: Source
+    config: DiffusionQuantConfig
+    modality: Modality
+    method: Method
+    prepared: Prepared
+    description: Description
+    folder: WorkFolder
+    progress: Progress
+    should_stop: Callable[[], bool]
+
+
+def run_calibrated(run: CalibratedRun) -> tuple[LayerPlan, ...]:
+    """Fit every layer that the samples reach; all plans, with what was decided in the end.
+
+    Layers that are not reached keep the plan to be quantized from their weights alone.
+
+    Raises:
+        QuantizationError: a weight or an input is not finite, or the model cannot be called.
+        StoreError: a part cannot be written.
+        InterruptedRunError: the run was asked to stop; finished layers are kept.
+    """
+    runnable = run.prepared.runnable
+    module_names = _watched(run)
+    parameters = dict(runnable.module.named_parameters(remove_duplicate=False))
+    watched = {module: parameters[module] for module in module_names}
+    with walking(runnable.module, run.prepared.samples.calls, watched) as walk:
+        reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
+        names = frozenset(module_names[layer] for layer in reached)
+        plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method))
+        keeper = _Keeper(run, plans)
+        run.progress.tell(_announcement(walk, run, len(names)))
+        fit_in_sequence(walk, _fitting(run, plans, module_names, keeper))
+    return keeper.decided()
+
+
+def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
+    samples = run.prepared.samples
+    return f"calibrating {layers} layers in {len(walk.blocks)} blocks on {len(samples.calls)} samples: {samples.origin}"
+
+
+def _watched(run: CalibratedRun) -> dict[str, str]:
+    """Module name -> file name of the weights that could be fitted: matrices and kernels that lie as torch has them."""
+    infos = {info.name: info for info in run.source.tensors}
+    parameters = dict(run.prepared.runnable.module.named_parameters(remove_duplicate=False))
+    everything = Calibrated(names=frozenset(infos), method=run.method)
+    wanted = {p.tensor.name for p in plan_model(run.source.tensors, run.config, everything) if p.spec is not None}
+    return {
+        place: name
+        for name, place in run.prepared.runnable.names.items()
+        if name in wanted
+        and place in parameters
+        and tuple(parameters[place].shape) == infos[name].shape
+        and quant_axis(infos[name].shape) == 1
+    }
+
+
+def _fitting(
+    run: CalibratedRun, plans: Sequence[LayerPlan], module_names: Mapping[str, str], keeper: _Keeper
+) -> Fitting:
+    by_name = {plan.tensor.name: plan for plan in plans}
+    origin = run.prepared.samples.origin
+    return Fitting(
+        plans={module: by_name[name] for module, name in module_names.items()},
+        groups=run.prepared.groups,
+        freedom=Freedom(equalize=run.config.enable_spatial and run.modality in {"image", "audio"}),
+        time_aware=run.config.enable_time_aware,
+        shown=f"{len(run.prepared.samples.calls)} samples of {origin}",
+        values=lambda plan: _values(run.source, plan),
+        finished=keeper.finished,
+        keep=keeper.keep,
+    )
+
+
+def _values(source: Source, plan: LayerPlan) -> torch.Tensor:
+    columns = plan.layout.columns if plan.layout else 1
+    return source.read(plan.tensor.name).reshape(-1, columns).to(torch.float32)
+
+
+class _Keeper:
+    """Writes each layer as a part, and finds those of an earlier run."""
+
+    def __init__(self, run: CalibratedRun, plans: Sequence[LayerPlan]) -> None:
+        self.run, self.plans = run, plans
+        self.numbers = {plan.tensor.name: number for number, plan in enumerate(plans)}
+        self.decisions: dict[str, LayerPlan] = {}
+
+    def finished(self, plan: LayerPlan) -> PackedTensor | None:
+        """What an earlier run made of a layer; None where it made nothing, or the part is damaged."""
+        part = self.run.folder.part(self.numbers[plan.tensor.name])
+        if not part.exists():
+            return None
+        try:
+            with StoredModel(part) as stored:
+                packed = stored.read(plan.tensor.name)
+                text = stored.entries[0].decision
+        except StoreError:
+            return None
+        because = text.partition(": ")[2]
+        self.decisions[plan.tensor.name] = replace(plan, decision=replace(plan.decision, because=because))
+        self.run.progress.skip(plan.tensor.nbytes)
+        return packed if not hasattr(packed, "values") else None
+
+    def keep(self, layer: CalibratedLayer) -> None:
+        """Write one layer, tell how far the run is, and stop when that was asked."""
+        run, plan = self.run, replace(layer.plan, decision=layer.decision)
+        checksum = crc32(run.source.read(plan.tensor.name).view(torch.uint8).numpy())
+        records = calibrated_records(layer, checksum, run.modality)
+        write_part(run.folder.part(self.numbers[plan.tensor.name]), records, run.description.file_metadata())
+        self.decisions[plan.tensor.name] = plan
+        run.progress.advance(plan.tensor.nbytes, plan.tensor.name)
+        run.progress.tell(f"{len(self.decisions)} calibrated, {plan.tensor.name}")
+        if run.should_stop():
+            raise InterruptedRunError(
+                f"stopped after {len(self.decisions)} calibrated layers; they are kept in {run.folder.folder}"
+            )
+
+    def decided(self) -> tuple[LayerPlan, ...]:
+        """All plans; those that should have been calibrated and could not be fall back."""
+        return tuple(self.decisions.get(plan.tensor.name, plan) for plan in self.plans)
+
+
+def warn_not_calibrated(reason: str) -> None:
+    """Say that a run goes on from the weights alone."""
+    warnings.warn(f"not calibrated, quantized from the weights alone: {reason}", stacklevel=3)

@@ -1,0 +1,59 @@
+"""Time groups with an equal share of the change in what layers are given along the trajectory. Keeps no stats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from arrow_quant_v2.engines.one_core import each_on_one_core
+from arrow_quant_v2.timestep import balanced_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from arrow_quant_v2.calibration.sample import Sample
+    from arrow_quant_v2.timestep import TimeGroups
+
+SMALLEST = 1e-12
+
+
+def balanced(module: nn.Module, samples: Sequence[Sample], count: int) -> TimeGroups:
+    """At most `count` groups; a step changes as much as the inputs of linear and convolution layers do.
+
+    The change between two neighbouring timesteps is the mean over layers of |log(rms / rms)| of their inputs, so that
+    every layer has the same say, whatever its range.
+    """
+    logs = torch.stack(each_on_one_core(lambda sample: _log_rms(module, sample), samples))  # (samples, layers)
+    steps = sorted({sample.timestep for sample in samples})
+    own = torch.tensor([steps.index(sample.timestep) for sample in samples])
+    means = torch.stack([logs[own == step].mean(dim=0) for step in range(len(steps))])  # (steps, layers)
+    changes = (means[1:] - means[:-1]).abs().mean(dim=1).tolist()
+    return balanced_groups(steps, [*changes, 0.0], count)
+
+
+def _log_rms(module: nn.Module, sample: Sample) -> Tensor:
+    """(layers,): log of the root mean square of what each layer is given in one call; 0 where it is not called."""
+    layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    watch = _Ranges({part.weight.data_ptr(): number for number, part in enumerate(layers)})
+    with torch.no_grad(), watch:
+        module(*sample.arguments, **sample.keywords)
+    return torch.tensor([watch.found.get(number, 0.0) for number in range(len(layers))])
+
+
+class _Ranges(torch.overrides.TorchFunctionMode):
+    """Sees the inputs of products, in this thread alone."""
+
+    def __init__(self, numbers: dict[int, int]) -> None:
+        super().__init__()
+        self.numbers, self.found = numbers, dict[int, float]()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+        if func in {nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}:
+            number = self.numbers.get(args[1].data_ptr())
+            if number is not None:
+                self.found[number] = float(args[0].square().mean().clamp(min=SMALLEST).log() / 2.0)
+        return func(*args, **(kwargs or {}))

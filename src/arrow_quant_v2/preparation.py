@@ -1,0 +1,123 @@
+"""What calibration needs before the first layer: a model that can be called, samples, time groups; or why it cannot be.
+
+Knows nothing of how layers are fitted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arrow_quant_v2.calibration.balance import balanced
+from arrow_quant_v2.calibration.pipelines import open_pipeline
+from arrow_quant_v2.calibration.runnable import Runnable
+from arrow_quant_v2.calibration.samples import Asked, gather
+from arrow_quant_v2.calibration.transformers_model import open_transformers
+from arrow_quant_v2.errors import ConfigurationError, SourceError
+from arrow_quant_v2.sources.files import read_json
+from arrow_quant_v2.timestep import uniform_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
+
+    from arrow_quant_v2.calibration.sample import Samples
+    from arrow_quant_v2.config import DiffusionQuantConfig, Modality
+    from arrow_quant_v2.sources.folder import Model
+    from arrow_quant_v2.timestep import TimeGroups
+
+    Provider = Callable[[nn.Module], Iterable[tuple[Any, float]]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A model ready to be walked through, on the device, and what it will be shown."""
+
+    runnable: Runnable
+    samples: Samples
+    groups: TimeGroups
+
+
+def prepare(
+    model: Model | None,
+    module: nn.Module | None,
+    modality: Modality,
+    config: DiffusionQuantConfig,
+    provider: Provider | None,
+) -> Prepared:
+    """Open the model and gather its samples; `provider` is a function of the user's own, module -> (inputs, timestep).
+
+    Raises:
+        ConfigurationError: what is needed is not installed, or what was given cannot be used.
+        SourceError: the model cannot be opened as one that runs, or a calibration file is damaged.
+        QuantizationError: the model cannot be called.
+    """
+    runnable = _runnable(model, module, modality, config)
+    data = None if config.calibration_data is None else Path(config.calibration_data)
+    asked = Asked(count=config.calibration_samples, seed=config.seed, data=data, callable=provider)
+    samples = gather(runnable, asked)
+    if not samples.calls:
+        raise ConfigurationError(f"calibration on {samples.origin} gave no samples; give some that fit the model")
+    return Prepared(runnable=runnable, samples=samples, groups=_groups(runnable, samples, config))
+
+
+def _groups(runnable: Runnable, samples: Samples, config: DiffusionQuantConfig) -> TimeGroups:
+    if config.time_groups == "balanced":
+        return balanced(runnable.module, samples.calls, config.num_time_groups)
+    return uniform_groups([call.timestep for call in samples.calls], config.num_time_groups)
+
+
+def _runnable(
+    model: Model | None, module: nn.Module | None, modality: Modality, config: DiffusionQuantConfig
+) -> Runnable:
+    if module is not None:
+        return _live(module, modality, config)
+    if model is None:
+        raise SourceError("no model was given that could be called")
+    if (model.root / "model_index.json").is_file():
+        return open_pipeline(model.root, model.component, modality)
+    described = model.folder / "config.json"
+    if not described.is_file():
+        raise SourceError(f"{model.folder}: has no config.json that tells how to run the model")
+    if "_class_name" in read_json(described):
+        return open_pipeline(model.folder, None, modality)
+    return open_transformers(model, modality, config.mask_token)
+
+
+def _live(module: nn.Module, modality: Modality, config: DiffusionQuantConfig) -> Runnable:
+    """A copy of the user's own module: its weights will be changed as they are quantized."""
+    own = copy.deepcopy(module).to("cpu", torch.float32).eval().requires_grad_(requires_grad=False)
+    return Runnable(
+        module=own, modality=modality, names={name: name for name in own.state_dict()}, mask_token=config.mask_token
+    )
+
+
+def data_identity(config: DiffusionQuantConfig) -> str | None:
+    """SHA-256 of the calibration file, so that work that was interrupted goes on with the same data only.
+
+    Raises:
+        ConfigurationError: the file cannot be read.
+    """
+    if config.calibration_data is None or not config.enable_calibration:
+        return None
+    try:
+        with Path(config.calibration_data).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{config.calibration_data}: cannot be read: {error.strerror}; give a file of calibration data"
+        ) from error
+
+
+def _digest(file: Any) -> str:
+    """The same on Python 3.10."""
+    total = hashlib.sha256()
+    while part := file.read(2**20):
+        total.update(part)
+    return total.hexdigest()

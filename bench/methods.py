@@ -82,7 +82,7 @@ def main() -> None:
             "method",
             "bits",
             "group",
-            "grid",
+            "zero points",
             "weight cosine",
             "relative error",
             "bits/weight",
@@ -90,7 +90,7 @@ def main() -> None:
         ):
             table.add_column(column)
         for row in found[name]:
-            grid = "symmetric" if row["symmetric"] else "affine"
+            grid = "symmetric" if row["symmetric"] else "asymmetric"
             figures = (f"{row['cosine']:.5f}", f"{row['relative_error']:.5f}", f"{row['bits_per_weight']:.3f}")
             place_in_table = (row["method"], str(row["bits"]), str(row["group_size"]), grid)
             table.add_row(*place_in_table, *figures, f"{row['gweights_per_s']:.2f}")

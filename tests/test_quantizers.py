@@ -33,7 +33,7 @@ def test_every_method_that_may_be_asked_for_is_in_the_table() -> None:
 
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match="method is 'magic'; allowed: rtn, clip"):
+    with pytest.raises(ConfigurationError, match="method is 'magic'; allowed: rtn, clip, r2q"):
         quantizer("magic")
 
 

@@ -54,7 +54,8 @@ BitWidth = Annotated[int | None, typer.Option("--bits", help="2, 4 or 8")]
 Modality = Annotated[str | None, typer.Option(help="text, code, image or audio; found out from the model by default")]
 GroupSize = Annotated[str | None, typer.Option(help="columns that share a scale, a multiple of 8, or 'row'")]
 Method = Annotated[
-    str | None, typer.Option(help="clip (clip search with refit, the default) or rtn (round to nearest)")
+    str | None,
+    typer.Option(help="clip (clip search with refit, the default), rtn (round to nearest) or r2q (residual grid)"),
 ]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
 Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]

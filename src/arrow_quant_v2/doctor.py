@@ -95,7 +95,8 @@ def predicted_weight_bytes(
 
 def _rows(plan: LayerPlan, modality: Modality) -> Iterator[RowSize]:
     """The rows of the store that a layer will be, one per chunk."""
-    texts = (plan.tensor.dtype, plan.decision.got, modality, plan.decision.method or "", str(plan.decision))
+    grid = plan.layout.grid if plan.layout is not None and plan.layout.grid != "affine" else ""
+    texts = (grid, plan.tensor.dtype, plan.decision.got, modality, plan.decision.method or "", str(plan.decision))
     rows, row_bytes = plan.rows_and_bytes
     for start, stop in ranges(rows, row_bytes, chunk_bytes(plan)):
         yield RowSize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.quantizers import affine
+from arrow_quant_v2.quantizers import affine, r2q
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 QUANTIZERS: dict[str, Callable[..., QuantizedRows]] = {
     "rtn": affine.round_to_nearest,
     "clip": affine.clip_search,
+    "r2q": r2q.residual_refinement,
 }
 
 

@@ -1,162 +1,288 @@
-"""The residual grid of a group: its least-squares fit, and how it is stored; pure mathematics on tensors.
+"""The residual grid fitted to groups of weights: pure mathematics; knows nothing of files or models.
 
-R2Q (Chen et al., 2025, arXiv 2511.21736) writes a weight as mu + a1 b1 + a2 b2 with b = +-1: each stage is the sign of
-what the one before left. Here b1 is one binary stage and b2 an affine residual, b2 = -m, 2 - m, ..., m with
-m = 2^(bits-1) - 1, which at 2 bits is the second binary stage. The affine grid is a1 = (m + 1) a2. With the codes
-fixed, mu, a1, a2 of the least squares follow in closed form; with those fixed, the nearest codes do; the two alternate
-(Xu et al., 2018, arXiv 1802.00150).
+With m = 2^(bits-1) - 1 a group of weights w is approximated by levels
+
+    q = mu + a1 t + a2 k,   t in {-1, 1},  k in {-m, -m + 2 ... m},   a1 >= m a2 >= 0,  |mu| <= a1 + m a2
+
+which at 2 bits are two residual signs (R2Q), and for a1 = (m + 1) a2 the affine grid. From the best affine grid on, two
+steps alternate, neither of which can raise sum h (w - q)^2, where h is the importance:
+
+    t = sign(w - mu),  k = the odd number nearest to (t (w - mu) - a1) / a2       the nearest level: a1 >= m a2
+    (mu, a1, a2) += d,  A d = g,  A = sum h x x^T,  g = sum h (w - q) x,  x = (1, t, k)       least squares
+
+A step that leaves the allowed grids is brought back to them, and is kept only where it helps. Groups lie in the last
+axis while this is done, one beside the other, and sums add halves: every group gets the same bits whatever lies beside
+it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from arrow_quant_v2.kernels import ops, reference
+from arrow_quant_v2.kernels import cpu, ops, reference
 from arrow_quant_v2.kernels.reference import Residual, largest_low
 from arrow_quant_v2.quantizers.affine import STRETCHES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-ROUNDS = 6
-SINGULAR = 1e-6  # of the product of two variances: the two stages say the same, or a stage says nothing
+ROUNDS = 8
+RIDGE = 1e-6  # of the mass, on the diagonal of A: where the weights do not say, the grid stays as it is
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sums:
-    """Weighted inner products of 1, b1, b2 and the weights w with each other; each (rows, 1) float64."""
+class StoredResidual(NamedTuple):
+    """What the format makes of grids, and what that means.
 
-    one_one: Tensor
-    one_b1: Tensor
-    one_b2: Tensor
-    b1_b1: Tensor
-    b1_b2: Tensor
-    b2_b2: Tensor
-    one_w: Tensor
-    b1_w: Tensor
-    b2_w: Tensor
-
-    def cost(self, grid: Residual) -> Tensor:
-        """The squares that a grid leaves, less those of the weights themselves."""
-        mu, a1, a2 = (part.to(torch.float64) for part in grid)
-        squares = mu * mu * self.one_one + a1 * a1 * self.b1_b1 + a2 * a2 * self.b2_b2
-        mixed = mu * a1 * self.one_b1 + mu * a2 * self.one_b2 + a1 * a2 * self.b1_b2
-        return squares + 2.0 * (mixed - mu * self.one_w - a1 * self.b1_w - a2 * self.b2_w)
-
-
-def fit_r2q(groups: Tensor, importance: Tensor, bits: int, *, symmetric: bool, rounds: int = ROUNDS) -> Residual:
-    """The grid of each group, (rows, 1) float32 each, that leaves the least squares weighted with importance.
-
-    groups (rows, n) float32, importance (n,) at least 0. It starts from the affine grid of the clip search, and keeps
-    for each row the best that the alternation met, so it is never worse than that.
+    scales (rows, 2 groups) and zero_points (rows, groups), or (rows, 0) when symmetric, are uint8; mu, a1 and a2 are
+    float32 and of the shape that was given.
     """
-    grid = affine_start(groups, importance, bits, symmetric=symmetric)
-    best, least = grid, torch.full_like(grid.a1, torch.inf, dtype=torch.float64)
+
+    scales: Tensor
+    zero_points: Tensor
+    mu: Tensor
+    a1: Tensor
+    a2: Tensor
+
+    @property
+    def grid(self) -> Residual:
+        """What the codes lie on."""
+        return Residual(mu=self.mu, a1=self.a1, a2=self.a2)
+
+    @property
+    def inverse(self) -> Tensor:
+        """1 / (2 a2), or 0 where a2 is, as `ops.quantize_columns_r2q` takes it."""
+        return inverse_of(self.a2)
+
+
+def inverse_of(a2: Tensor) -> Tensor:
+    """1 / (2 a2), or 0 where a2 is."""
+    return torch.where(a2 > 0.0, 0.5 / torch.where(a2 > 0.0, a2, 1.0), 0.0)
+
+
+def fit_r2q(
+    groups: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    symmetric: bool,  # noqa: FBT001 - as in every operator on codes
+    rounds: int = ROUNDS,
+) -> Residual:
+    """The grid (mu, a1, a2) of every group, float32, with the least weighted error that `rounds` alternations find.
+
+    groups is (rows, n) or (rows, groups, n) float32, the results (rows,) or (rows, groups); importance broadcasts with
+    groups, is at least 0 and weighs the squared errors: None is 1 each. Symmetric grids have mu = 0.
+
+    Never worse than the affine grid of the clip search, in this metric and before anything is stored; a symmetric one
+    never worse than the affine grids around 0 (a1 = (m + 1) a2) that end at the same clipping ratios.
+    """
+    cpu.activate()
+    three = groups if groups.ndim == 3 else groups[:, None]  # noqa: PLR2004 - (rows, groups, n)
+    h = None if importance is None else _relative(importance.to(torch.float32), three, groups)
+    unit, starts = _symmetric_starts(three, bits) if symmetric else _affine_start(three, h, bits)
+    seen = Seen(
+        columns_first(three / unit[..., None]),
+        None if h is None else columns_first(h.expand_as(three)),
+        bits=bits,
+        symmetric=symmetric,
+    )
+    flat = [Residual(*(part.flatten() for part in start)) for start in starts]
+    fitted = _alternated(seen, flat, rounds)
+    return Residual(*((part.reshape(unit.shape) * unit).reshape(groups.shape[:-1]) for part in fitted))
+
+
+def row_scales_r2q(a1: Tensor, a2: Tensor, bits: int) -> Tensor:
+    """(rows,) bfloat16: not below the largest a1 of a row (rows, groups), nor what its a2 needs to be stored."""
+    largest = torch.maximum(a1, a2 * (255.0 / largest_s2(bits)) ** 2).amax(dim=1)
+    return reference.up_to_bfloat16(largest.clamp(min=reference.SMALLEST_ROW_SCALE))
+
+
+def largest_s2(bits: int) -> int:
+    """The largest stored a2 that leaves room for an a1 of m times as much: s1^2 >= m s2^2."""
+    return math.isqrt(255 * 255 // largest_low(bits))
+
+
+def stored_r2q(  # noqa: PLR0917 - as in every operator on codes
+    mu: Tensor,
+    a1: Tensor,
+    a2: Tensor,
+    row_scales: Tensor,
+    bits: int,
+    symmetric: bool,  # noqa: FBT001
+) -> StoredResidual:
+    """Grids of (rows,) or (rows, groups) in 8 bits a number, under row_scales (rows,) bfloat16.
+
+    s1^2 >= m s2^2 keeps the levels in order; where rounding breaks it, a1 grows. At 8 bits a2 has 22 codes alone:
+    there it is rounded up, because too large a step costs less than what lies beyond the ends of halves too short.
+    """
+    shape, m = a1.shape, float(largest_low(bits))
+    mu, a1, a2 = (part.reshape(len(row_scales), -1) for part in (mu, a1, a2))
+    low = reference.scale_codes(a2, row_scales, cover_all=bits == 8).clamp(max=largest_s2(bits))  # noqa: PLR2004
+    least = (low.to(torch.float64) * math.sqrt(m)).ceil().to(torch.uint8)
+    scales = torch.stack([torch.maximum(reference.scale_codes(a1, row_scales, cover_all=False), least), low], dim=2)
+    scales = scales.flatten(1)
+    none = scales[:, :0]
+    zeros = none
+    if not symmetric:
+        centred = reference.residual_of(scales, none, row_scales, bits)
+        reach = centred.a1 + m * centred.a2
+        share = torch.where(reach > 0.0, mu / torch.where(reach > 0.0, reach, 1.0), 1.0)
+        zeros = (127.5 - 127.5 * share.nan_to_num(nan=1.0)).clamp(0.0, 255.0).round().to(torch.uint8)
+    grid = reference.residual_of(scales, zeros, row_scales, bits)
+    return StoredResidual(scales, zeros, *(part.reshape(shape) for part in grid))
+
+
+def _relative(importance: Tensor, three: Tensor, groups: Tensor) -> Tensor:
+    """Importance (rows or 1, groups or 1, n), at most 1 in every group: a grid depends on the ratios alone."""
+    if groups.ndim != three.ndim and importance.ndim > 1:
+        importance = importance[:, None]
+    wide = importance.expand(*importance.shape[:-1], three.shape[-1])
+    while wide.ndim < three.ndim:
+        wide = wide[None]
+    return wide / wide.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _affine_start(three: Tensor, h: Tensor | None, bits: int) -> tuple[Tensor, list[Residual]]:
+    """The step of the best affine grid of every group, (rows, groups), and that grid in units of it."""
+    rows, count, n = three.shape
+    if (n % 8 == 0 or count == 1) and (h is None or h.shape[0] == 1):
+        along = None if h is None else h.expand(1, count, n).flatten()
+        step, full, mean_q, mean_w = ops.fit_grid(three.flatten(1), bits, n, False, STRETCHES[bits], along)  # noqa: FBT003
+    else:
+        cover = reference.cover(three, bits, symmetric=False)
+        mask = (torch.ones(1, 1, n) if h is None else h).expand(rows, count, n)
+        fit = reference.clip_search(three, mask, cover, bits, symmetric=False, stretches=STRETCHES[bits])
+        step, full, mean_q, mean_w = fit.step, fit.full, fit.mean_q, fit.mean_w
+    used, m = step > 0.0, float(largest_low(bits))
+    unit = torch.where(used, step, 1.0)
+    half = torch.where(used, 0.5, 0.0)
+    reach = (2.0 * m + 1.0) * half
+    mu = reach - torch.where(used, mean_q - mean_w * (full / unit), 0.0)
+    return unit, [Residual(mu=mu.clamp(-reach, reach), a1=(m + 1.0) * half, a2=half)]
+
+
+def _symmetric_starts(three: Tensor, bits: int) -> tuple[Tensor, list[Residual]]:
+    """The affine grids around 0 that end at the clipping ratios of the search, in units of the widest one's step."""
+    m = float(largest_low(bits))
+    step = three.abs().amax(dim=-1) / (m + 0.5)
+    used = step > 0.0
+    halves = [torch.where(used, 0.5 / stretch, 0.0) for stretch in STRETCHES[bits]]
+    starts = [Residual(mu=torch.zeros_like(half), a1=(m + 1.0) * half, a2=half) for half in halves]
+    return torch.where(used, step, 1.0), starts
+
+
+def columns_first(three: Tensor) -> Tensor:
+    """(rows, groups, n) -> (n, rows * groups), laid out so."""
+    return three.flatten(0, 1).mT.contiguous()
+
+
+def _alternated(seen: Seen, starts: Sequence[Residual], rounds: int) -> Residual:
+    """The best grid on the way from the best start. A group that a round does not help is done: it would repeat."""
+    best, sums = starts[0], seen.sums(starts[0])
+    for other in starts[1:]:
+        best, sums, _ = _better(best, sums, other, seen.sums(other))
     for _ in range(rounds):
-        sums = _sums(groups, importance, *stages(groups, grid, bits))
-        best, least = _better(best, least, grid, sums.cost(grid))
-        refitted = solved(sums, bits, symmetric=symmetric)
-        best, least = _better(best, least, refitted, sums.cost(refitted))
-        grid = refitted
+        tried = seen.moved(best, sums)
+        best, sums, any_better = _better(best, sums, tried, seen.sums(tried))
+        if not any_better:
+            break
     return best
 
 
-def affine_start(groups: Tensor, importance: Tensor, bits: int, *, symmetric: bool) -> Residual:
-    """The affine grid of the clip search, as a residual grid."""
-    step, full, mean_q, mean_w = ops.fit_grid(
-        groups, bits, groups.shape[1], symmetric, STRETCHES[bits], importance / importance.amax().clamp(min=1e-30)
-    )
-    middle = 0.5 * (2**bits - 1)
-    zero = mean_q - mean_w * torch.where(step > 0.0, full / step, 0.0)
-    mu = torch.zeros_like(step) if symmetric else step * (middle - zero)
-    return Residual(mu=mu, a1=step * (2.0 ** (bits - 2)), a2=0.5 * step)
+def _better(best: Residual, sums: Tensor, tried: Residual, found: Tensor) -> tuple[Residual, Tensor, bool]:
+    """Of each group the grid with the smaller error, its sums, and whether any changed."""
+    wins = found[0] < sums[0]
+    if not wins.any():
+        return best, sums, False
+    grid = Residual(*(torch.where(wins, new, old) for new, old in zip(tried, best, strict=True)))
+    return grid, torch.where(wins, found, sums), True
 
 
-def stages(weight: Tensor, grid: Residual, bits: int) -> tuple[Tensor, Tensor]:
-    """(rows, n) float32 each: b1 and b2 of the levels nearest to the weights."""
-    m = float(largest_low(bits))
-    away = weight - grid.mu
-    b1 = torch.where(away >= 0.0, 1.0, -1.0)
-    low = ((away - b1 * grid.a1) * inverse_of(grid) + 0.5 * m).clamp(0.0, m).round()
-    return b1, 2.0 * low - m
+class Seen:
+    """What is fitted: u (n, groups) in units of each group's step, importance h (n, groups) or None; grids (groups,).
 
-
-def _sums(weight: Tensor, importance: Tensor, b1: Tensor, b2: Tensor) -> Sums:
-    def inner(a: Tensor) -> Tensor:
-        return (a @ importance)[:, None].to(torch.float64)
-
-    mass = importance.sum(dtype=torch.float64).expand(len(weight), 1)
-    return Sums(
-        one_one=mass,
-        one_b1=inner(b1),
-        one_b2=inner(b2),
-        b1_b1=mass,
-        b1_b2=inner(b1 * b2),
-        b2_b2=inner(b2 * b2),
-        one_w=inner(weight),
-        b1_w=inner(b1 * weight),
-        b2_w=inner(b2 * weight),
-    )
-
-
-def solved(sums: Sums, bits: int, *, symmetric: bool) -> Residual:
-    """Mu, a1, a2 of the least squares, put back where levels would change their order; NaN-free."""
-    free = torch.zeros_like(sums.one_one) if symmetric else 1.0 / sums.one_one.clamp(min=1e-300)
-
-    def apart(ab: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return ab - a * b * free  # what is left when both lost their share of 1
-
-    v11, v22 = apart(sums.b1_b1, sums.one_b1, sums.one_b1), apart(sums.b2_b2, sums.one_b2, sums.one_b2)
-    v12 = apart(sums.b1_b2, sums.one_b1, sums.one_b2)
-    c1, c2 = apart(sums.b1_w, sums.one_b1, sums.one_w), apart(sums.b2_w, sums.one_b2, sums.one_w)
-    determinant = v11 * v22 - v12 * v12
-    regular = determinant > SINGULAR * v11 * v22
-    divisor = torch.where(regular, determinant, 1.0)
-    a1 = torch.where(regular, (v22 * c1 - v12 * c2) / divisor, c1 / v11.clamp(min=1e-300))
-    a2 = torch.where(regular, (v11 * c2 - v12 * c1) / divisor, 0.0)
-    a2 = a2.clamp(min=0.0)
-    a1 = torch.maximum(a1, a2 * largest_low(bits)).clamp(min=0.0)
-    mu = (sums.one_w - a1 * sums.one_b1 - a2 * sums.one_b2) * free
-    return Residual(*(part.nan_to_num(0.0, 0.0, 0.0).to(torch.float32) for part in (mu, a1, a2)))
-
-
-def _better(best: Residual, least: Tensor, other: Residual, cost: Tensor) -> tuple[Residual, Tensor]:
-    wins = cost < least
-    return pick(wins, other, best), torch.where(wins, cost, least)
-
-
-def pick(wins: Tensor, one: Residual, other: Residual) -> Residual:
-    """For each row the one grid where it wins, otherwise the other."""
-    return Residual(*(torch.where(wins, a, b) for a, b in zip(one, other, strict=True)))
-
-
-def stored_r2q(grid: Residual, row_scales: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor, Residual]:
-    """Codes of the scales (rows, 2 groups) and of the zero points (rows, groups), uint8, and the grid that they mean.
-
-    The grid comes as (rows, groups) each, row_scales as (rows,) bfloat16.
+    Weights are looked at from the half that they lie in: e = t (w - q) and c = t k, so that e = t (w - mu) - a1 - a2 c.
     """
-    m = largest_low(bits)
-    first = _scale_codes(grid.a1, row_scales)
-    second = torch.minimum(_scale_codes(grid.a2, row_scales), torch.floor(first * (max(m, 1) ** -0.5)))
-    scales = torch.stack([first, second], dim=-1).flatten(1).to(torch.uint8)
-    if symmetric:
-        zeros = scales[:, :0]
-        return scales, zeros, reference.residual_of(scales, zeros, row_scales, bits)
-    level = reference.residual_of(scales, scales[:, :0], row_scales, bits)
-    reach = level.a1 + float(m) * level.a2
-    share = torch.where(reach > 0.0, grid.mu / torch.where(reach > 0.0, reach, 1.0), 0.0)
-    zeros = (127.5 - 127.5 * share).nan_to_num(127.5).clamp(0.0, 255.0).round().to(torch.uint8)
-    return scales, zeros, reference.residual_of(scales, zeros, row_scales, bits)
+
+    def __init__(self, u: Tensor, h: Tensor | None, *, bits: int, symmetric: bool) -> None:
+        self.u, self.h, self.m, self.symmetric = u, h, float(largest_low(bits)), symmetric
+        mass = torch.full(u.shape, 1.0) if h is None else h.clone()
+        self.mass = folded_columns(mass[None])[0]
+        self.room = torch.empty(5 if symmetric else 8, *u.shape)  # touched once: fresh memory costs more than sums
+
+    def sums(self, grid: Residual) -> Tensor:
+        """Float64 (8, groups): the sums of h times e^2, e c, c^2, e, c, e t, t, t c. Symmetric grids need five."""
+        d = self.u - grid.mu
+        t = torch.copysign(torch.ones(()), d)
+        y = d.abs_().sub_(grid.a1)
+        c = self._nearest(y, grid.a2)
+        e = y.sub_(c * grid.a2)
+        room = self.room
+        self._weighted(e, room[3])
+        self._weighted(c, room[4])
+        torch.mul(room[3], e, out=room[0])
+        torch.mul(room[3], c, out=room[1])
+        torch.mul(room[4], c, out=room[2])
+        if not self.symmetric:
+            torch.mul(room[3], t, out=room[5])
+            self._weighted(t, room[6])
+            torch.mul(room[6], c, out=room[7])
+        return folded_columns(room)
+
+    def moved(self, grid: Residual, sums: Tensor) -> Residual:
+        """One step of least squares from a grid, brought back to a1 >= m a2 >= 0 and |mu| <= a1 + m a2.
+
+        A = h-weighted sums of x x^T, x = (1, t, k): mu is eliminated first, two unknowns are left.
+        """
+        _, g2, a22, g1, a12 = sums[:5]
+        ridge, a11, a22 = self.mass * RIDGE, self.mass * (1.0 + RIDGE), a22 + self.mass * RIDGE
+        if self.symmetric:
+            d1, d2 = _solved(a11, a12, a22, g1, g2)
+            return self._allowed(grid.mu, grid.a1 + d1, grid.a2 + d2)
+        g0, of_t, of_k = sums[5:]
+        one = self.mass + ridge
+        by_t, by_k = of_t / one, of_k / one
+        d1, d2 = _solved(a11 - of_t * by_t, a12 - of_k * by_t, a22 - of_k * by_k, g1 - g0 * by_t, g2 - g0 * by_k)
+        return self._allowed(grid.mu + (g0 - of_t * d1 - of_k * d2) / one, grid.a1 + d1, grid.a2 + d2)
+
+    def _allowed(self, mu: Tensor, a1: Tensor, a2: Tensor) -> Residual:
+        a2 = a2.to(torch.float32).clamp_(min=0.0)
+        a1 = torch.maximum(a1.to(torch.float32), self.m * a2)
+        reach = a1 + self.m * a2
+        return Residual(mu=torch.minimum(torch.maximum(mu.to(torch.float32), -reach), reach), a1=a1, a2=a2)
+
+    def _nearest(self, y: Tensor, a2: Tensor) -> Tensor:
+        """The number of -m, -m + 2 ... m that times a2 comes nearest to y."""
+        if self.m == 1.0:
+            return torch.copysign(torch.ones(()), y)
+        return (y * inverse_of(a2)).add_(0.5 * self.m).clamp_(0.0, self.m).round_().mul_(2.0).sub_(self.m)
+
+    def _weighted(self, x: Tensor, out: Tensor) -> None:
+        if self.h is None:
+            out.copy_(x)
+        else:
+            torch.mul(x, self.h, out=out)
 
 
-def _scale_codes(scale: Tensor, row_scales: Tensor) -> Tensor:
-    squares = (scale / row_scales.to(torch.float32)[:, None]).clamp(0.0, 1.0)
-    return (squares.to(torch.float64).sqrt().to(torch.float32) * 255.0).round()
+def _solved(a11: Tensor, a12: Tensor, a22: Tensor, g1: Tensor, g2: Tensor) -> tuple[Tensor, Tensor]:
+    """A d = g for a symmetric A of two rows."""
+    determinant = a11 * a22 - a12 * a12
+    return (a22 * g1 - a12 * g2) / determinant, (a11 * g2 - a12 * g1) / determinant
 
 
-def inverse_of(grid: Residual) -> Tensor:
-    """1 / (2 a2), or 0 where a2 is."""
-    return torch.where(grid.a2 > 0.0, 0.5 / torch.where(grid.a2 > 0.0, grid.a2, 1.0), 0.0)
+def folded_columns(terms: Tensor) -> Tensor:
+    """(k, n, groups) float32 or float64 -> (k, groups) float64: halves are added to each other until one is left.
+
+    The terms are overwritten.
+    """
+    n = terms.shape[1]
+    while n > 1:
+        half = n // 2
+        if n % 2:
+            terms[:, 0] += terms[:, n - 1]
+        terms[:, :half] += terms[:, half : 2 * half]
+        n = half
+    return terms[:, 0].to(torch.float64)

@@ -15,7 +15,6 @@ from arrow_quant_v2.errors import ConfigurationError, ValidationError
 from arrow_quant_v2.export import export_model
 from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
 from arrow_quant_v2.orchestrator import Job, quantize_model
-from arrow_quant_v2.plan import plan_model
 from arrow_quant_v2.results import diagnosis_result, inspection_result, quantization_result, validation_result
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import open_model
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.config import Modality
     from arrow_quant_v2.packed import Bits, PackedTensor
+    from arrow_quant_v2.preparation import Provider
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
 
@@ -61,10 +61,15 @@ class ArrowQuantV2:
         config: DiffusionQuantConfig | None = None,
         progress_callback: Report | None = None,
         *,
+        calibration: Provider | None = None,
         overwrite: bool = False,
         should_stop: Callable[[], bool] = bool,
     ) -> dict[str, Any]:
         """Quantize a model folder, a weight file or a live module into the new folder `output_path`.
+
+        `calibration` is a function model -> iterator of (inputs, timestep), for models whose inputs nothing else can
+        make: inputs are a tensor, a tuple of arguments or a dictionary of keywords. Without it the configuration's
+        `calibration_data`, or else the model's own denoising trajectory, is what layers are fitted to.
 
         Returns `quantized_path, compression_ratio, cosine_similarity` (of the weights: see `metric`),
         `model_size_mb` (10^6 bytes of weight files), `modality, bit_width, quantization_time_s`, and more of ours.
@@ -84,12 +89,13 @@ class ArrowQuantV2:
                 model=model,
                 modality=_modality(model, config),
                 config=config,
+                module=model_path if isinstance(model_path, torch.nn.Module) else None,
+                provider=calibration,
                 out=Path(output_path),
                 overwrite=overwrite,
                 should_stop=should_stop,
             )
-            seconds = quantize_model(job, progress_callback)
-            result = quantization_result(job, plan_model(source.tensors, config), seconds)
+            result = quantization_result(job, quantize_model(job, progress_callback))
         if not result["passed"]:
             warnings.warn(
                 f"{result['worst_layer']}: weight cosine {result['worst_cosine_similarity']:.4f} is below min_accuracy"

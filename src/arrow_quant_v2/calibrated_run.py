@@ -5,7 +5,6 @@ Knows nothing of how samples are found or of what becomes of the layers that are
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,9 @@ import torch
 
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.errors import InterruptedRunError, StoreError
+from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.layers import calibrated_records
+from arrow_quant_v2.packed import PackedTensor
 from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
 from arrow_quant_v2.quantizers.calibrated import Freedom
 from arrow_quant_v2.sequential import Fitting, fit_in_sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
-    from arrow_quant_v2.packed import PackedTensor
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.preparation import Prepared
     from arrow_quant_v2.progress import Progress
@@ -72,7 +72,7 @@ def run_calibrated(run: CalibratedRun) -> tuple[LayerPlan, ...]:
         keeper = _Keeper(run, plans)
         run.progress.tell(_announcement(walk, run, len(names)))
         fit_in_sequence(walk, _fitting(run, plans, module_names, keeper))
-    return keeper.decided()
+    return tuple(keeper.decided.get(plan.tensor.name) or _left_out(plan, run) for plan in plans)
 
 
 def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
@@ -124,23 +124,24 @@ class _Keeper:
     def __init__(self, run: CalibratedRun, plans: Sequence[LayerPlan]) -> None:
         self.run, self.plans = run, plans
         self.numbers = {plan.tensor.name: number for number, plan in enumerate(plans)}
-        self.decisions: dict[str, LayerPlan] = {}
+        self.decided: dict[str, LayerPlan] = {}
 
-    def finished(self, plan: LayerPlan) -> PackedTensor | None:
-        """What an earlier run made of a layer; None where it made nothing, or the part is damaged."""
+    def finished(self, plan: LayerPlan) -> torch.Tensor | None:
+        """The weight (rows, columns) that an earlier run made of a layer; None where it made none, or it is damaged."""
         part = self.run.folder.part(self.numbers[plan.tensor.name])
         if not part.exists():
             return None
         try:
             with StoredModel(part) as stored:
-                packed = stored.read(plan.tensor.name)
+                chunks = [one for one in stored.read(plan.tensor.name) if isinstance(one, PackedTensor)]
+                weight = torch.cat([dequantized(chunk) for chunk in chunks])
                 text = stored.entries[0].decision
         except StoreError:
             return None
-        because = text.partition(": ")[2]
-        self.decisions[plan.tensor.name] = replace(plan, decision=replace(plan.decision, because=because))
+        decision = replace(plan.decision, because=text.partition(": ")[2])
+        self.decided[plan.tensor.name] = replace(plan, decision=decision)
         self.run.progress.skip(plan.tensor.nbytes)
-        return packed if not hasattr(packed, "values") else None
+        return weight
 
     def keep(self, layer: CalibratedLayer) -> None:
         """Write one layer, tell how far the run is, and stop when that was asked."""
@@ -148,19 +149,19 @@ class _Keeper:
         checksum = crc32(run.source.read(plan.tensor.name).view(torch.uint8).numpy())
         records = calibrated_records(layer, checksum, run.modality)
         write_part(run.folder.part(self.numbers[plan.tensor.name]), records, run.description.file_metadata())
-        self.decisions[plan.tensor.name] = plan
+        self.decided[plan.tensor.name] = plan
         run.progress.advance(plan.tensor.nbytes, plan.tensor.name)
-        run.progress.tell(f"{len(self.decisions)} calibrated, {plan.tensor.name}")
+        run.progress.tell(f"{len(self.decided)} calibrated, {plan.tensor.name}")
         if run.should_stop():
             raise InterruptedRunError(
-                f"stopped after {len(self.decisions)} calibrated layers; they are kept in {run.folder.folder}"
+                f"stopped after {len(self.decided)} calibrated layers; they are kept in {run.folder.folder}"
             )
 
-    def decided(self) -> tuple[LayerPlan, ...]:
-        """All plans; those that should have been calibrated and could not be fall back."""
-        return tuple(self.decisions.get(plan.tensor.name, plan) for plan in self.plans)
 
-
-def warn_not_calibrated(reason: str) -> None:
-    """Say that a run goes on from the weights alone."""
-    warnings.warn(f"not calibrated, quantized from the weights alone: {reason}", stacklevel=3)
+def _left_out(plan: LayerPlan, run: CalibratedRun) -> LayerPlan:
+    """A layer that no sample reached is quantized from its weights alone, and says so."""
+    if plan.spec is None:
+        return plan
+    (alone,) = plan_model([plan.tensor], run.config)
+    because = f"{alone.decision.because}, not calibrated: no product with its inputs was seen"
+    return replace(alone, decision=replace(alone.decision, because=because))

@@ -55,8 +55,16 @@ Modality = Annotated[str | None, typer.Option(help="text, code, image or audio; 
 GroupSize = Annotated[str | None, typer.Option(help="columns that share a scale, a multiple of 8, or 'row'")]
 Method = Annotated[
     str | None,
-    typer.Option(help="clip (clip search with refit, the default), rtn (round to nearest) or r2q (residual grid)"),
+    typer.Option(help="r2q, gptq, clip or rtn; by default r2q for text and code, gptq for images and audio"),
 ]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="texts, token ids, prompts or inputs; the model's own otherwise")
+]
+NoCalibration = Annotated[bool, typer.Option("--no-calibration", help="from the weights alone, which is quick")]
+Samples = Annotated[int | None, typer.Option("--samples", help="samples that calibration looks at")]
+MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides another; the tokenizer tells it too")]
+Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda: where calibration computes")]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
 Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]
 MinAccuracy = Annotated[float | None, typer.Option(help="weight cosine that every quantized layer must reach")]
@@ -105,6 +113,12 @@ def quantize(
     threads: Threads = None,
     keep: Keep = None,
     fail_fast: FailFast = None,
+    calibration: Calibration = None,
+    no_calibration: NoCalibration = False,
+    samples: Samples = None,
+    mask_token: MaskToken = None,
+    seed: Seed = None,
+    device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a quantized model that lies there")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -124,6 +138,12 @@ def quantize(
         threads=threads,
         keep=keep or None,
         fail_fast=fail_fast,
+        calibration_data=None if calibration is None else str(calibration),
+        enable_calibration=False if no_calibration else None,
+        calibration_samples=samples,
+        mask_token=mask_token,
+        seed=seed,
+        device=device,
     )
     with _stopping_gently() as should_stop, told_progress(quiet=quiet) as report:
         result = _api().quantize_diffusion_model(
@@ -283,7 +303,7 @@ def _print_result(result: dict[str, Any]) -> None:
     typer.echo(
         f"{result['quantized_path']}: {result['model_size_mb']:.2f} MB, {result['compression_ratio']:.2f} times smaller"
     )
-    typer.echo(f"  {result['modality']}, {result['quantization_time_s']:.1f} s, no calibration: from the weights alone")
+    typer.echo(f"  {result['modality']}, {result['quantization_time_s']:.1f} s, {_calibration(result)}")
     if cosine is None:
         typer.echo("  nothing was quantized: every tensor is kept as it is")
     else:
@@ -293,6 +313,11 @@ def _print_result(result: dict[str, Any]) -> None:
         )
     for reason, count in _kept(result["decisions"]).items():
         typer.echo(f"  {count} kept: {reason}")
+
+
+def _calibration(result: dict[str, Any]) -> str:
+    shown = result["calibration"]
+    return f"calibrated on {shown['samples']} samples: {shown['origin']}" if shown else "from the weights alone"
 
 
 def _kept(decisions: list[dict[str, Any]]) -> dict[str, int]:

@@ -113,7 +113,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     calibration_samples   samples that calibration looks at
     deployment_profile    where the values not named otherwise come from
     fail_fast             raise at the first layer that misses the bar, never fall back
-    method                "r2q": residual grid, "gptq": affine grid, both in the column loop where a layer was calibrated;
+    method                "r2q": residual grid, "gptq": affine grid, in the column loop where a layer was calibrated;
                           "clip": clip search with refit, "rtn": round to nearest, both from the weights alone;
                           None: r2q for text and code, gptq for image and audio, clip what was not calibrated
     enable_calibration    look at what goes into the layers; False: from the weights alone
@@ -229,7 +229,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
         The profile is not among them, because the values that it brought are.
         """
-        settings = self.model_dump(mode="json", exclude={"deployment_profile", "fail_fast", "max_memory", "threads", "device"})
+        apart = {"deployment_profile", "fail_fast", "max_memory", "threads", "device"}
+        settings = self.model_dump(mode="json", exclude=apart)
         return dict(sorted((settings | {"keep": sorted(set(self.keep))}).items()))
 
     def __setattr__(self, name: str, value: object) -> None:

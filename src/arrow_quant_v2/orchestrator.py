@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.budget import give_back_memory, plan_budget
+from arrow_quant_v2.calibrated_run import CalibratedRun, run_calibrated
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
 from arrow_quant_v2.layers import checksum_only, records, slices, source_checksum, work
-from arrow_quant_v2.plan import plan_model
+from arrow_quant_v2.plan import calibrated_method, plan_model
+from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, source_hash
 from arrow_quant_v2.sources.files import read_json
@@ -20,13 +23,16 @@ from arrow_quant_v2.store.writer import make_durable, write_part
 from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from torch import nn
 
     from arrow_quant_v2.budget import Budget
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.layers import Piece, Slice
     from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.preparation import Provider
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
 
@@ -41,6 +47,8 @@ class Job:
     source: Source
     model: Model | None  # None: a live module, with no files beside its weights
     modality: Modality
+    module: nn.Module | None = None
+    provider: Provider | None = None  # a function of the user's own that gives calibration samples
     config: DiffusionQuantConfig
     out: Path
     overwrite: bool = False
@@ -52,8 +60,21 @@ class Job:
         return self.model.component if self.model else ""
 
 
-def quantize_model(job: Job, report: Callable[[str, float], object] | None = None) -> float:
-    """Quantize every tensor of the source into `job.out`, which appears whole or not at all; seconds it took.
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run went: seconds, what was done with every tensor, and what the model was shown (None: nothing)."""
+
+    seconds: float
+    plans: Sequence[LayerPlan]
+    calibration: Mapping[str, object] | None
+    notes: tuple[str, ...]
+
+
+def quantize_model(job: Job, report: Callable[[str, float], object] | None = None) -> Outcome:
+    """Quantize every tensor of the source into `job.out`, which appears whole or not at all.
+
+    Layers whose inputs are seen are fitted to them; where the model cannot be run, a warning and every layer's decision
+    say so, and the weights alone decide.
 
     An interrupted run goes on where it stopped, and ends with the same bytes as one that was not.
 
@@ -73,11 +94,82 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     description = Description(
         config=job.config, modality=job.modality, component=job.component, source_hash=source_hash(job.source.tensors)
     )
-    with WorkFolder(job.out, _identity(description), overwrite=job.overwrite) as folder:
-        _work_on_layers(job, _Run(plans=plans, budget=budget, description=description, folder=folder), report)
-        assemble(folder, plans, description, job.model)
+    identity = _identity(description) | {"calibration data": data_identity(job.config)}
+    with WorkFolder(job.out, identity, overwrite=job.overwrite) as folder:
+        progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
+        run = _Run(plans=plans, budget=budget, description=description, folder=folder, progress=progress)
+        calibrated = _calibrated(job, run)
+        run = replace(run, plans=calibrated.plans)
+        _work_on_layers(job, run)
+        assemble(folder, run.plans, description, job.model)
         folder.publish()
-    return time.monotonic() - started
+    seconds = time.monotonic() - started
+    return Outcome(seconds=seconds, plans=run.plans, calibration=calibrated.summary, notes=calibrated.notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Calibration:
+    """What the calibrated half left: plans as decided, what was shown, and what a person should know."""
+
+    plans: Sequence[LayerPlan]
+    summary: Mapping[str, object] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _calibrated(job: Job, run: _Run) -> _Calibration:
+    """Fit what can be fitted to its inputs; where nothing can, say why."""
+    method = calibrated_method(job.config, job.modality)
+    if not job.config.enable_calibration or method is None:
+        return _Calibration(plans=run.plans)
+    run.progress.tell("gathering calibration samples")
+    try:
+        prepared = prepare(job.model, job.module, job.modality, job.config, job.provider)
+    except (ConfigurationError, SourceError, QuantizationError) as error:
+        if job.config.calibration_data is not None or job.provider is not None:
+            raise
+        return _not_calibrated(run.plans, str(error))
+    for note in prepared.samples.notes:
+        warnings.warn(note, stacklevel=2)
+    if prepared.samples.synthetic:
+        warnings.warn(
+            "calibrated on random inputs, because nothing tells what the model is used for: give --calibration FILE",
+            stacklevel=2,
+        )
+    plans = run_calibrated(
+        CalibratedRun(
+            source=job.source,
+            config=job.config,
+            modality=job.modality,
+            method=method,
+            prepared=prepared,
+            description=run.description,
+            folder=run.folder,
+            progress=run.progress,
+            should_stop=job.should_stop,
+        )
+    )
+    samples = prepared.samples
+    summary = {
+        "samples": len(samples.calls),
+        "origin": samples.origin,
+        "synthetic": samples.synthetic,
+        "time_groups": [list(edges) for edges in prepared.groups.ranges()],
+        "method": method,
+    }
+    return _Calibration(plans=plans, summary=summary, notes=samples.notes)
+
+
+def _not_calibrated(plans: Sequence[LayerPlan], reason: str) -> _Calibration:
+    """The plans from the weights alone, each of which says why."""
+    note = f"not calibrated, quantized from the weights alone: {reason}"
+    warnings.warn(note, stacklevel=3)
+    told = [plan if plan.spec is None else _with_reason(plan, f"not calibrated: {reason}") for plan in plans]
+    return _Calibration(plans=told, notes=(note,))
+
+
+def _with_reason(plan: LayerPlan, reason: str) -> LayerPlan:
+    decision = plan.decision
+    return replace(plan, decision=replace(decision, because=f"{decision.because}, {reason}"))
 
 
 def _identity(description: Description) -> dict[str, object]:
@@ -121,13 +213,13 @@ class _Run:
     budget: Budget
     description: Description
     folder: WorkFolder
+    progress: Progress
 
 
-def _work_on_layers(job: Job, run: _Run, report: Callable[[str, float], object] | None) -> None:
+def _work_on_layers(job: Job, run: _Run) -> None:
     """Make the part of every layer that has none, and make sure that those of an earlier run still fit."""
-    plans, budget, folder = run.plans, run.budget, run.folder
+    plans, budget, folder, progress = run.plans, run.budget, run.folder, run.progress
     done = {index for index in range(len(plans)) if _is_whole(folder.part(index), plans[index])}
-    progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
 
     def one(item: tuple[int, Slice]) -> Piece:
         index, piece = item

@@ -12,26 +12,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from arrow_quant_v2.doctor import Diagnosis
-    from arrow_quant_v2.orchestrator import Job
-    from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.orchestrator import Job, Outcome
     from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.validation.weights import LayerAccuracy
 
-NO_CALIBRATION = (
-    "this version quantizes from the weights alone: enable_time_aware, num_time_groups, enable_spatial and"
-    " calibration_samples have no effect yet"
-)
 WEIGHT_METRIC = "weight cosine, mean over quantized layers"
 
 
-def quantization_result(job: Job, plans: Sequence[LayerPlan], seconds: float) -> dict[str, Any]:
+def quantization_result(job: Job, outcome: Outcome) -> dict[str, Any]:
     """The seven promised keys, and ours: how well, how large, what was kept and whether the bar was met."""
     with StoredModel(job.out / job.component) as stored:
         first = [one for one in stored.entries if one.chunk == 0]
         size = sum(path.stat().st_size for path in stored.files)
     cosines = {one.layer_name: one.cosine_similarity for one in first if one.cosine_similarity is not None}
-    source_bytes = sum(plan.tensor.nbytes for plan in plans)
-    decisions = [plan.decision for plan in plans]
+    source_bytes = sum(plan.tensor.nbytes for plan in outcome.plans)
+    decisions = [plan.decision for plan in outcome.plans]
     worst = min(cosines, key=cosines.__getitem__, default=None)
     return {
         "quantized_path": str(job.out),
@@ -40,7 +35,7 @@ def quantization_result(job: Job, plans: Sequence[LayerPlan], seconds: float) ->
         "model_size_mb": size / 1e6,
         "modality": job.modality,
         "bit_width": job.config.bit_width,
-        "quantization_time_s": seconds,
+        "quantization_time_s": outcome.seconds,
         "metric": WEIGHT_METRIC,
         "passed": worst is None or cosines[worst] >= job.config.min_accuracy,
         "min_accuracy": job.config.min_accuracy,
@@ -51,8 +46,8 @@ def quantization_result(job: Job, plans: Sequence[LayerPlan], seconds: float) ->
         "quantized_layers": len(cosines),
         "kept_layers": len(first) - len(cosines),
         "fallbacks_per_method": fallbacks_per_method(decisions),
-        "calibration": None,
-        "notes": [NO_CALIBRATION],
+        "calibration": outcome.calibration,
+        "notes": list(outcome.notes),
         "decisions": decisions,
     }
 

@@ -13,7 +13,6 @@ import torch
 from arrow_quant_v2.calibration.observe import observe, strata
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import QuantizationError
-from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.quantizers.calibrated import Freedom, Sight, Weight, fit_together, output_error
 from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
@@ -53,7 +52,7 @@ class Fitting:
     """What a run through all blocks needs: plans by the module's own names of their weights, and where results go.
 
     values    a plan -> its weight, (rows, columns) float32
-    finished  a plan -> what an earlier run made of it, or None
+    finished  a plan -> the weight that an earlier run made of it, or None
     keep      takes each layer as it is done
     """
 
@@ -63,7 +62,7 @@ class Fitting:
     time_aware: bool
     shown: str
     values: Callable[[LayerPlan], torch.Tensor]
-    finished: Callable[[LayerPlan], PackedTensor | None]
+    finished: Callable[[LayerPlan], torch.Tensor | None]
     keep: Callable[[CalibratedLayer], None]
 
 
@@ -90,11 +89,11 @@ def _restored(walk: Walk, layers: tuple[str, ...], ask: Fitting) -> list[str]:
     """Put what an earlier run made into the model; the layers that it did not make."""
     waiting = []
     for layer in layers:
-        packed = ask.finished(ask.plans[layer])
-        if packed is None:
+        weight = ask.finished(ask.plans[layer])
+        if weight is None:
             waiting.append(layer)
         else:
-            _put(walk.parameters[layer], dequantized(packed))
+            _put(walk.parameters[layer], weight)
     return waiting
 
 

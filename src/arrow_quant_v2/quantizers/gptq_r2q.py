@@ -78,7 +78,8 @@ class ResidualGrid:
 
     @classmethod
     def _stored(cls, grid: Residual, row_scales: Tensor, ask: Ask) -> ResidualGrid:
-        stored = stored_r2q(*(part.reshape(-1, 1) for part in grid), row_scales, ask.bits, ask.symmetric)
+        mu, a1, a2 = (part.reshape(-1, 1) for part in grid)
+        stored = stored_r2q(mu, a1, a2, row_scales, ask.bits, ask.symmetric)
         return cls(scales=stored.scales, zero_points=stored.zero_points, grid=stored.grid)
 
 

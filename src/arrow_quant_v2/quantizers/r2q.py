@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.kernels import cpu, ops, reference
 from arrow_quant_v2.kernels.reference import Residual
 from arrow_quant_v2.quantizers.affine import STRETCHES
-from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.quantizers.r2q_core import columns_first, fit_r2q, folded_columns, row_scales_r2q, stored_r2q
 from arrow_quant_v2.quantizers.result import QuantizedRows, joined
 

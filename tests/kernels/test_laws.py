@@ -1,10 +1,11 @@
 """What holds for the quantization of any weight, whatever its size, spread or kind."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     STRETCHES,
@@ -293,3 +294,27 @@ def test_the_errors_of_the_columns_are_the_whole_error_on_the_residual_grid_too(
     restored = reference.residual_level(codes, grid, bits).double()
     difference, size = errors.double() @ upper.double(), errors.double().abs() @ upper.double().abs()
     assert ((difference - (block - restored)).abs() <= 2**-20 * (size + block.abs() + 1.0)).all()
+
+
+# The reference's own arithmetic
+
+
+finite = st.floats(width=32, min_value=-(2.0**60), max_value=2.0**60)
+
+
+def gap(exact: Fraction, found: Tensor) -> Fraction:
+    return abs(exact - Fraction(found.item()))
+
+
+@settings(deadline=None, max_examples=300)
+@given(a=finite, b=finite, c=finite)
+@example(a=1.0 + 2.0**-23, b=1.0 - 2.0**-23, c=2.0**-24)  # just below the middle of two float32
+@example(a=1.0 + 2.0**-12, b=1.0 + 2.0**-12, c=2.0**-80)  # and just above: float64 would call both the middle
+@example(a=1.0 + 2.0**-12, b=1.0 + 2.0**-12, c=-(2.0**-80))
+def test_a_multiply_add_rounds_once(a: float, b: float, c: float) -> None:
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    found = reference.multiply_add(torch.tensor(a), torch.tensor(b), torch.tensor(c))
+    for way in (-torch.inf, torch.inf):
+        beside = torch.nextafter(found, torch.tensor(way))
+        assert gap(exact, found) <= gap(exact, beside)
+        assert gap(exact, found) < gap(exact, beside) or found.view(torch.int32) % 2 == 0

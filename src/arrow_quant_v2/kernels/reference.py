@@ -1,7 +1,7 @@
 """What every operation on codes means, in plain torch, bit for bit; knows nothing of speed.
 
-All sums run in eight float32 lanes that are folded in halves, in blocks of columns that go on in float64, so that a
-vector kernel can repeat them exactly.
+All sums run in float32 lanes that are folded in halves, in blocks of columns that go on in float64, so that a vector
+kernel can repeat them exactly.
 """
 
 from __future__ import annotations
@@ -424,11 +424,49 @@ def error_sums(scaled: Tensor, levels: Tensor, scales: Tensor, row_scales: Tenso
     Lanes of a block are weighted with (scale / row_scale)^2 and added over the row, 64 blocks in float32 at a time.
     """
     shares = scales.to(torch.float32) * scales.to(torch.float32) / 65025.0  # (rows, groups)
-    squares = (shares * shares)[..., None, None]
     row_square = row_scales.to(torch.float64) * row_scales.to(torch.float64)
     sums = []
     for terms in (scaled, levels, scaled - levels):
-        blocks = (lane_blocks(terms * terms) * squares).flatten(1, 2)  # (rows, groups * blocks, lanes)
-        chunks = pad(blocks, (0, 0, 0, -blocks.shape[1] % BLOCKS)).unflatten(1, (-1, BLOCKS))
-        sums.append(row_square * _in_order(folded(_in_order(chunks.transpose(-1, -2)))))
+        blocks = lane_squares(terms)  # (rows, groups, blocks, lanes)
+        factors = (shares * shares)[..., None, None].expand_as(blocks)
+        sums.append(row_square * _in_order(folded(_fused_sum(_chunked(blocks), _chunked(factors)))))
     return torch.stack(sums, dim=1)
+
+
+def lane_squares(values: Tensor) -> Tensor:
+    """(..., n) float32 -> (..., blocks, 8): squares in sixteen lanes, blocks of 512 columns, then lanes i and i + 8."""
+    block = BLOCK if values.shape[-1] > BLOCK else -(-values.shape[-1] // LANES) * LANES
+    padded = pad(values, (0, -values.shape[-1] % block))
+    steps = padded.reshape(*values.shape[:-1], -1, block // LANES, LANES).transpose(-1, -2)
+    lanes = _fused_sum(steps, steps)
+    return lanes[..., : LANES // 2] + lanes[..., LANES // 2 :]
+
+
+def _chunked(blocks: Tensor) -> Tensor:
+    """(rows, groups, blocks, lanes) -> (rows, chunks, lanes, 64): 64 blocks of a row each, the last filled with 0."""
+    in_row = blocks.flatten(1, 2)
+    chunks: Tensor = pad(in_row, (0, 0, 0, -in_row.shape[1] % BLOCKS)).unflatten(1, (-1, BLOCKS))
+    return chunks.transpose(-1, -2)
+
+
+def _fused_sum(left: Tensor, right: Tensor) -> Tensor:
+    """(..., n) twice -> (...): the sum of products from the first to the last, each rounded once with its addition."""
+    total = torch.zeros_like(left[..., 0])
+    for i in range(left.shape[-1]):
+        total = multiply_add(left[..., i], right[..., i], total)
+    return total
+
+
+def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The float32 a * b + c, rounded once, as processors do it.
+
+    In float64 the product is exact. Where the sum is not, its last bit is made odd, which no float32 and no tie between
+    two of them has: so the second rounding goes where a single one would.
+    """
+    product, more = a.to(torch.float64) * b.to(torch.float64), c.to(torch.float64)
+    total = product + more
+    part = total - product
+    lost = (product - (total - part)) + (more - part)  # what the addition dropped, exactly
+    even = (total.view(torch.int64) & 1) == 0
+    beyond = torch.nextafter(total, lost.sign() * torch.inf)
+    return torch.where(even & (lost.abs() > 0.0), beyond, total).to(torch.float32)

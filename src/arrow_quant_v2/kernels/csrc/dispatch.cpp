@@ -2,6 +2,7 @@
 //
 // Threads are started for one call and joined before it returns: no pool of ours waits beside torch's, a fork in
 // between is safe, and each row is written by one thread, so results do not depend on how many there are.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <system_error>
@@ -40,7 +41,9 @@ extern const KernelTable table;
 
 namespace {
 
-constexpr int64_t CHUNK_VALUES = 1 << 16;  // below this a thread costs more than it saves
+constexpr int64_t CHUNK_VALUES = 1 << 16;      // below this a thread costs more than it saves
+constexpr int64_t MOST_CHUNK_VALUES = 1 << 18;  // the first row of a chunk is read from memory that nobody asked for before
+constexpr int64_t CHUNKS_OF_A_THREAD = 8;       // so that none waits long for the others
 
 #if defined(__x86_64__)
 // Clang's __builtin_cpu_supports knows no "f16c" (seen with 14).
@@ -54,8 +57,10 @@ bool runs_here(const KernelTable& candidate) {
 #if defined(__x86_64__)
   if (&candidate == &avx512::table)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_f16c();
-  if (&candidate == &avx2::table) return __builtin_cpu_supports("avx2") && has_f16c();
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+           has_f16c();
+  if (&candidate == &avx2::table)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
   (void)candidate;
   return true;
@@ -77,7 +82,8 @@ std::atomic<const KernelTable*> chosen{best()};
 
 template <class Ask, class Kernel>
 void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int threads) {
-  int64_t step = CHUNK_VALUES / (columns ? columns : 1);
+  const int64_t width = columns ? columns : 1, even_share = rows / (threads * CHUNKS_OF_A_THREAD);
+  int64_t step = std::max(CHUNK_VALUES / width, std::min(even_share, MOST_CHUNK_VALUES / width));
   step = step < 1 ? 1 : step;
   std::atomic<int64_t> next{0};
   const auto share = [&] {

@@ -1,9 +1,11 @@
 // Sixteen floats as one value, on any instruction set; knows nothing of quantization.
 //
-// Every kernel adds in eight lanes and folds them in one fixed order, so that AVX-512, AVX2, NEON and the
-// portable build give the same bits. Needs -ffp-contract=off: a fused multiply-add would round differently.
+// Every kernel adds in eight lanes, or in sixteen that become eight, and folds them in one fixed order, so that AVX-512,
+// AVX2, NEON and the portable build give the same bits. Needs -ffp-contract=off: a multiply-add is fused where
+// multiply_add says so and nowhere else.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -70,6 +72,21 @@ static inline FloatPart max_part(FloatPart a, FloatPart b) {
 static inline Lanes min(Lanes a, Lanes b) { AQ_EACH(min_part(a.part[i], b.part[i])) }
 static inline Lanes max(Lanes a, Lanes b) { AQ_EACH(max_part(a.part[i], b.part[i])) }
 
+// a * b + c, rounded once.
+static inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (FloatPart)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  for (int i = 0; i < WIDTH; i++) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { AQ_EACH(fused(a.part[i], b.part[i], c.part[i])) }
+
 static inline Lanes load(const float* p) { AQ_EACH(*(const AnyFloats*)(p + i * WIDTH)) }
 static inline void store(float* p, Lanes a) {
   for (int i = 0; i < PARTS; i++) *(AnyFloats*)(p + i * WIDTH) = a.part[i];
@@ -104,9 +121,14 @@ static inline Total operator+(Total a, Total b) {
   for (int i = 0; i < SUM_PARTS; i++) a.part[i] = a.part[i] + b.part[i];
   return a;
 }
-static inline Total operator*(Total a, float factor) {
-  for (int i = 0; i < SUM_PARTS; i++) a.part[i] = a.part[i] * factor;
-  return a;
+// a * factor + c, rounded once.
+static inline Total multiply_add(Total a, float factor, Total c) {
+#if defined(__AVX2__)
+  c.part[0] = (SumPart)_mm256_fmadd_ps((__m256)a.part[0], _mm256_set1_ps(factor), (__m256)c.part[0]);
+#else
+  for (int i = 0; i < SUM_PARTS; i++) c.part[i] = fused(a.part[i], factor - FloatPart{}, c.part[i]);
+#endif
+  return c;
 }
 
 template <class Join>
@@ -220,6 +242,37 @@ static inline void store_packed(uint8_t* p, Codes codes) {
     p[i] = 0;
     for (int j = 0; j < PER_BYTE; j++) p[i] |= (uint8_t)(codes[i * PER_BYTE + j] << BITS * j);
   }
+#endif
+}
+
+// The same for two times sixteen codes as `codes_of` takes them, of which none goes past `last`.
+template <int BITS>
+static inline void store_packed(uint8_t* p, Lanes a, Lanes b, uint8_t last) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i bits = _mm256_set1_epi32(ROUNDER_BITS);
+  const auto whole = [&](FloatPart x) { return _mm256_sub_epi32(_mm256_castps_si256((__m256)x), bits); };
+  const __m256i low = _mm256_packus_epi32(whole(a.part[0]), whole(a.part[1]));
+  const __m256i high = _mm256_packus_epi32(whole(b.part[0]), whole(b.part[1]));
+  // Packing goes by halves: columns 0-3 8-11 16-19 24-27, then 4-7 12-15 20-23 28-31.
+  const __m256i x = _mm256_min_epu8(_mm256_packus_epi16(low, high), _mm256_set1_epi8((char)last));
+  if (BITS == 8) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(x, order));
+  } else if (BITS == 4) {
+    const __m256i pairs = _mm256_maddubs_epi16(x, _mm256_set1_epi16(0x1001)), packed = _mm256_packus_epi16(pairs, pairs);
+    const __m128i even = _mm256_castsi256_si128(packed), odd = _mm256_extracti128_si256(packed, 1);
+    _mm_storeu_si128((__m128i*)p, _mm_unpacklo_epi16(even, odd));
+  } else {
+    const __m256i pairs = _mm256_maddubs_epi16(x, _mm256_set1_epi16(0x0401));
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x00100001));
+    const __m128i even = _mm256_castsi256_si128(fours), odd = _mm256_extracti128_si256(fours, 1);
+    const __m128i both = _mm_or_si128(even, _mm_slli_epi32(odd, 8));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi32(both, both));
+  }
+#else
+  const Codes ends = Codes{} + last, x = codes_of(a), y = codes_of(b);
+  store_packed<BITS>(p, x < ends ? x : ends);
+  store_packed<BITS>(p + 2 * BITS, y < ends ? y : ends);
 #endif
 }
 

@@ -153,19 +153,30 @@ static void extremes_of(const float* __restrict lows, const float* __restrict hi
   }
 }
 
-// The step that covers each group, and the zero point that goes with it.
-static void cover(const Quantize& ask, const Grid& grid, Row& row) {
-  for (int64_t g = 0; g < ask.groups; g++) {
-    const float* w = row.group(g);
-    const int64_t n = whole_lanes(length_of(ask, g));
+// The least and the greatest of every fourth column of each group, and 0; all of `n` columns.
+__attribute__((always_inline)) static inline void cover_groups(const float* __restrict w, int64_t stride, int64_t n,
+                                                               int64_t groups, float* __restrict lows,
+                                                               float* __restrict highs) {
+  for (int64_t g = 0; g < groups; g++) {
     Lanes low = fill(0.0f), high = fill(0.0f);
     for (int64_t i = 0; i < n; i += LANES) {
-      low = min(low, load(w + i));
-      high = max(high, load(w + i));
+      low = min(low, load(w + g * stride + i));
+      high = max(high, load(w + g * stride + i));
     }
-    store_quad(&row.lows[4 * g], least_four(low));
-    store_quad(&row.highs[4 * g], greatest_four(high));
+    store_quad(lows + 4 * g, least_four(low));
+    store_quad(highs + 4 * g, greatest_four(high));
   }
+}
+
+// The step that covers each group, and the zero point that goes with it.
+static void cover(const Quantize& ask, const Grid& grid, Row& row) {
+  const int64_t whole = ask.groups - 1, last = whole_lanes(length_of(ask, whole));
+  float *lows = row.lows.data(), *highs = row.highs.data();
+  if (row.stride == 64)
+    cover_groups(row.source, 64, 64, whole, lows, highs);
+  else
+    cover_groups(row.source, row.stride, row.stride, whole, lows, highs);
+  cover_groups(row.group(whole), last, last, 1, lows + 4 * whole, highs + 4 * whole);
   extremes_of(row.lows.data(), row.highs.data(), ask.groups, row.low.data(), row.high.data());
   steps_of(row.low.data(), row.high.data(), grid, ask.groups, row.full.data(), row.mean_w.data());
   row.step = row.full;
@@ -320,15 +331,29 @@ static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
   settle_zeros(row, grid, nearest, ask.groups, ask.zero_points + r * ask.groups, row.zero.data());
 }
 
-// w^2, q^2 and (w - q)^2 in lanes, in units of some scale^2.
+// w^2, q^2 and (w - q)^2 of a block in sixteen lanes, in units of its scale^2.
+struct Squares {
+  Lanes w = fill(0.0f), q = w, e = w;
+
+  void add(Lanes v, Lanes d) {
+    const Lanes off = v - d;
+    w = multiply_add(v, v, w);
+    q = multiply_add(d, d, q);
+    e = multiply_add(off, off, e);
+  }
+};
+
+// The same of many blocks in eight lanes, in units of the row scale^2.
 struct Errors {
   Total w = nothing(), q = nothing(), e = nothing();
 
-  void add(const Errors& more, float factor) {
-    w = w + more.w * factor;
-    q = q + more.q * factor;
-    e = e + more.e * factor;
+  void add(const Squares& more, float factor) {
+    w = multiply_add(pairs(more.w), factor, w);
+    q = multiply_add(pairs(more.q), factor, q);
+    e = multiply_add(pairs(more.e), factor, e);
   }
+
+  Sums folded() const { return fold_three(w, q, e); }
 };
 
 // How codes come about. COVERED: the grid covers the group and its zero point is whole, which only rounding errors can
@@ -336,29 +361,49 @@ struct Errors {
 // adding it rounds, and subtracting it gives the level.
 enum Zero { COVERED, WHOLE, FRACTION };
 
-// Codes of at most BLOCK columns, packed where BITS says so and else as bytes, and their errors in units of scale^2.
-template <Zero ZERO, int BITS, bool MASKED>
-__attribute__((always_inline)) static inline Errors encode_block(const float* w, const float* present, int64_t n,
-                                                                 float inverse, float zero, float max_code,
-                                                                 uint8_t* out) {
-  Errors sums;
-  const Lanes anchor = fill(zero + ROUNDER);
-  const Codes last = Codes{} + (uint8_t)max_code;
-  for (int64_t i = 0; i < n; i += LANES) {
-    const Lanes v = load(w + i) * fill(inverse);
+// One group's grid, as its columns need it.
+template <Zero ZERO>
+struct Encoder {
+  Lanes inverse, zero, anchor, max_code;
+  uint8_t last;
+
+  Encoder(float inverse_, float zero_, float max_code_)
+      : inverse(fill(inverse_)),
+        zero(fill(zero_)),
+        anchor(fill(zero_ + ROUNDER)),
+        max_code(fill(max_code_)),
+        last((uint8_t)max_code_) {}
+
+  // The codes of sixteen columns as `codes_of` takes them; counts their squares, where `present` is 0 as zeros.
+  template <bool MASKED>
+  __attribute__((always_inline)) inline Lanes operator()(const float* w, const float* present, Squares& sums) const {
+    const Lanes v = load(w) * inverse;
     Lanes shifted = v + anchor;
-    if (ZERO == WHOLE) shifted = min(max(shifted, fill(ROUNDER)), fill(ROUNDER + max_code));
-    if (ZERO == FRACTION) shifted = shift_to_code(min(max(v + fill(zero), fill(0.0f)), fill(max_code)));
-    Lanes d = ZERO == FRACTION ? code_of(shifted) - fill(zero) : shifted - anchor;
-    if (MASKED) d = d * load(present + i);
-    Codes codes = codes_of(shifted);
-    codes = codes < last ? codes : last;
-    store_packed<BITS ? BITS : 8>(out + i * (BITS ? BITS : 8) / 8, codes);
-    const Lanes e = v - d;
-    sums.w = sums.w + pairs(v * v);
-    sums.q = sums.q + pairs(d * d);
-    sums.e = sums.e + pairs(e * e);
+    if (ZERO == WHOLE) shifted = min(max(shifted, fill(ROUNDER)), fill(ROUNDER) + max_code);
+    if (ZERO == FRACTION) shifted = shift_to_code(min(max(v + zero, fill(0.0f)), max_code));
+    Lanes d = ZERO == FRACTION ? code_of(shifted) - zero : shifted - anchor;
+    if (MASKED) d = d * load(present);
+    sums.add(v, d);
+    return shifted;
   }
+};
+
+// Codes of at most BLOCK columns, packed where BITS says so and else as bytes, and their squares.
+template <Zero ZERO, int BITS, bool MASKED>
+__attribute__((always_inline)) static inline Squares encode_block(const float* w, const float* present, int64_t n,
+                                                                  const Encoder<ZERO>& encoder, uint8_t* out) {
+  constexpr int WIDE = BITS ? BITS : 8;
+  Squares sums;
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    const Lanes a = encoder.template operator()<MASKED>(w + i, present + i, sums);
+    const Lanes b = encoder.template operator()<MASKED>(w + i + LANES, present + i + LANES, sums);
+    store_packed<WIDE>(out + i * WIDE / 8, a, b, encoder.last);
+  }
+  if (i == n) return sums;
+  const Codes codes = codes_of(encoder.template operator()<MASKED>(w + i, present + i, sums));
+  const Codes ends = Codes{} + encoder.last;
+  store_packed<WIDE>(out + i * WIDE / 8, codes < ends ? codes : ends);
   return sums;
 }
 
@@ -373,7 +418,7 @@ __attribute__((always_inline)) static inline void fetch_below(const Quantize& as
 // Errors of a row are added in lanes, in units of its row scale^2, and go on in double every BLOCKS blocks. BITS is the
 // width where every group is whole lanes, so that codes are packed at once; 0: they go through row.bytes.
 template <Zero ZERO, int BITS>
-static void encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
+static Sums encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
   Sums sums{};
   Errors errors;
   int64_t blocks = 0;
@@ -383,23 +428,51 @@ static void encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r, b
     // Codes of a group's padding are overwritten by the next group.
     uint8_t* const out = start + g * ask.group * (BITS ? BITS : 8) / 8;
     const float *w = row.group(g), *present = row.columns_of(ask, g);
-    const float inverse = row.inverse[g], zero = row.zero[g], square = row.share[g] * row.share[g];
+    const float square = row.share[g] * row.share[g];
+    const Encoder<ZERO> encoder(row.inverse[g], row.zero[g], grid.max_code);
     if (!last_row) fetch_below(ask, r, g);
     for (int64_t b = 0; b < n; b += BLOCK) {
       const int64_t count = std::min(BLOCK, n - b);
       uint8_t* const to = out + b * (BITS ? BITS : 8) / 8;
       if (BITS || length == n)
-        errors.add(encode_block<ZERO, BITS, false>(w + b, nullptr, count, inverse, zero, grid.max_code, to), square);
+        errors.add(encode_block<ZERO, BITS, false>(w + b, present + b, count, encoder, to), square);
       else
-        errors.add(encode_block<ZERO, 0, true>(w + b, present + b, count, inverse, zero, grid.max_code, to), square);
+        errors.add(encode_block<ZERO, 0, true>(w + b, present + b, count, encoder, to), square);
       if (++blocks % BLOCKS) continue;
-      sums += fold_three(errors.w, errors.q, errors.e);
+      sums += errors.folded();
       errors = Errors();
     }
   }
-  if (blocks % BLOCKS) sums += fold_three(errors.w, errors.q, errors.e);
-  const double row_scale = from_bfloat16_bits(ask.row_scales[r]);
-  for (int i = 0; i < 3; i++) ask.sums[3 * r + i] = row_scale * row_scale * sums[i];
+  return blocks % BLOCKS ? sums + errors.folded() : sums;
+}
+
+// The same for rows of whole groups of GROUP columns, one block each, BLOCKS groups at a time: nothing is decided within
+// a group, and codes overlap with nothing, of which the compiler cannot be sure by itself.
+template <Zero ZERO, int BITS, int GROUP>
+static Sums encode_groups(const Quantize& ask, const Grid& grid, const Row& row, int64_t r, int64_t first, bool last_row) {
+  const int64_t count = std::min(BLOCKS, ask.groups - first), size = item_bytes(ask.dtype);
+  const float* __restrict w = row.group(first);
+  const float *__restrict inverse = &row.inverse[first], *__restrict zero = &row.zero[first];
+  const float* __restrict share = &row.share[first];
+  const char* below = (const char*)ask.weight + ((r + !last_row) * ask.columns + first * GROUP) * size;
+  uint8_t* __restrict out = ask.codes + r * ask.row_bytes + first * GROUP * BITS / 8;
+  const float max_code = grid.max_code;
+  Errors errors;
+  for (int64_t g = 0; g < count; g++) {
+    for (int64_t at = 0; at < GROUP * size; at += CACHE_LINE) __builtin_prefetch(below + g * GROUP * size + at, 0, 2);
+    const Encoder<ZERO> encoder(inverse[g], zero[g], max_code);
+    uint8_t* const to = out + g * GROUP * BITS / 8;
+    const Squares squares = encode_block<ZERO, BITS, false>(w + g * GROUP, w, GROUP, encoder, to);
+    errors.add(squares, share[g] * share[g]);
+  }
+  return errors.folded();
+}
+
+template <Zero ZERO, int BITS, int GROUP>
+static Sums encode_even(const Quantize& ask, const Grid& grid, const Row& row, int64_t r, bool last_row) {
+  Sums sums{};
+  for (int64_t g = 0; g < ask.groups; g += BLOCKS) sums += encode_groups<ZERO, BITS, GROUP>(ask, grid, row, r, g, last_row);
+  return sums;
 }
 
 static void pack_row(const uint8_t* bytes, uint8_t* out, int64_t columns, int bits) {
@@ -426,18 +499,29 @@ static void pack_row(const uint8_t* bytes, uint8_t* out, int64_t columns, int bi
     out[whole] |= (uint8_t)(bytes[i] << bits * (i - whole * per_byte));
 }
 
+template <Zero ZERO, int BITS>
+static Sums encode_whole(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
+  if (ask.columns % ask.group) return encode<ZERO, BITS>(ask, grid, row, r, last_row);
+  if (ask.group == 64) return encode_even<ZERO, BITS, 64>(ask, grid, row, r, last_row);
+  if (ask.group == 128) return encode_even<ZERO, BITS, 128>(ask, grid, row, r, last_row);
+  return encode<ZERO, BITS>(ask, grid, row, r, last_row);
+}
+
 template <Zero ZERO>
 static void encode_and_pack(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
+  Sums sums;
   if (ask.group % LANES || ask.columns % LANES) {
-    encode<ZERO, 0>(ask, grid, row, r, last_row);
+    sums = encode<ZERO, 0>(ask, grid, row, r, last_row);
     pack_row(row.bytes.data(), ask.codes + r * ask.row_bytes, ask.columns, ask.bits);
   } else if (ask.bits == 2) {
-    encode<ZERO, 2>(ask, grid, row, r, last_row);
+    sums = encode_whole<ZERO, 2>(ask, grid, row, r, last_row);
   } else if (ask.bits == 4) {
-    encode<ZERO, 4>(ask, grid, row, r, last_row);
+    sums = encode_whole<ZERO, 4>(ask, grid, row, r, last_row);
   } else {
-    encode<ZERO, 8>(ask, grid, row, r, last_row);
+    sums = encode_whole<ZERO, 8>(ask, grid, row, r, last_row);
   }
+  const double row_scale = from_bfloat16_bits(ask.row_scales[r]);
+  for (int i = 0; i < 3; i++) ask.sums[3 * r + i] = row_scale * row_scale * sums[i];
 }
 
 static void quantize(const Quantize& ask, int64_t first, int64_t last) {

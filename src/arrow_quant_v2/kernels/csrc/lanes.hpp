@@ -15,6 +15,9 @@
 #include <arm_neon.h>
 #endif
 
+// Else GCC, once there are many callers, calls what is one instruction.
+#define AQ_INLINE __attribute__((always_inline)) static inline
+
 namespace AQ_ISA {
 
 #if defined(__AVX512F__)
@@ -40,14 +43,14 @@ struct Lanes {
   for (int i = 0; i < PARTS; i++) out.part[i] = expression; \
   return out;
 
-static inline Lanes fill(float x) { AQ_EACH(x - FloatPart{}) }  // a sum would turn -0 into 0
-static inline Lanes operator+(Lanes a, Lanes b) { AQ_EACH(a.part[i] + b.part[i]) }
-static inline Lanes operator-(Lanes a, Lanes b) { AQ_EACH(a.part[i] - b.part[i]) }
-static inline Lanes operator*(Lanes a, Lanes b) { AQ_EACH(a.part[i] * b.part[i]) }
-static inline Lanes operator/(Lanes a, Lanes b) { AQ_EACH(a.part[i] / b.part[i]) }
+AQ_INLINE Lanes fill(float x) { AQ_EACH(x - FloatPart{}) }  // a sum would turn -0 into 0
+AQ_INLINE Lanes operator+(Lanes a, Lanes b) { AQ_EACH(a.part[i] + b.part[i]) }
+AQ_INLINE Lanes operator-(Lanes a, Lanes b) { AQ_EACH(a.part[i] - b.part[i]) }
+AQ_INLINE Lanes operator*(Lanes a, Lanes b) { AQ_EACH(a.part[i] * b.part[i]) }
+AQ_INLINE Lanes operator/(Lanes a, Lanes b) { AQ_EACH(a.part[i] / b.part[i]) }
 
 // The x86 instruction returns its second operand for NaN; so does this expression everywhere else.
-static inline FloatPart min_part(FloatPart a, FloatPart b) {
+AQ_INLINE FloatPart min_part(FloatPart a, FloatPart b) {
 #if defined(__AVX512F__)
   return (FloatPart)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -58,7 +61,7 @@ static inline FloatPart min_part(FloatPart a, FloatPart b) {
   return a < b ? a : b;
 #endif
 }
-static inline FloatPart max_part(FloatPart a, FloatPart b) {
+AQ_INLINE FloatPart max_part(FloatPart a, FloatPart b) {
 #if defined(__AVX512F__)
   return (FloatPart)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -69,11 +72,11 @@ static inline FloatPart max_part(FloatPart a, FloatPart b) {
   return a > b ? a : b;
 #endif
 }
-static inline Lanes min(Lanes a, Lanes b) { AQ_EACH(min_part(a.part[i], b.part[i])) }
-static inline Lanes max(Lanes a, Lanes b) { AQ_EACH(max_part(a.part[i], b.part[i])) }
+AQ_INLINE Lanes min(Lanes a, Lanes b) { AQ_EACH(min_part(a.part[i], b.part[i])) }
+AQ_INLINE Lanes max(Lanes a, Lanes b) { AQ_EACH(max_part(a.part[i], b.part[i])) }
 
 // a * b + c, rounded once.
-static inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
+AQ_INLINE FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
 #if defined(__AVX512F__)
   return (FloatPart)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
@@ -85,17 +88,17 @@ static inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
   return c;
 #endif
 }
-static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { AQ_EACH(fused(a.part[i], b.part[i], c.part[i])) }
+AQ_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { AQ_EACH(fused(a.part[i], b.part[i], c.part[i])) }
 
-static inline Lanes load(const float* p) { AQ_EACH(*(const AnyFloats*)(p + i * WIDTH)) }
-static inline void store(float* p, Lanes a) {
+AQ_INLINE Lanes load(const float* p) { AQ_EACH(*(const AnyFloats*)(p + i * WIDTH)) }
+AQ_INLINE void store(float* p, Lanes a) {
   for (int i = 0; i < PARTS; i++) *(AnyFloats*)(p + i * WIDTH) = a.part[i];
 }
 
 // Half to even for |x| < 2^22: around 1.5 * 2^23 the numbers of float are the whole ones.
 constexpr float ROUNDER = 12582912.0f;
-static inline Lanes shift_to_code(Lanes x) { return x + fill(ROUNDER); }
-static inline Lanes code_of(Lanes shifted) { return shifted - fill(ROUNDER); }
+AQ_INLINE Lanes shift_to_code(Lanes x) { return x + fill(ROUNDER); }
+AQ_INLINE Lanes code_of(Lanes shifted) { return shifted - fill(ROUNDER); }
 
 // A running sum: sixteen columns are added in pairs, lane i and lane i + 8, and then to eight lanes.
 constexpr int SUM_WIDTH = WIDTH < 8 ? WIDTH : 8;
@@ -106,8 +109,8 @@ struct Total {
   SumPart part[SUM_PARTS];
 };
 
-static inline Total nothing() { return Total{}; }
-static inline Total pairs(Lanes a) {
+AQ_INLINE Total nothing() { return Total{}; }
+AQ_INLINE Total pairs(Lanes a) {
 #if defined(__AVX512F__)
   const __m512 x = (__m512)a.part[0];
   return Total{{(SumPart)(_mm512_castps512_ps256(x) + _mm512_extractf32x8_ps(x, 1))}};
@@ -117,12 +120,12 @@ static inline Total pairs(Lanes a) {
   return Total{{a.part[0] + a.part[2], a.part[1] + a.part[3]}};
 #endif
 }
-static inline Total operator+(Total a, Total b) {
+AQ_INLINE Total operator+(Total a, Total b) {
   for (int i = 0; i < SUM_PARTS; i++) a.part[i] = a.part[i] + b.part[i];
   return a;
 }
 // a * factor + c, rounded once.
-static inline Total multiply_add(Total a, float factor, Total c) {
+AQ_INLINE Total multiply_add(Total a, float factor, Total c) {
 #if defined(__AVX2__)
   c.part[0] = (SumPart)_mm256_fmadd_ps((__m256)a.part[0], _mm256_set1_ps(factor), (__m256)c.part[0]);
 #else
@@ -132,7 +135,7 @@ static inline Total multiply_add(Total a, float factor, Total c) {
 }
 
 template <class Join>
-static inline Quad halve(Total a, Join join) {
+AQ_INLINE Quad halve(Total a, Join join) {
 #if defined(__AVX2__)
   return (Quad)join(_mm256_castps256_ps128((__m256)a.part[0]), _mm256_extractf128_ps((__m256)a.part[0], 1));
 #else
@@ -141,7 +144,7 @@ static inline Quad halve(Total a, Join join) {
 }
 
 // Eight lanes to one in halves: lane i meets lane i + 4, i + 2, i + 1.
-static inline float fold(Total a) {
+AQ_INLINE float fold(Total a) {
   const Quad x = halve(a, [](auto l, auto r) { return l + r; });
 #if defined(__SSE3__)
   const __m128 pair = _mm_add_ps((__m128)x, _mm_movehl_ps((__m128)x, (__m128)x));
@@ -154,7 +157,7 @@ static inline float fold(Total a) {
 // Three sums at once, {fold(a), fold(b), fold(c), 0}, in double: one addition of columns is cheaper than three folds.
 typedef double Sums __attribute__((vector_size(32)));
 
-static inline Sums fold_three(Total a, Total b, Total c) {
+AQ_INLINE Sums fold_three(Total a, Total b, Total c) {
 #if defined(__SSE2__)
   const auto add = [](auto l, auto r) { return l + r; };
   __m128 x = (__m128)halve(a, add), y = (__m128)halve(b, add), z = (__m128)halve(c, add), none = _mm_setzero_ps();
@@ -167,7 +170,7 @@ static inline Sums fold_three(Total a, Total b, Total c) {
 
 // Sixteen lanes to four, for what does not depend on the order.
 template <class Join>
-static inline Quad to_quad(Lanes a, Join join) {
+AQ_INLINE Quad to_quad(Lanes a, Join join) {
 #if defined(__AVX512F__)
   const __m256 x = join(_mm512_castps512_ps256((__m512)a.part[0]), _mm512_extractf32x8_ps((__m512)a.part[0], 1));
   return (Quad)join(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -179,20 +182,20 @@ static inline Quad to_quad(Lanes a, Join join) {
 #endif
 }
 
-static inline Quad least_four(Lanes a) {
+AQ_INLINE Quad least_four(Lanes a) {
   return to_quad(a, [](auto l, auto r) { return l < r ? l : r; });
 }
-static inline Quad greatest_four(Lanes a) {
+AQ_INLINE Quad greatest_four(Lanes a) {
   return to_quad(a, [](auto l, auto r) { return l > r ? l : r; });
 }
-static inline void store_quad(float* p, Quad x) { std::memcpy(p, &x, sizeof x); }
+AQ_INLINE void store_quad(float* p, Quad x) { std::memcpy(p, &x, sizeof x); }
 
 // Sixteen codes as bytes. After adding ROUNDER a whole number stands in the low bits, above those of ROUNDER itself.
 typedef uint8_t Codes __attribute__((vector_size(16)));
 constexpr int32_t ROUNDER_BITS = 0x4B400000;
 
 // What lies below 0 or above 255 becomes 0 or 255.
-static inline Codes codes_of(Lanes shifted) {
+AQ_INLINE Codes codes_of(Lanes shifted) {
 #if defined(__AVX512F__)
   const __m512i whole = _mm512_sub_epi32(_mm512_castps_si512((__m512)shifted.part[0]), _mm512_set1_epi32(ROUNDER_BITS));
   return (Codes)_mm512_cvtusepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512()));
@@ -222,7 +225,7 @@ static inline Codes codes_of(Lanes shifted) {
 
 // Sixteen codes packed into 2 * BITS bytes, lowest bits first.
 template <int BITS>
-static inline void store_packed(uint8_t* p, Codes codes) {
+AQ_INLINE void store_packed(uint8_t* p, Codes codes) {
 #if defined(__SSSE3__)
   const __m128i x = (__m128i)codes;
   if (BITS == 8) {
@@ -247,7 +250,7 @@ static inline void store_packed(uint8_t* p, Codes codes) {
 
 // The same for two times sixteen codes as `codes_of` takes them, of which none goes past `last`.
 template <int BITS>
-static inline void store_packed(uint8_t* p, Lanes a, Lanes b, uint8_t last) {
+AQ_INLINE void store_packed(uint8_t* p, Lanes a, Lanes b, uint8_t last) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i bits = _mm256_set1_epi32(ROUNDER_BITS);
   const auto whole = [&](FloatPart x) { return _mm256_sub_epi32(_mm256_castps_si256((__m256)x), bits); };
@@ -276,7 +279,7 @@ static inline void store_packed(uint8_t* p, Lanes a, Lanes b, uint8_t last) {
 #endif
 }
 
-static inline Lanes load_codes(const uint8_t* p) {
+AQ_INLINE Lanes load_codes(const uint8_t* p) {
   float x[LANES];
 #if defined(__AVX512F__)
   Lanes out;
@@ -292,7 +295,7 @@ static inline Lanes load_codes(const uint8_t* p) {
   return load(x);
 }
 
-static inline Lanes load_bfloat16(const uint16_t* p) {
+AQ_INLINE Lanes load_bfloat16(const uint16_t* p) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   Lanes out;
   for (int i = 0; i < PARTS; i++) {
@@ -315,7 +318,7 @@ static inline Lanes load_bfloat16(const uint16_t* p) {
 #endif
 }
 
-static inline void store_bfloat16(uint16_t* p, Lanes a) {
+AQ_INLINE void store_bfloat16(uint16_t* p, Lanes a) {
   typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
   for (int i = 0; i < PARTS; i++) {
     const Words bits = (Words)a.part[i], half = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -332,7 +335,7 @@ static inline void store_bfloat16(uint16_t* p, Lanes a) {
 }
 
 // IEEE half to float: the exponent is re-biased by a multiplication, which also normalises subnormals.
-static inline Lanes load_float16(const uint16_t* p) {
+AQ_INLINE Lanes load_float16(const uint16_t* p) {
 #if defined(__F16C__)
   float x[LANES];
   _mm256_storeu_ps(x, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
@@ -356,7 +359,7 @@ static inline Lanes load_float16(const uint16_t* p) {
 }
 
 // Float to IEEE half, half to even; too large becomes infinity, NaN stays NaN.
-static inline uint16_t to_float16(float x) {
+AQ_INLINE uint16_t to_float16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000;
@@ -372,7 +375,7 @@ static inline uint16_t to_float16(float x) {
   return (uint16_t)(sign | ((bits - 0x38000000 + 0xFFF + ((bits >> 13) & 1)) >> 13));
 }
 
-static inline void store_float16(uint16_t* p, Lanes a) {
+AQ_INLINE void store_float16(uint16_t* p, Lanes a) {
   float x[LANES];
   store(x, a);
 #if defined(__F16C__)

@@ -335,7 +335,7 @@ static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
 struct Squares {
   Lanes w = fill(0.0f), q = w, e = w;
 
-  void add(Lanes v, Lanes d) {
+  __attribute__((always_inline)) void add(Lanes v, Lanes d) {
     const Lanes off = v - d;
     w = multiply_add(v, v, w);
     q = multiply_add(d, d, q);
@@ -447,9 +447,10 @@ static Sums encode(const Quantize& ask, const Grid& grid, Row& row, int64_t r, b
 }
 
 // The same for rows of whole groups of GROUP columns, one block each, BLOCKS groups at a time: nothing is decided within
-// a group, and codes overlap with nothing, of which the compiler cannot be sure by itself.
+// a group, and codes overlap with nothing, of which the compiler cannot be sure by itself. Not inline: within
+// `quantize` GCC 12 runs out of registers, and INT2 takes nearly twice as long.
 template <Zero ZERO, int BITS, int GROUP>
-static Sums encode_groups(const Quantize& ask, const Grid& grid, const Row& row, int64_t r, int64_t first, bool last_row) {
+__attribute__((noinline)) static Sums encode_groups(const Quantize& ask, const Grid& grid, const Row& row, int64_t r, int64_t first, bool last_row) {
   const int64_t count = std::min(BLOCKS, ask.groups - first), size = item_bytes(ask.dtype);
   const float* __restrict w = row.group(first);
   const float *__restrict inverse = &row.inverse[first], *__restrict zero = &row.zero[first];
@@ -502,6 +503,7 @@ static void pack_row(const uint8_t* bytes, uint8_t* out, int64_t columns, int bi
 template <Zero ZERO, int BITS>
 static Sums encode_whole(const Quantize& ask, const Grid& grid, Row& row, int64_t r, bool last_row) {
   if (ask.columns % ask.group) return encode<ZERO, BITS>(ask, grid, row, r, last_row);
+  if (ask.group == 32) return encode_even<ZERO, BITS, 32>(ask, grid, row, r, last_row);
   if (ask.group == 64) return encode_even<ZERO, BITS, 64>(ask, grid, row, r, last_row);
   if (ask.group == 128) return encode_even<ZERO, BITS, 128>(ask, grid, row, r, last_row);
   return encode<ZERO, BITS>(ask, grid, row, r, last_row);

@@ -43,6 +43,17 @@ def test_no_more_items_are_taken_than_may_be_in_flight() -> None:
     assert len(taken) == 100
 
 
+def test_more_items_are_taken_while_their_results_fit_the_room() -> None:
+    taken: list[int] = []
+    with ordered_map(str, counted(taken, 100), workers=2, in_flight=3, room=40, size=lambda item: item) as results:
+        assert next(results) == "0"
+        assert taken == list(range(10))  # 1 to 8 have less than 40 together, and so have room for one more
+        for number, _ in enumerate(results, start=2):
+            waiting = taken[number:]
+            assert len(waiting) <= 3 or sum(waiting[:-1]) < 40
+    assert len(taken) == 100
+
+
 def test_work_goes_on_while_the_consumer_is_busy() -> None:
     reached = threading.Event()
 

@@ -14,7 +14,7 @@ from small_models import run_python, save_model
 
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig
 from arrow_quant_v2 import budget as room
-from arrow_quant_v2.budget import LARGEST_SLICE, SMALLEST_SLICE, megabytes, plan_budget
+from arrow_quant_v2.budget import LARGEST_SLICE, RESULTS_AHEAD, SMALLEST_SLICE, megabytes, plan_budget
 from arrow_quant_v2.packed import TensorInfo
 from arrow_quant_v2.plan import plan_model
 
@@ -114,14 +114,17 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.usefixtures("resident")
-def test_less_memory_means_smaller_slices_then_fewer_threads() -> None:
+def test_less_memory_means_no_work_ahead_then_smaller_slices_then_fewer_threads() -> None:
     free = budget(DiffusionQuantConfig(threads=4), 32768, 8192)
-    assert (free.workers, free.slice_bytes, free.in_flight) == (4, LARGEST_SLICE, 8)
-    less = budget(DiffusionQuantConfig(threads=4, max_memory=free.peak_bytes - 30 * MEGABYTE), 32768, 8192)
-    assert (less.workers, less.slice_bytes) == (4, LARGEST_SLICE // 2)
-    least = budget(DiffusionQuantConfig(threads=4, max_memory=free.peak_bytes - 92 * MEGABYTE), 32768, 8192)
-    assert (least.workers, least.slice_bytes) == (2, SMALLEST_SLICE)
-    assert least.peak_bytes < less.peak_bytes < free.peak_bytes
+    assert (free.workers, free.slice_bytes, free.ahead_bytes) == (4, LARGEST_SLICE, RESULTS_AHEAD)
+    found = [(4, LARGEST_SLICE, 0), (4, LARGEST_SLICE // 2, 0), (2, SMALLEST_SLICE, 0)]
+    peaks = [free.peak_bytes]
+    for saved, expected in zip((10, 46, 108), found, strict=True):
+        config = DiffusionQuantConfig(threads=4, max_memory=free.peak_bytes - saved * MEGABYTE)
+        less = budget(config, 32768, 8192)
+        assert (less.workers, less.slice_bytes, less.ahead_bytes) == expected
+        peaks.append(less.peak_bytes)
+    assert peaks == sorted(peaks, reverse=True)
 
 
 @pytest.mark.usefixtures("resident")

@@ -26,6 +26,7 @@ LARGEST_SLICE = 8 * 2**20  # small enough to stay in the last cache between read
 SMALLEST_SLICE = 2**20
 SLICES_AT_WORK = 32 * 2**20  # of all workers together: many cores take smaller slices
 SLICES_PER_WORKER = 2
+RESULTS_AHEAD = 16 * 2**20  # what workers may get done, given room, while a layer is written
 NATIVE = ("float32", "bfloat16", "float16")  # the others are widened to float32 first
 COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
 LIBRARIES = 192 * 2**20  # what torch and Arrow import late, and keep, once work begins
@@ -35,15 +36,19 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How a run uses memory: `workers` threads on slices of `slice_bytes`, and the predicted peak in bytes."""
+    """How a run uses memory: `workers` threads on slices of `slice_bytes`, and the predicted peak in bytes.
+
+    Slices beyond `in_flight` are started as long as the results that were not yet taken have at most `ahead_bytes`.
+    """
 
     workers: int
     slice_bytes: int
+    ahead_bytes: int
     peak_bytes: int
 
     @property
     def in_flight(self) -> int:
-        """Slices that may be started and not yet stored."""
+        """Slices that may be started and not yet taken, however large their results."""
         return self.workers * SLICES_PER_WORKER
 
 
@@ -55,29 +60,34 @@ def plan_budget(plans: Sequence[LayerPlan], config: DiffusionQuantConfig) -> Bud
     """
     workers = config.threads or cores()
     slice_bytes = min(LARGEST_SLICE, max(SMALLEST_SLICE, SLICES_AT_WORK // workers))
-    budget = _budget(plans, workers, slice_bytes)
+    ahead = RESULTS_AHEAD
+    budget = _budget(plans, workers, slice_bytes, ahead)
     while config.max_memory is not None and budget.peak_bytes > config.max_memory:
-        if workers == 1 and slice_bytes <= SMALLEST_SLICE:
+        if workers == 1 and slice_bytes <= SMALLEST_SLICE and not ahead:
             raise ConfigurationError(
                 f"max_memory is {megabytes(config.max_memory)}; this model needs"
                 f" {megabytes(_rounded_up(budget.peak_bytes))},"
                 f" because its largest layer is {_largest(plans).tensor.name}; allow that much"
             )
-        workers, slice_bytes = (
-            (workers, slice_bytes // 2) if slice_bytes > SMALLEST_SLICE else (workers // 2, slice_bytes)
-        )
-        budget = _budget(plans, workers, slice_bytes)
+        if ahead:
+            ahead = 0
+        elif slice_bytes > SMALLEST_SLICE:
+            slice_bytes //= 2
+        else:
+            workers //= 2
+        budget = _budget(plans, workers, slice_bytes, ahead)
     return budget
 
 
-def _budget(plans: Sequence[LayerPlan], workers: int, slice_bytes: int) -> Budget:
+def _budget(plans: Sequence[LayerPlan], workers: int, slice_bytes: int, ahead: int) -> Budget:
     largest = _largest(plans) if plans else None
     stored = largest.stored_bytes if largest else 0
     slices = max((_slices_bytes(plan, workers, slice_bytes) for plan in plans), default=0)
     writing = COPIES_OF_CHUNK * min(stored, chunk_bytes(largest)) if largest else 0
     joining = stored if largest and largest.tensor.nbytes > slice_bytes else 0
-    peak = resident_bytes() + LIBRARIES + slices + stored + max(joining, writing)
-    return Budget(workers=workers, slice_bytes=slice_bytes, peak_bytes=peak)
+    done = min(ahead, sum(plan.stored_bytes for plan in plans))
+    peak = resident_bytes() + LIBRARIES + slices + done + stored + max(joining, writing)
+    return Budget(workers=workers, slice_bytes=slice_bytes, ahead_bytes=ahead, peak_bytes=peak)
 
 
 def _slices_bytes(plan: LayerPlan, workers: int, slice_bytes: int) -> int:

@@ -44,6 +44,12 @@ class Slice:
     stop: int
     last: bool
 
+    @property
+    def result_bytes(self) -> int:
+        """About what its result takes."""
+        tensor = self.plan.tensor
+        return (self.stop - self.start) * self.plan.stored_bytes // max(1, tensor.numel)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Piece:

@@ -228,7 +228,14 @@ def _work_on_layers(job: Job, run: _Run) -> None:
     items = ((i, piece) for i, plan in enumerate(plans) for piece in slices(plan, budget.slice_bytes))
     with (
         in_background() as later,
-        ordered_map(one, items, workers=budget.workers, in_flight=budget.in_flight) as results,
+        ordered_map(
+            one,
+            items,
+            workers=budget.workers,
+            in_flight=budget.in_flight,
+            room=budget.ahead_bytes,
+            size=lambda item: item[1].result_bytes,
+        ) as results,
     ):
         for index, pieces in enumerate(_by_layer(results, progress)):
             if index in done:

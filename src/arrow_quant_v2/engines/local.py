@@ -19,32 +19,48 @@ Result = TypeVar("Result")
 
 @contextmanager
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, in_flight: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    in_flight: int,
+    room: int = 0,
+    size: Callable[[Item], int] = lambda _: 0,
 ) -> Iterator[Iterator[Result]]:
-    """Map in threads: results in the order of the items, at most `in_flight` of them started and not yet taken.
+    """Map in threads: results in the order of the items, few of them started and not yet taken.
 
-    Work happens while the consumer is busy with earlier results. Leaving the context cancels what has not started
-    and waits for what has; an error of the function is raised where its result is taken. Each call sees a copy of
-    the context variables of the caller.
+    These are at most `in_flight`, or more while the `size` of their results together stays below `room`. Work happens
+    while the consumer is busy with earlier results. Leaving the context cancels what has not started and waits for
+    what has; an error of the function is raised where its result is taken. Each call sees a copy of the context
+    variables of the caller.
     """
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="arrow-quant") as pool:
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[tuple[Future[Result], int]] = deque()
         remaining = iter(items)
+        taken = 0  # of the room
 
-        def start(count: int) -> None:
-            waiting.extend(pool.submit(copy_context().run, function, item) for item in islice(remaining, count))
+        def start() -> None:
+            nonlocal taken
+            while len(waiting) < in_flight or taken < room:
+                if not (more := list(islice(remaining, 1))):
+                    return
+                waiting.append((pool.submit(copy_context().run, function, more[0]), size(more[0])))
+                taken += waiting[-1][1]
 
         def results() -> Iterator[Result]:
-            start(in_flight)
+            nonlocal taken
+            start()
             while waiting:
-                result = waiting.popleft().result()
-                start(1)
+                future, freed = waiting.popleft()
+                result = future.result()
+                taken -= freed
+                start()
                 yield result
 
         try:
             yield results()
         finally:
-            for future in waiting:
+            for future, _ in waiting:
                 future.cancel()
 
 

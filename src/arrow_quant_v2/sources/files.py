@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 from arrow_quant_v2.errors import SourceError
 
 JSON_LIMIT = 64 << 20
+AHEAD = 64 << 20  # how far before it is read the disk is asked for a large range
+WORTH_ASKING = 1 << 20
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -48,6 +51,8 @@ class ByteFile:
         if not self._closing.alive:
             raise SourceError(f"{self.path}: was closed; open the model again to read from it")
         wanted = len(view)
+        if wanted >= WORTH_ASKING:
+            self._ask_for(offset + AHEAD, wanted)
         try:
             while view and (count := self._pread(view, offset)):
                 view, offset = view[count:], offset + count
@@ -70,6 +75,12 @@ class ByteFile:
     def close(self) -> None:
         """Give the file handle back."""
         self._closing()
+
+    def _ask_for(self, offset: int, count: int) -> None:
+        """Let the disk fetch what will be read soon: the system guesses badly where several threads read in turns."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
 
     def _pread(self, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):

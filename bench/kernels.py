@@ -125,6 +125,9 @@ def restore_cells(weight: Tensor) -> list[Cell]:
         for dtype in (torch.float32, torch.bfloat16):
             run = partial(ops.dequantize, *stored, bits, columns, 64, dtype)
             cells.append(Cell("dequantize", bits, 64, words(dtype), run, Timing(weight.numel() * dtype.itemsize)))
+            pairs = (stored[0], stored[1].repeat_interleave(2, dim=1), *stored[2:])
+            run = partial(ops.dequantize_r2q, *pairs, bits, columns, 64, dtype)
+            cells.append(Cell("dequantize r2q", bits, 64, words(dtype), run, Timing(weight.numel() * dtype.itemsize)))
         codes = ops.unpack(stored[0], bits, columns)
         unpack, pack = partial(ops.unpack, stored[0], bits, columns), partial(ops.pack, codes, bits)
         cells.append(Cell("unpack", bits, None, "uint8", unpack, Timing(codes.nbytes)))

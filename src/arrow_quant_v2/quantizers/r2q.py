@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.config import LayerSpec
 
-TILE_WEIGHTS = 2**16  # what is worked on at once stays in the cache
+TILE_WEIGHTS = 2**17  # fewer cost more calls, more leave the cache and take memory that no budget knows of
 
 
 def residual_refinement(weight: Tensor, spec: LayerSpec, importance: Tensor | None = None) -> QuantizedRows:

@@ -211,42 +211,42 @@ class Seen:
         self.u, self.h, self.m, self.symmetric = u, h, float(largest_low(bits)), symmetric
         mass = torch.full(u.shape, 1.0) if h is None else h.clone()
         self.mass = folded_columns(mass[None])[0]
-        self.room = torch.empty(5 if symmetric else 8, *u.shape)  # touched once: fresh memory costs more than sums
+        self.one = torch.ones(())
+        # Touched once for all rounds: fresh memory costs more than what is written to it.
+        self.room = torch.empty(4 + (self.m > 1.0) + 3 * (not symmetric), *u.shape)
 
     def sums(self, grid: Residual) -> Tensor:
-        """Float64 (8, groups): the sums of h times e^2, e c, c^2, e, c, e t, t, t c. Symmetric grids need five."""
+        """Float64 (k, groups): the sums of h times e^2, e c, e, c; if asymmetric e t, t, t c; above 2 bits c^2."""
         d = self.u - grid.mu
-        t = torch.copysign(torch.ones(()), d)
+        t = None if self.symmetric else torch.copysign(self.one, d)
         y = d.abs_().sub_(grid.a1)
         c = self._nearest(y, grid.a2)
         e = y.sub_(c * grid.a2)
-        room = self.room
-        self._weighted(e, room[3])
-        self._weighted(c, room[4])
-        torch.mul(room[3], e, out=room[0])
-        torch.mul(room[3], c, out=room[1])
-        torch.mul(room[4], c, out=room[2])
-        if not self.symmetric:
-            torch.mul(room[3], t, out=room[5])
-            self._weighted(t, room[6])
-            torch.mul(room[6], c, out=room[7])
-        return folded_columns(room)
+        he, hc = self._weighted(e, self.room[2]), self._weighted(c, self.room[3])
+        torch.mul(he, e, out=self.room[0])
+        torch.mul(he, c, out=self.room[1])
+        if t is not None:
+            torch.mul(he, t, out=self.room[4])
+            torch.mul(self._weighted(t, self.room[5]), c, out=self.room[6])
+        if self.m > 1.0:
+            torch.mul(hc, c, out=self.room[-1])
+        return folded_columns(self.room)
 
     def moved(self, grid: Residual, sums: Tensor) -> Residual:
         """One step of least squares from a grid, brought back to a1 >= m a2 >= 0 and |mu| <= a1 + m a2.
 
         A = h-weighted sums of x x^T, x = (1, t, k): mu is eliminated first, two unknowns are left.
         """
-        _, g2, a22, g1, a12 = sums[:5]
-        ridge, a11, a22 = self.mass * RIDGE, self.mass * (1.0 + RIDGE), a22 + self.mass * RIDGE
+        _, g2, g1, a12 = sums[:4]
+        ridge = self.mass * RIDGE
+        a11, a22 = self.mass + ridge, (sums[-1] if self.m > 1.0 else self.mass) + ridge
         if self.symmetric:
             d1, d2 = _solved(a11, a12, a22, g1, g2)
             return self._allowed(grid.mu, grid.a1 + d1, grid.a2 + d2)
-        g0, of_t, of_k = sums[5:]
-        one = self.mass + ridge
-        by_t, by_k = of_t / one, of_k / one
+        g0, of_t, of_k = sums[4:7]
+        by_t, by_k = of_t / a11, of_k / a11
         d1, d2 = _solved(a11 - of_t * by_t, a12 - of_k * by_t, a22 - of_k * by_k, g1 - g0 * by_t, g2 - g0 * by_k)
-        return self._allowed(grid.mu + (g0 - of_t * d1 - of_k * d2) / one, grid.a1 + d1, grid.a2 + d2)
+        return self._allowed(grid.mu + (g0 - of_t * d1 - of_k * d2) / a11, grid.a1 + d1, grid.a2 + d2)
 
     def _allowed(self, mu: Tensor, a1: Tensor, a2: Tensor) -> Residual:
         a2 = a2.to(torch.float32).clamp_(min=0.0)
@@ -257,14 +257,12 @@ class Seen:
     def _nearest(self, y: Tensor, a2: Tensor) -> Tensor:
         """The number of -m, -m + 2 ... m that times a2 comes nearest to y."""
         if self.m == 1.0:
-            return torch.copysign(torch.ones(()), y)
+            return torch.copysign(self.one, y)
         return (y * inverse_of(a2)).add_(0.5 * self.m).clamp_(0.0, self.m).round_().mul_(2.0).sub_(self.m)
 
-    def _weighted(self, x: Tensor, out: Tensor) -> None:
-        if self.h is None:
-            out.copy_(x)
-        else:
-            torch.mul(x, self.h, out=out)
+    def _weighted(self, x: Tensor, out: Tensor) -> Tensor:
+        """The product with h, in this room."""
+        return out.copy_(x) if self.h is None else torch.mul(x, self.h, out=out)
 
 
 def _solved(a11: Tensor, a12: Tensor, a22: Tensor, g1: Tensor, g2: Tensor) -> tuple[Tensor, Tensor]:

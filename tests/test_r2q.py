@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_models import layers, normal, save_model
 
@@ -186,6 +186,7 @@ def test_folded_columns_are_their_sum(n: int, seed: int) -> None:
 
 
 @any_weight
+@example(weight=torch.tensor([[1e-3, -1.321e-34]]), bits=4, symmetric=True)
 @given(weight=weights(), bits=widths, symmetric=st.booleans())
 def test_stored_levels_stay_in_order_and_close(weight: Tensor, bits: int, symmetric: bool) -> None:
     found = fit_r2q(weight[:, None], None, bits, symmetric)
@@ -196,9 +197,10 @@ def test_stored_levels_stay_in_order_and_close(weight: Tensor, bits: int, symmet
     assert (stored.a1 >= m * stored.a2).all()
     assert stored.zero_points.shape == (len(weight), 0 if symmetric else 1)
     used = found.a1 > 2.0**-80
-    step = {2: 0.006, 4: 0.012, 8: 0.12}[bits]  # of a row whose scale is that of its one group
-    assert ((stored.a1 - found.a1).abs() <= (0.006 if bits < 8 else 0.06) * found.a1)[used].all()
-    assert ((stored.a2 - found.a2).abs() <= step * found.a1 / m)[used & (found.a2 > 0.1 * found.a1 / m)].all()
+    # Half a code of 255 twice, and of 96; a whole one of 22. A larger a2 takes sqrt(m) codes of a1 with it.
+    near_a1, near_a2 = {2: (0.006, 0.006), 4: (0.02, 0.012), 8: (0.11, 0.12)}[bits]
+    assert ((stored.a1 - found.a1).abs() <= near_a1 * found.a1)[used].all()
+    assert ((stored.a2 - found.a2).abs() <= near_a2 * found.a1 / m)[used & (found.a2 > 0.1 * found.a1 / m)].all()
     again = reference.residual_of(stored.scales, stored.zero_points, row_scales, bits)
     assert all(torch.equal(a, b) for a, b in zip(stored.grid, again, strict=True))
 

@@ -122,9 +122,8 @@ def antiberty(work: Path, samples: int) -> Subject:
     """A masked-diffusion language model; its vocabulary lies beside its folder, where no tokenizer would find it."""
     source = packaged("antiberty", "trained_models/AntiBERTy_md_smooth")
     folder = work / "antiberty"
-    folder.mkdir()
-    for path in (*source.iterdir(), source.parent / "vocab.txt"):
-        (folder / path.name).symlink_to(path)
+    shutil.copytree(source, folder)
+    shutil.copy(source.parent / "vocab.txt", folder)
 
     def measure(module: nn.Module) -> dict[str, float]:
         losses = encoder_nll(module, ANTIBODIES, source.parent / "vocab.txt", MASK_RATIOS)
@@ -168,6 +167,12 @@ def quantized_module(subject: Subject, out: Path) -> nn.Module:
     return module
 
 
+def module_of(subject: Subject) -> nn.Module:
+    """The unquantized model."""
+    opened = subject.opened()
+    return getattr(opened, "module", opened)
+
+
 def row(subject: Subject, variant: Variant, work: Path) -> dict[str, Any]:
     """Quantize once, and measure."""
     settings = subject.settings | variant.settings
@@ -203,7 +208,7 @@ def main() -> None:
         make, samples = SUBJECTS[name]
         with tempfile.TemporaryDirectory() as work:
             subject = make(Path(work), given.samples or samples)
-            rows = [{"variant": "float32", **subject.measure(subject.opened() if name == "terrain" else subject.opened().module)}]
+            rows = [{"variant": "float32", **subject.measure(module_of(subject))}]
             for variant in VARIANTS:
                 if not words or any(word in variant.name for word in words):
                     changed = Variant(variant.name, variant.settings | further)

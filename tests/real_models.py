@@ -42,9 +42,7 @@ def minilm_states(module: nn.Module, tokenizer: Any, texts: Sequence[str]) -> di
     return {"token cosine": torch.cat(tokens), "sentence cosine": torch.stack(means)}
 
 
-def encoder_nll(
-    module: nn.Module, sequences: Sequence[str], vocabulary: Path, ratios: Sequence[float]
-) -> list[float]:
+def encoder_nll(module: nn.Module, sequences: Sequence[str], vocabulary: Path, ratios: Sequence[float]) -> list[float]:
     """Mean negative log-likelihood in nats of hidden residues, at each masked fraction, over seeded maskings."""
     words = vocabulary.read_text().split()
     losses = []

@@ -111,6 +111,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_spatial        equalize channels before rounding
     min_accuracy          the cosine below which a result is refused or retried in more bits
     calibration_samples   samples that calibration looks at
+    calibration_tokens    of text that calibration looks at, at least: short sequences are more than calibration_samples
     deployment_profile    where the values not named otherwise come from
     fail_fast             raise at the first layer that misses the bar, never fall back
     method                "r2q": residual grid, "gptq": affine grid, in the column loop where a layer was calibrated;
@@ -143,6 +144,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_spatial: bool = Field(default=True, description="True or False")
     min_accuracy: float = Field(default=0.85, ge=0, le=1, description="a number from 0 to 1")
     calibration_samples: int = Field(default=128, ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
+    calibration_tokens: int = Field(default=32_768, ge=0, le=10**9, description="a whole number from 0 to 1000000000")
     deployment_profile: Profile = Field(default="local", description="edge, local or cloud")
     fail_fast: bool = Field(default=False, description="True or False")
     method: Method | None = Field(default=None, description="clip, gptq, r2q or rtn, or None to choose by modality")

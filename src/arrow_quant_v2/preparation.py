@@ -60,7 +60,13 @@ def prepare(
     """
     runnable = _runnable(model, module, modality, config)
     data = None if config.calibration_data is None else Path(config.calibration_data)
-    asked = Asked(count=config.calibration_samples, seed=config.seed, data=data, callable=provider)
+    asked = Asked(
+        count=config.calibration_samples,
+        tokens=config.calibration_tokens,
+        seed=config.seed,
+        data=data,
+        callable=provider,
+    )
     samples = gather(runnable, asked)
     if not samples.calls:
         raise ConfigurationError(f"calibration on {samples.origin} gave no samples; give some that fit the model")

@@ -34,6 +34,7 @@ ROWS = (".jsonl", ".parquet", ".txt")
 TEXTS, TOKENS = ("text", "prompt"), ("input_ids", "tokens")
 LONGEST = 2048  # tokens of a text that are looked at, as in Quant-dLLM (arXiv 2510.03274)
 TIMESTEP = "timestep"
+SHORTEST = 8  # tokens of a sequence: so many rows of texts are read, where tokens are asked for
 SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can write and no tokenizer can read
 LARGEST = torch.finfo(torch.float32).max
 
@@ -47,8 +48,10 @@ class Given:
     notes: tuple[str, ...] = ()
 
 
-def from_file(runnable: Runnable, path: Path, count: int, seed: int, length: int | None = None) -> Given:
-    """At most `count` calls from a file.
+def from_file(
+    runnable: Runnable, path: Path, count: int, seed: int, length: int | None = None, *, tokens: int = 0
+) -> Given:
+    """`count` calls from a file, of texts as many more as it takes to show `tokens` tokens; fewer where it holds fewer.
 
     `.jsonl` and `.parquet` rows hold one of: `text`; `input_ids` or `tokens`; `prompt`; or an input as it is: `data`, a
     flat list of numbers, with its `shape` (the batch axis included), its `timestep`, and in `inputs` the name of the
@@ -69,7 +72,8 @@ def from_file(runnable: Runnable, path: Path, count: int, seed: int, length: int
         found: Sequence[_Row] = _array_rows(runnable, path, count)
         notes: tuple[str, ...] = ()
     elif path.suffix in ROWS:
-        usable = read_rows(path, count, _reader(runnable, length))
+        rows = max(count, tokens // SHORTEST) if is_text(runnable) else count
+        usable = read_rows(path, rows, _reader(runnable, length))
         found, notes = usable.made, usable.notes
     else:
         raise ConfigurationError(f"{path}: is of an unknown kind; allowed are {', '.join((*ROWS, *ARRAYS))}")
@@ -78,8 +82,19 @@ def from_file(runnable: Runnable, path: Path, count: int, seed: int, length: int
     sequences = [row for row in found if isinstance(row, torch.Tensor)]
     if prompts and calls:
         raise ConfigurationError(f"{path}: holds prompts and inputs; give one kind in a file")
-    more = sequence_calls(runnable, sequences, count - len(calls), seed) if sequences else ()
+    calls, wanted = calls[:count], max(count - len(calls), enough(sequences, tokens))
+    more = sequence_calls(runnable, sequences, wanted, seed) if sequences else ()
     return Given(calls=(*calls, *more), prompts=prompts, notes=notes)
+
+
+def enough(sequences: Sequence[torch.Tensor], tokens: int) -> int:
+    """How many sequences of these lengths, one after the other and over again, hold so many tokens."""
+    whole = sum(len(sequence) for sequence in sequences)
+    if not whole:
+        return 0
+    rounds, rest = divmod(tokens, whole)
+    reached = itertools.accumulate(len(sequence) for sequence in sequences)
+    return rounds * len(sequences) + (1 + sum(total < rest for total in reached) if rest else 0)
 
 
 def is_text(runnable: Runnable) -> bool:

@@ -10,6 +10,7 @@ from arrow_quant_v2.calibration import identity
 from arrow_quant_v2.calibration.given import from_callable, from_file, is_text
 from arrow_quant_v2.calibration.sample import Samples
 from arrow_quant_v2.calibration.synthetic import random_latents, random_tokens
+from arrow_quant_v2.calibration.tokens import mean_length
 from arrow_quant_v2.calibration.unmasking import STEPS, own_trajectory
 from arrow_quant_v2.errors import ConfigurationError
 
@@ -30,6 +31,7 @@ class Asked:
     """What is to be gathered.
 
     count     samples, at most; as many where they are made and not given
+    tokens    of text that are shown, however short the sequences are: more samples than `count` where it takes more
     seed      of every random choice
     data      a calibration file
     callable  a function: module -> (inputs, timestep), ...; counts more than a file
@@ -42,6 +44,7 @@ class Asked:
     """
 
     count: int
+    tokens: int = 0
     seed: int = 0
     data: Path | None = None
     callable: Callable[[nn.Module], Iterable[tuple[Any, float]]] | None = None
@@ -90,7 +93,7 @@ def _made(calls: tuple[Any, ...], origin: str, asked: Asked, *settings: object, 
 
 
 def _from_file(runnable: Runnable, asked: Asked, path: Path) -> Samples:
-    given = from_file(runnable, path, asked.count, asked.seed, asked.length)
+    given = from_file(runnable, path, asked.count, asked.seed, asked.length, tokens=asked.tokens)
     if not given.prompts:
         return _given(given.calls, path.name, given.notes)
     samples = _continuous(runnable, replace(asked, data=None, prompts=given.prompts))
@@ -98,6 +101,7 @@ def _from_file(runnable: Runnable, asked: Asked, path: Path) -> Samples:
 
 
 def _text(runnable: Runnable, asked: Asked) -> Samples:
+    asked = replace(asked, count=max(asked.count, -(-asked.tokens // mean_length(runnable, asked.length))))
     if runnable.mask_token is None:
         calls = random_tokens(runnable, asked.count, asked.seed, asked.length)
         return _made(calls, MADE_UP, asked, synthetic=True)

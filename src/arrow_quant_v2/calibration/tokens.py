@@ -83,6 +83,12 @@ def spread_lengths(vocabulary: Vocabulary, count: int, length: int | None, draw:
     return [max(1, round(longest * (1 + part) / 2)) for part in chance.stratified(count, draw)]
 
 
+def mean_length(runnable: Runnable, length: int | None) -> int:
+    """Tokens of a sequence of `spread_lengths`, on average."""
+    vocabulary = vocabulary_of(runnable)
+    return max(1, 3 * min(length or LENGTH, vocabulary.context or LENGTH) // 4)
+
+
 def _of_tokenizer(tokenizer: Any, size: int) -> dict[str, Any]:
     """Special ids, and what stands around a sequence. Rows of the embedding beyond the tokenizer's are padding."""
     bare = list(tokenizer(PROBE, add_special_tokens=False)["input_ids"])

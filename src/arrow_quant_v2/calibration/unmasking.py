@@ -1,9 +1,11 @@
 """A masked diffusion model's own trajectories, from all tokens hidden to none; knows nothing of texts or files.
 
 Each step shows the sequence to the model, samples a token for every hidden place at temperature 1, and keeps those
-that the model is surest of (LLaDA's low-confidence remasking, arXiv 2502.09992). On the way every sequence leaves one
-state behind, exactly at the time that it was asked for: these are on-policy. The finished sequences are masked again,
-as texts are, so that the visible tokens of a state also lie where unmasking would not have put them.
+that the model is surest of (LLaDA's low-confidence remasking, arXiv 2502.09992). To the log of its confidence comes
+Gumbel noise that fades from step to step (MaskGIT, Chang et al., 2022, arXiv 2202.04200): without it all sequences
+begin at the same few places, and are much alike. On the way every sequence leaves one state behind, exactly at the time
+that it was asked for: these are on-policy. The finished sequences are masked again, as texts are, so that the visible
+tokens of a state also lie where unmasking would not have put them.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 STEPS = 16
 ROWS = 4  # sequences in a batch; part of the result, so it never follows the machine
+USES = 4  # of each sequence: once on the way and three times masked again, because making it is what takes long
+NOISE = 4.0  # of the log confidence at the first step, as MaskGIT has it; none at the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +56,10 @@ class _Model:
 def own_trajectory(
     runnable: Runnable, count: int, seed: int, *, steps: int = STEPS, length: int | None = None
 ) -> tuple[Sample, ...]:
-    """`count` samples in random order: half of them on-policy states, half finished sequences masked again.
+    """`count` samples in random order: a quarter on-policy states, the others finished sequences masked again.
 
-    Times are stratified over (0, 1]; of every two neighbouring strata one is on-policy. Each of the ceil(count / 2)
-    sequences is used twice, at times that add up to about 1. Lengths go from half of `length` to all of it.
+    Times are stratified over (0, 1]; of every four neighbouring strata one is on-policy. Each of the ceil(count / 4)
+    sequences is used four times. Lengths go from half of `length` to all of it.
 
     Raises:
         QuantizationError: the model cannot be called, or gives no finite logits over its vocabulary.
@@ -63,11 +67,11 @@ def own_trajectory(
     model = _model(runnable)
     draw = chance.generator(seed, "own trajectory")
     times = chance.stratified(count, draw)
-    here = [min(first + chance.whole(0, 1, draw), count - 1) for first in range(0, count, 2)]
+    here = [min(first + chance.whole(0, USES - 1, draw), count - 1) for first in range(0, count, USES)]
     again = [times[i] for i in sorted({*range(count)} - {*here})]
     states, finished = generate(runnable, [times[i] for i in here], seed, steps=steps, length=length)
-    backwards = finished[::-1][: len(again)]
-    states += masked_states(backwards, again, mask=model.mask, special=model.vocabulary.special, draw=draw)
+    others = [finished[-1 - i % len(finished)] for i in range(len(again))]
+    states += masked_states(others, again, mask=model.mask, special=model.vocabulary.special, draw=draw)
     picked = (states[i] for i in chance.shuffled(count, draw))
     return tuple(shown(model.module, ids, masked_fraction(ids, model.mask)) for ids in picked)
 
@@ -112,9 +116,9 @@ def _unmasked(model: _Model, batch: _Batch, seed: int, steps: int) -> tuple[torc
     draw = chance.generator(seed, "unmasking", batch.number)
     ids = model.vocabulary.wrapped(torch.full((len(batch.times), batch.inner), model.mask))
     states, wanted = ids.clone(), _wanted(batch, ids.shape[1])
-    for hidden in _schedule(batch.inner, wanted, steps)[1:]:
+    for step, hidden in enumerate(_schedule(batch.inner, wanted, steps)[1:], start=1):
         if (ids == model.mask).any():
-            ids = _revealed(model, ids, hidden, draw)
+            ids = _revealed(model, ids, hidden, NOISE * (1.0 - step / steps), draw)
         states = torch.where((hidden == wanted)[:, None], ids, states)
     return states, ids
 
@@ -137,7 +141,9 @@ def _schedule(inner: int, wanted: torch.Tensor, steps: int) -> torch.Tensor:
     return table
 
 
-def _revealed(model: _Model, ids: torch.Tensor, hidden: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+def _revealed(
+    model: _Model, ids: torch.Tensor, hidden: torch.Tensor, noise: float, draw: torch.Generator
+) -> torch.Tensor:
     """The ids (rows, length) with tokens sampled in the surest places, such that `hidden` (rows,) stay hidden."""
     masked = ids == model.mask
     logits = _logits(model, ids)[masked][:, : model.vocabulary.size].to(torch.float32)
@@ -145,12 +151,18 @@ def _revealed(model: _Model, ids: torch.Tensor, hidden: torch.Tensor, draw: torc
     if not chances.isfinite().all():
         raise QuantizationError(f"{type(model.module).__name__}: its logits for masked tokens are not finite")
     tokens = torch.multinomial(chances, 1, generator=draw)
-    sure = torch.full(ids.shape, -1.0)
-    sure[masked] = chances.gather(1, tokens)[:, 0]
+    sure = torch.full(ids.shape, -torch.inf)
+    sure[masked] = chances.gather(1, tokens)[:, 0].log() + noise * _gumbel(len(tokens), draw)
     rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     proposed = ids.clone()
     proposed[masked] = tokens[:, 0]
     return torch.where(rank < (masked.sum(dim=1) - hidden)[:, None], proposed, ids)
+
+
+def _gumbel(count: int, draw: torch.Generator) -> torch.Tensor:
+    """(count,) of the standard Gumbel distribution, finite."""
+    exponential = -torch.rand(count, generator=draw).clamp(min=1e-30).log()
+    return -exponential.clamp(min=1e-30).log()
 
 
 def _logits(model: _Model, ids: torch.Tensor) -> torch.Tensor:

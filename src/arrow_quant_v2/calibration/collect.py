@@ -7,11 +7,13 @@ module asks for it; layers that are given the same tensor are one input.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear, multi_head_attention_forward, pad
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
 
 from arrow_quant_v2.calibration.stats import Seen, moments_of
 
@@ -24,39 +26,57 @@ MOST_ROWS = 2048  # of one input in one call: the others are much like them, and
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
 
+def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function without its detour through modes, which hides the products inside it from them."""
+    if not isinstance(function, FunctionType):
+        return function
+    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+ATTENTION = _opened(multi_head_attention_forward)
+
+
 class EnoughSeen(BaseException):
     """Ends a call of the model early: what follows is of no interest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """How a convolution moves over its input; None for a linear layer."""
+    """How a convolution moves over its input, and the zeros before and after each axis of it."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Product:
-    """One input of one or more weights, and how it was multiplied."""
+    """One input of one or more weights, and how a convolution moves over it; None: a linear layer."""
 
     inputs: Tensor
     place: Place | None
 
 
 class Watch(TorchFunctionMode):
-    """Sees every product with the parameters named; `stop` ends the call once that many products were seen."""
+    """Sees every product with the parameters named; `stop` ends the call once that many products were seen.
 
-    def __init__(self, parameters: Mapping[str, Tensor], stop: int | None = None) -> None:
+    products  each input, as it was when it was first used; none of them where `keep` is False
+    log       each use of a weight, and the number of its input
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], stop: int | None = None, *, keep: bool = True) -> None:
         """Watch for these parameters, by the names that the products shall have."""
         super().__init__()
         self._names = {(p.data_ptr(), p.shape): name for name, p in parameters.items()}  # a slice has another shape
-        self._stop = stop
+        self._stop, self._keep = stop, keep
         self.products: list[Product] = []
-        self.log: list[tuple[str, int]] = []  # each use of a weight, and the number of the product
-        self._of: dict[tuple[int, Place | None], int] = {}
+        self.log: list[tuple[str, int]] = []
+        self._inputs: list[TensorWeakRef] = []
+        self._of: dict[tuple[int, int, Place | None], int] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -65,6 +85,9 @@ class Watch(TorchFunctionMode):
         given = kwargs or {}
         if func is linear or func in CONVOLUTIONS:
             self._note(func, *args, **given)
+        if func is multi_head_attention_forward:
+            with self:
+                return ATTENTION(*args, **given)
         result = func(*args, **given)
         if self._stop is not None and len(self.log) >= self._stop:
             raise EnoughSeen
@@ -80,23 +103,39 @@ class Watch(TorchFunctionMode):
             if given.get("groups", 1) != 1:
                 return  # each group of channels has an H of its own
             place = _place(weight, CONVOLUTIONS[func], given)
-        key = id(input), place  # the input is kept, so that no other tensor gets its id
-        if key not in self._of:
-            self._of[key] = len(self.products)
-            self.products.append(Product(inputs=input, place=place))
-        self.log.append((name, self._of[key]))
+        self.log.append((name, self._number(input, place)))
+
+    def _number(self, inputs: Tensor, place: Place | None) -> int:
+        """Of this input: what is written into is another one, and what is gone may have left its id to another."""
+        key = id(inputs), 0 if inputs.is_inference() else inputs._version, place  # noqa: SLF001 - torch's name
+        number = self._of.get(key)
+        if number is None or self._inputs[number]() is not inputs:
+            number = self._of[key] = len(self._inputs)
+            self._inputs.append(TensorWeakRef(inputs))
+            if self._keep:
+                self.products.append(Product(inputs=inputs.detach().clone(), place=place))
+        return number
 
 
 def _place(weight: Tensor, axes: int, given: Mapping[str, Any]) -> Place:
     kernel, dilation = tuple(weight.shape[2:]), _each(given.get("dilation", 1), axes)
-    padding = given.get("padding", 0)
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
     return Place(
-        kernel=kernel, stride=_each(given.get("stride", 1), axes), padding=_each(padding, axes), dilation=dilation
+        kernel=kernel,
+        stride=_each(given.get("stride", 1), axes),
+        padding=_padding(given.get("padding", 0), kernel, dilation),
+        dilation=dilation,
     )
+
+
+def _padding(
+    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """(before, after) of each axis: where "same" asks for an odd number, torch puts one more after."""
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    sizes = 0 if isinstance(padding, str) else padding
+    return tuple((size, size) for size in _each(sizes, len(kernel)))
 
 
 def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
@@ -131,7 +170,7 @@ def _choice(count: int, seed: int) -> Tensor:
 def _unfolded(x: Tensor, place: Place, seed: int) -> Tensor:
     """(batch, in, *places) -> (some places, in * product of the kernel)."""
     axes = len(place.kernel)
-    x = pad(x, [size for padding in reversed(place.padding) for size in (padding, padding)])
+    x = pad(x, [size for padding in reversed(place.padding) for size in padding])
     for axis, (kernel, stride, dilation) in enumerate(
         zip(place.kernel, place.stride, place.dilation, strict=True), start=2
     ):

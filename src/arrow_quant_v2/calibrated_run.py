@@ -65,7 +65,7 @@ def run_calibrated(run: CalibratedRun) -> tuple[LayerPlan, ...]:
     module_names = _watched(run)
     parameters = dict(runnable.module.named_parameters(remove_duplicate=False))
     watched = {module: parameters[module] for module in module_names}
-    with walking(runnable.module, run.prepared.samples.calls, watched) as walk:
+    with walking(runnable.module, run.prepared.samples.calls, watched, run.folder.scratch) as walk:
         reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
         names = frozenset(module_names[layer] for layer in reached)
         plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method))
@@ -163,5 +163,5 @@ def _left_out(plan: LayerPlan, run: CalibratedRun) -> LayerPlan:
     if plan.spec is None:
         return plan
     (alone,) = plan_model([plan.tensor], run.config)
-    because = f"{alone.decision.because}, not calibrated: no product with its inputs was seen"
+    because = f"{alone.decision.because}, not calibrated: no inputs of it were seen, or only zeros"
     return replace(alone, decision=replace(alone.decision, because=because))

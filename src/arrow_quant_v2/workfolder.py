@@ -4,6 +4,7 @@
     OUT.partial/parts/00017.part one finished layer; no *.parquet, so that nobody takes the folder for a model
     OUT.partial/model/           the output, while it is put together
     OUT.partial/old/             what is being replaced, for a moment
+    OUT.partial/scratch/         what calibration has no memory for; of no use to a later run
 
 Knows nothing of how layers are made.
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 METADATA = "metadata.json"
-RUN, PARTS, MODEL, OLD = "run.json", "parts", "model", "old"
+RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
 
 
 class WorkFolder:
@@ -44,7 +45,7 @@ class WorkFolder:
         """
         self.out = out
         self.folder = partial_of(out)
-        self.model = self.folder / MODEL
+        self.model, self.scratch = self.folder / MODEL, self.folder / SCRATCH
         self._parts, self._old = self.folder / PARTS, self.folder / OLD
         self._overwrite = overwrite
         with explained(self.folder):
@@ -53,6 +54,7 @@ class WorkFolder:
             self._parts.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         try:
+            shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
             self._put_back()
             self._claim(json.dumps(identity, indent=2, sort_keys=True).encode() + b"\n")
         except BaseException as error:
@@ -104,6 +106,7 @@ class WorkFolder:
     def _tidy(self, error: BaseException) -> None:
         """Keep finished layers for the next run, unless the same settings can never finish it."""
         shutil.rmtree(self.model, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         hopeless = isinstance(error, QuantizationError) or not self._finished()
         if hopeless and not self._old.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -124,7 +127,13 @@ class WorkFolder:
         """Refuse a folder that happens to have our name: it will be removed in the end."""
         if not os.path.lexists(self.folder):
             return
-        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {RUN, PARTS, MODEL, OLD}:
+        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {
+            RUN,
+            PARTS,
+            MODEL,
+            OLD,
+            SCRATCH,
+        }:
             raise ConfigurationError(
                 f"{self.folder}: is needed for the unfinished output, but is something else;"
                 " rename it, or choose another output folder"

@@ -2,26 +2,28 @@
 
 The outputs of finished blocks are kept; when the model is called again, a finished block hands out what it gave before
 instead of running, and the call ends after the block in question. So any module can be walked through, whatever
-happens between its blocks, at the price of one block for each step. Knows nothing of what is done with a block.
+happens between its blocks, at the price of one block for each step; a block that comes again after a later one has
+run is then run anew. Knows nothing of what is done with a block.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from arrow_quant_v2.calibration.collect import EnoughSeen, Watch
-from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.calibration.kept import Kept
+from arrow_quant_v2.errors import ArrowQuantError, QuantizationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -46,11 +48,17 @@ def candidates(module: nn.Module, watched: frozenset[str], name: str = "") -> It
     """The smallest parts that are worth a step of their own: entries of lists of blocks, and what lies beside them."""
     if not _watched_in(module, watched, name):
         return
-    if not any(_is_list_of_blocks(part, watched, _joined(name, at)) for at, part in module.named_modules()):
+    lists = any(_is_list_of_blocks(part, watched, _joined(name, at)) for at, part in module.named_modules())
+    if _can_run(module) and not lists:
         yield name, module
         return
     for at, child in module.named_children():
         yield from candidates(child, watched, _joined(name, at))
+
+
+def _can_run(module: nn.Module) -> bool:
+    """Whether it has a forward: a list of modules is never called itself."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def _joined(name: str, at: str) -> str:
@@ -74,25 +82,34 @@ class Walk:
     Calls of different samples may run in different threads at the same time.
     """
 
-    def __init__(self, module: nn.Module, samples: Sequence[Sample], parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, samples: Sequence[Sample], parameters: Mapping[str, Tensor], folder: Path | None = None
+    ) -> None:
         """Find the blocks by one call of the model; the module is changed until `close`.
 
+        Outputs that are too much for memory go into files in `folder`; None: where the system keeps such things.
+
         Raises:
-            QuantizationError: the model cannot be called with the first sample.
+            QuantizationError: there are no samples, or the model cannot be called with the first one.
         """
+        if not samples:
+            raise QuantizationError("a model is calibrated on what goes into its layers; give one sample or more")
         self.module, self.samples, self.parameters = module, samples, parameters
         self._now = threading.local()
-        self._given: dict[str, dict[int, list[Any]]] = {}
-        self._names = dict(candidates(module, frozenset(parameters)))
+        self._kept = Kept(folder)
+        self._names = _once(candidates(module, frozenset(parameters)))
         self.blocks = self._found()
-        self._order = {block.name: number for number, block in enumerate(self.blocks)}
-        for block in self.blocks:
-            block.module.forward = self._replaying(block, block.module.forward)
+        self._forwards = [vars(block.module).get("forward") for block in self.blocks]
+        for number, block in enumerate(self.blocks):
+            block.module.forward = self._replaying(number, block.module.forward)
 
     def close(self) -> None:
-        """Give the model its own forwards back."""
-        for block in self.blocks:
+        """Give the model its own forwards back, and forget what its blocks gave."""
+        for block, forward in zip(self.blocks, self._forwards, strict=True):
             vars(block.module).pop("forward", None)
+            if forward is not None:
+                block.module.forward = forward
+        self._kept.close()
 
     def watch(self, number: int, layers: Sequence[str], sample: int) -> Watch:
         """Run block `number` on one sample until all products with these layers were seen, and return them."""
@@ -103,52 +120,82 @@ class Walk:
 
     def finish(self, number: int, sample: int) -> None:
         """Run block `number` on one sample as it is now, and keep what it gives."""
-        self._given.setdefault(self.blocks[number].name, {})[sample] = self._run(number, sample, None)
+        self._run(number, sample, None)
 
-    def _run(self, number: int, sample: int, watch: Watch | None) -> list[Any]:
-        """The outputs of one block in one call of the model."""
+    def _run(self, number: int, sample: int, watch: Watch | None) -> None:
+        """Call the model until block `number` has done what it is run for."""
         now = self._now
-        now.target, now.sample, now.watch, now.calls, now.outputs = number, sample, watch, {}, []
+        now.target, now.sample, now.watch, now.calls = number, sample, watch, Counter[int]()
         try:
-            self._call(self.samples[sample])
+            self._call(sample)
         except EnoughSeen:
             pass
         finally:
             now.target = None
-        return list(now.outputs)
 
-    def _call(self, sample: Sample) -> None:
-        with torch.no_grad():
-            self.module(*sample.arguments, **sample.keywords)
+    def _call(self, number: int) -> None:
+        """Call the model with one sample.
 
-    def _replaying(self, block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward that gives what the block gave before, or runs it and ends the call."""
-        own = self._order[block.name]
+        Raises:
+            QuantizationError: that is not possible.
+        """
+        sample = self.samples[number]
+        try:
+            with torch.no_grad():
+                self.module(*sample.arguments, **sample.keywords)
+        except ArrowQuantError:
+            raise
+        except Exception as error:
+            raise QuantizationError(
+                f"the model cannot be called with calibration sample {number}: {type(error).__name__}: {error};"
+                " give samples that fit it"
+            ) from error
+
+    def _replaying(self, own: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that gives what the block gave before, until the block in question has begun to run."""
 
         def replay(*arguments: Any, **keywords: Any) -> Any:
             now = self._now
             target = getattr(now, "target", None)
             if target is None or own > target:
                 return forward(*arguments, **keywords)
-            call = now.calls[own] = now.calls.get(own, -1) + 1
-            if own < target:
-                return _copied(self._given[block.name][now.sample][call])
+            call = now.calls[own]
+            now.calls[own] += 1
+            if own < target and not now.calls[target]:
+                return self._gave(own, call)
+            with now.watch if own == target and now.watch else nullcontext():
+                outputs = forward(*arguments, **keywords)
             if now.watch is None:
-                now.outputs.append(forward(*arguments, **keywords))
-            else:
-                with now.watch:
-                    now.outputs.append(forward(*arguments, **keywords))
-            if call + 1 >= block.calls:
+                self._kept.put((own, now.sample, call), outputs)
+            if self._enough():
                 raise EnoughSeen
-            return _copied(now.outputs[-1])
+            return outputs
 
         return replay
+
+    def _gave(self, number: int, call: int) -> Any:
+        """What a finished block gave in this call of it."""
+        sample = self._now.sample
+        try:
+            return self._kept.take((number, sample, call))
+        except KeyError as error:
+            block = self.blocks[number]
+            raise QuantizationError(
+                f"{block.name}: is called more than {call} times with calibration sample {sample}, but {block.calls}"
+                " times with the first one; give samples that the model treats alike"
+            ) from error
+
+    def _enough(self) -> bool:
+        """Whether the call may end: blocks that come again after the one that is finished have run with its outputs."""
+        now = self._now
+        needed = range(now.target if now.watch else 0, now.target + 1)
+        return all(now.calls[number] >= self.blocks[number].calls for number in needed)
 
     def _found(self) -> tuple[Block, ...]:
         """The blocks in the order in which the first sample meets them, each with its inputs."""
         calls: list[tuple[str, int]] = []  # a block, and the products before it
         ends: dict[str, list[tuple[int, int]]] = {}
-        watch = Watch(self.parameters)
+        watch = Watch(self.parameters, keep=False)
         hooks = []
 
         def before(name: str) -> Callable[..., None]:
@@ -161,25 +208,25 @@ class Walk:
             hooks += [part.register_forward_pre_hook(before(name)), part.register_forward_hook(after(name))]
         try:
             with watch:
-                self._call(self.samples[0])
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise QuantizationError(
-                f"the model cannot be called with the first calibration sample: {error}; give samples that fit it"
-            ) from error
+                self._call(0)
         finally:
             for hook in hooks:
                 hook.remove()
-        order = dict.fromkeys(name for name, _ in calls)
-        return tuple(self._block(name, ends.get(name, []), watch) for name in order)
+        blocks: list[Block] = []
+        for name in dict.fromkeys(name for name, _ in calls):
+            taken = {layer for block in blocks for layer in block.uses}
+            entries = [entry for start, stop in ends.get(name, []) for entry in watch.log[start:stop]]
+            own = [(layer, product) for layer, product in entries if layer not in taken]
+            blocks.append(self._block(name, len(ends.get(name, [])), own))
+        return tuple(blocks)
 
-    def _block(self, name: str, spans: Sequence[tuple[int, int]], watch: Watch) -> Block:
-        """What one block multiplies: its log entries, grouped by input in the order of their first use."""
-        entries = [entry for start, stop in spans for entry in watch.log[start:stop]]
+    def _block(self, name: str, calls: int, entries: Sequence[tuple[str, int]]) -> Block:
+        """What one block multiplies, grouped by input in the order of their first use; not what an earlier one does."""
         return Block(
             name=name,
             module=self._names[name],
             inputs=_sharing(entries),
-            calls=len(spans),
+            calls=calls,
             uses=Counter(layer for layer, _ in entries),
         )
 
@@ -205,15 +252,20 @@ def _last_start(calls: Sequence[tuple[str, int]], name: str) -> int:
     return next(start for called, start in reversed(calls) if called == name)
 
 
-def _copied(outputs: Any) -> Any:
-    """The same structure with tensors of its own: models may write into what a block gave."""
-    return pytree.tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, outputs)
+def _once(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """A module that has several names keeps the first one."""
+    first: dict[nn.Module, str] = {}
+    for name, module in named:
+        first.setdefault(module, name)
+    return {name: module for module, name in first.items()}
 
 
 @contextmanager
-def walking(module: nn.Module, samples: Sequence[Sample], parameters: Mapping[str, Tensor]) -> Iterator[Walk]:
+def walking(
+    module: nn.Module, samples: Sequence[Sample], parameters: Mapping[str, Tensor], folder: Path | None = None
+) -> Iterator[Walk]:
     """A walk that gives the model its own forwards back in the end."""
-    walk = Walk(module, samples, parameters)
+    walk = Walk(module, samples, parameters, folder)
     try:
         yield walk
     finally:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOMENTS = 5  # count, sum, sum of squares, least, largest
+OWN = ("moments", "absmax", "sums", "rows")
 PROBES = 64  # rows of each time group that are kept, to measure errors with
 PROBES_PER_CALL = 8
 
@@ -67,8 +68,10 @@ class InputStats:
         """Add what some calls gave, each with its time group and weight.
 
         Raises:
-            QuantizationError: they have other columns than before, or hold NaN or infinity.
+            QuantizationError: they have other columns than before, or hold NaN or infinity; then none is added.
         """
+        for one in seen:
+            self._demand(one)
         for one, group in zip(seen, groups, strict=True):
             _add_moments(self.moments[group], one.moments)
             self.absmax[group] = torch.maximum(self.absmax[group], one.absmax)
@@ -84,7 +87,7 @@ class InputStats:
         Raises:
             QuantizationError: it goes into other layers, or has other time groups or columns.
         """
-        if (self.layers, self.absmax.shape) != (other.layers, other.absmax.shape):
+        if (self.layers, self.absmax.shape, self.sums.shape) != (other.layers, other.absmax.shape, other.sums.shape):
             raise QuantizationError(
                 f"the stats of {', '.join(other.layers)} cannot be added to those of {', '.join(self.layers)}: they are"
                 f" of another input; merge stats of the same model and settings"
@@ -107,6 +110,18 @@ class InputStats:
         named = {"mean": mean, "std": variance.sqrt(), "min": low, "max": high}
         return {name: values.tolist() for name, values in named.items()}
 
+    def _demand(self, one: Seen) -> None:
+        found, wanted = (one.rows.shape[1], len(one.absmax)), (self.sums.shape[1], self.absmax.shape[1])
+        if found != wanted:
+            raise QuantizationError(
+                f"the inputs of {', '.join(self.layers)} have {found[0]} columns of {found[1]} channels; those seen"
+                f" before have {wanted[0]} of {wanted[1]}: give samples that the model treats alike"
+            )
+        if not one.moments.isfinite().all():
+            raise QuantizationError(
+                f"the inputs of {', '.join(self.layers)} hold NaN or infinity; leave that sample out"
+            )
+
     def _probe(self, group: int, rows: Tensor) -> None:
         self.probes[group] = torch.cat([self.probes[group], rows])[:PROBES]
 
@@ -116,11 +131,10 @@ class InputStats:
         return (self.sums / self.rows.clamp(min=1)[:, None]).to(torch.float32)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything seen, ready to be stored."""
-        count = torch.tensor([self.second.count])
+        """Everything seen, ready to be stored; not to be changed."""
+        own = dict(zip(OWN, (self.moments, self.absmax, self.sums, self.rows), strict=True))
         probes = {f"probes.{group}": rows for group, rows in enumerate(self.probes)}
-        own = {"moments": self.moments, "absmax": self.absmax, "sums": self.sums, "rows": self.rows, "count": count}
-        return {**own, "second": self.second.matrix, **probes}
+        return {**own, "count": torch.tensor([self.second.count]), "second": self.second.matrix, **probes}
 
     @classmethod
     def of(cls, layers: tuple[str, ...], tensors: Mapping[str, Tensor]) -> InputStats:
@@ -129,13 +143,20 @@ class InputStats:
         Raises:
             QuantizationError: the tensors do not belong together.
         """
-        moments, absmax, second = tensors["moments"], tensors["absmax"], tensors["second"]
-        if moments.shape != (len(absmax), MOMENTS) or second.ndim != 2 or second.shape[0] != second.shape[1]:  # noqa: PLR2004 - a matrix
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        try:
+            groups, channels, columns = len(own["moments"]), own["absmax"].shape[-1], own["second"].shape[-1]
+            result = cls(layers, groups, columns=columns, channels=channels)
+            fit = all(own[name].shape == tensor.shape for name, tensor in result.tensors().items() if "." not in name)
+            result.moments, result.absmax, result.sums, result.rows = (own[name] for name in OWN)
+            result.probes = [own[f"probes.{group}"] for group in range(groups)]
+        except KeyError as error:
+            raise QuantizationError(
+                f"the stored stats of {', '.join(layers)} lack {error.args[0]}; calibrate again"
+            ) from error
+        if not fit or any(rows.shape[1:] != (columns,) for rows in result.probes):
             raise QuantizationError(f"the stored stats of {', '.join(layers)} do not fit together; calibrate again")
-        result = cls(layers, len(moments), columns=0, channels=absmax.shape[1])
-        result.moments, result.absmax, result.sums, result.rows = moments, absmax, tensors["sums"], tensors["rows"]
-        result.probes = [tensors[f"probes.{group}"] for group in range(len(moments))]
-        result.second = SecondMoment.of(second, int(tensors["count"]))
+        result.second = SecondMoment.of(own["second"], int(own["count"]))
         return result
 
 

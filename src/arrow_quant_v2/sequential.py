@@ -69,11 +69,11 @@ class Fitting:
 def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
     """Quantize all planned layers of the walk, block by block, input by input.
 
-    A layer whose inputs no sample gives, or whose H cannot be used, is left as it is: it is not kept, and quantizing
-    it without calibration is the caller's.
+    A layer whose inputs no sample gives, or which are always 0, is left as it is: it is not kept, and quantizing it
+    without calibration is the caller's.
 
     Raises:
-        QuantizationError: a weight or an input is not finite.
+        QuantizationError: a weight or an input is not finite, or the model cannot be called with a sample.
     """
     parts = strata(walk.samples, ask.groups)
     for number, block in enumerate(walk.blocks):

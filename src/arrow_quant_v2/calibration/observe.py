@@ -39,7 +39,7 @@ def strata(samples: Sequence[Sample], groups: TimeGroups) -> Strata:
 
 
 def observe(walk: Walk, block: int, layers: tuple[str, ...], parts: Strata) -> InputStats | None:
-    """The stats of the input that these layers share, or None where no sample gives them any.
+    """The stats of the input that these layers share, or None where no sample gives them any but zeros.
 
     Samples run at the same time, one on each core, and are added up in their order.
 
@@ -60,8 +60,10 @@ def observe(walk: Walk, block: int, layers: tuple[str, ...], parts: Strata) -> I
             [parts.groups[number] for _, number in flat],
             [parts.weights[number] for _, number in flat],
         )
-    return stats
+    return stats if stats is not None and stats.second.matrix.diagonal().any() else None
 
 
 def _seen(walk: Walk, block: int, layers: tuple[str, ...], number: int) -> list[Seen]:
-    return [seen(product, seed=number) for product in walk.watch(block, layers, number).products]
+    """Nothing of products without tokens: experts that a sample does not need are given such."""
+    products = walk.watch(block, layers, number).products
+    return [seen(product, seed=number) for product in products if product.inputs.numel()]

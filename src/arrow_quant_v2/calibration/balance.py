@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.timestep import TimeGroups
 
 SMALLEST = 1e-12
+PRODUCTS = {nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}
 
 
 def balanced(module: nn.Module, samples: Sequence[Sample], count: int) -> TimeGroups:
@@ -30,18 +31,18 @@ def balanced(module: nn.Module, samples: Sequence[Sample], count: int) -> TimeGr
     logs = torch.stack(each_on_one_core(lambda sample: _log_rms(module, sample), samples))  # (samples, layers)
     steps = sorted({sample.timestep for sample in samples})
     own = torch.tensor([steps.index(sample.timestep) for sample in samples])
-    means = torch.stack([logs[own == step].mean(dim=0) for step in range(len(steps))])  # (steps, layers)
-    changes = (means[1:] - means[:-1]).abs().mean(dim=1).tolist()
+    means = torch.stack([logs[own == step].nanmean(dim=0) for step in range(len(steps))])  # (steps, layers)
+    changes = (means[1:] - means[:-1]).abs().nanmean(dim=1).nan_to_num(nan=0.0).tolist()
     return balanced_groups(steps, [*changes, 0.0], count)
 
 
 def _log_rms(module: nn.Module, sample: Sample) -> Tensor:
-    """(layers,): log of the root mean square of what each layer is given in one call; 0 where it is not called."""
+    """(layers,): log of the root mean square of what each layer is given in one call; NaN where it is not called."""
     layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     watch = _Ranges({part.weight.data_ptr(): number for number, part in enumerate(layers)})
     with torch.no_grad(), watch:
         module(*sample.arguments, **sample.keywords)
-    return torch.tensor([watch.found.get(number, 0.0) for number in range(len(layers))])
+    return torch.tensor([watch.found.get(number, torch.nan) for number in range(len(layers))])
 
 
 class _Ranges(torch.overrides.TorchFunctionMode):
@@ -52,8 +53,12 @@ class _Ranges(torch.overrides.TorchFunctionMode):
         self.numbers, self.found = numbers, dict[int, float]()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
-        if func in {nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}:
-            number = self.numbers.get(args[1].data_ptr())
-            if number is not None:
-                self.found[number] = float(args[0].square().mean().clamp(min=SMALLEST).log() / 2.0)
+        if func in PRODUCTS:
+            self._note(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _note(self, input: Tensor, weight: Tensor, *_: object, **__: object) -> None:  # noqa: A002 - torch's name
+        number = self.numbers.get(weight.data_ptr())
+        if number is not None and input.numel():
+            squares = input.to(torch.float32).square()
+            self.found[number] = float(squares.mean().clamp(min=SMALLEST).log() / 2.0)

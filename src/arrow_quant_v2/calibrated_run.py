@@ -104,7 +104,11 @@ def _fitting(
     return Fitting(
         plans={module: by_name[name] for module, name in module_names.items()},
         groups=run.prepared.groups,
-        freedom=Freedom(equalize=run.config.enable_spatial and run.modality in {"image", "audio"}),
+        freedom=Freedom(
+            rotate=run.config.enable_rotation,
+            equalize=run.config.enable_spatial and run.modality in {"image", "audio"},
+            refits=run.config.refits,
+        ),
         time_aware=run.config.enable_time_aware,
         shown=f"{len(run.prepared.samples.calls)} samples of {origin}",
         values=lambda plan: _values(run.source, plan),

@@ -120,6 +120,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_calibration    look at what goes into the layers; False: from the weights alone
     calibration_data      a file of texts, token ids, prompts or inputs; None: the model's own trajectory
     mask_token            id of the token that hides another one; None: the tokenizer or config.json tells
+    enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
+    refits                how often the grid of a group is fitted again to the codes it got
     seed                  of every random choice of calibration
     device                where calibration computes: "cpu" or "cuda"
     time_groups           "uniform": equally many steps in each; "balanced": an equal share of the stats' change
@@ -153,6 +155,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         default=None, description="the path of a calibration file, or None for the model's own trajectory"
     )
     mask_token: int | None = Field(default=None, ge=0, description="the id of a token, 0 or more, or None")
+    enable_rotation: bool = Field(default=True, description="True or False")
+    refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     device: Device = Field(default="cpu", description="cpu or cuda")
     time_groups: Grouping = Field(default="uniform", description="uniform or balanced")

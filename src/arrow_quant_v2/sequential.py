@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.calibration.stats import InputStats
-    from arrow_quant_v2.decisions import Decision
+    from arrow_quant_v2.decisions import Decision, Kind
     from arrow_quant_v2.packed import PackedTensor, WeightError
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.quantizers.calibrated import Fitted
@@ -106,10 +106,29 @@ def _fit(walk: Walk, stats: InputStats, layers: Sequence[str], ask: Fitting) -> 
     """Fit the layers that share one input, put the result into the model, and hand it on."""
     weights = [_weight(ask.plans[layer], ask) for layer in layers]
     sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
-    fitted = fit_together(weights, sight, ask.freedom)
+    fitted, trouble = _spatial_or_per_channel(weights, sight, ask.freedom)
     for layer, weight, one in zip(layers, weights, fitted, strict=True):
         _put(walk.parameters[layer], weight.values - one.left)
-        ask.keep(_layer(ask.plans[layer], weight, one, stats, ask))
+        ask.keep(_layer(ask.plans[layer], weight, one, stats, ask, trouble=trouble))
+
+
+def _spatial_or_per_channel(
+    weights: Sequence[Weight], sight: Sight, freedom: Freedom
+) -> tuple[list[Fitted], tuple[str, ...]]:
+    """The fit; where equalization fails, one without it and with one group per row, and what failed."""
+    if not freedom.equalize:
+        return fit_together(weights, sight, freedom), ()
+    try:
+        return fit_together(weights, sight, freedom), ()
+    except QuantizationError as error:
+        plain = [_per_channel(weight) for weight in weights]
+        fitted = fit_together(plain, sight, replace(freedom, equalize=False))
+        return fitted, (f"spatial quantization failed ({error}), so per channel",)
+
+
+def _per_channel(weight: Weight) -> Weight:
+    """The same weight, asked for one group per row."""
+    return replace(weight, layout=replace(weight.layout, group_size=None), spec=replace(weight.spec, group_size=None))
 
 
 def _weight(plan: LayerPlan, ask: Fitting) -> Weight:
@@ -118,25 +137,34 @@ def _weight(plan: LayerPlan, ask: Fitting) -> Weight:
     return Weight(values=ask.values(plan), info=plan.tensor, layout=plan.layout, spec=plan.spec)
 
 
-def _layer(plan: LayerPlan, weight: Weight, fitted: Fitted, stats: InputStats, ask: Fitting) -> CalibratedLayer:
+def _layer(
+    plan: LayerPlan, weight: Weight, fitted: Fitted, stats: InputStats, ask: Fitting, *, trouble: tuple[str, ...]
+) -> CalibratedLayer:
     errors = tuple(output_error(fitted.left, weight.values, stats.probes))
     spread = stats.spread()
-    ranges = TimeAwareQuantizer(ask.groups).parameters(spread["min"], spread["max"]) if ask.time_aware else None
+    ranges: tuple[TimeGroupParameters, ...] | None = None
+    try:
+        ranges = TimeAwareQuantizer(ask.groups).parameters(spread["min"], spread["max"]) if ask.time_aware else None
+    except QuantizationError as error:
+        trouble = (*trouble, f"time-aware quantization failed ({error}), so no activation ranges are stored")
     return CalibratedLayer(
         plan=plan,
         packed=fitted.packed,
         error=fitted.error,
-        decision=_decision(plan, fitted, errors, ask.shown),
+        decision=_decision(plan, fitted, errors, trouble, ask.shown),
         output_error=errors,
         activations=ranges,
         spread=spread,
     )
 
 
-def _decision(plan: LayerPlan, fitted: Fitted, errors: Sequence[float], shown: str) -> Decision:
-    """What the plan said, and what calibration adds to it."""
+def _decision(
+    plan: LayerPlan, fitted: Fitted, errors: Sequence[float], trouble: tuple[str, ...], shown: str
+) -> Decision:
+    """What the plan said, and what calibration adds to it; a fallback where a part of the strategy failed."""
     known = [error for error in errors if error == error]  # noqa: PLR0124 - not NaN
     basis = f", {fitted.basis}" if str(fitted.basis) else ""
     mean = sum(known) / max(1, len(known))
     because = f"{plan.decision.because}, calibrated on {shown}{basis}, output error {mean:.2g}"
-    return replace(plan.decision, because=because)
+    kind: Kind = "fallback" if trouble else plan.decision.kind
+    return replace(plan.decision, kind=kind, because="; ".join((because, *trouble)))

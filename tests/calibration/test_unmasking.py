@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from text_models import ids_of, opened, same_calls, small_module
+from text_models import opened, same_calls, small_module
 
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.tokens import vocabulary_of
@@ -16,25 +16,40 @@ from arrow_quant_v2.calibration.unmasking import _schedule, generate, own_trajec
 from arrow_quant_v2.errors import QuantizationError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from arrow_quant_v2.calibration.sample import Sample
 
 MASK = 4
 
 
+def rows_of(calls: Sequence[Sample]) -> list[torch.Tensor]:
+    """Every sequence (length,) of all calls."""
+    return [ids for call in calls for ids in call.keywords["input_ids"]]  # type: ignore[attr-defined]
+
+
+def hidden_part(ids: torch.Tensor) -> float:
+    return float((ids == MASK).sum() / len(ids))
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 32])
 def test_times_are_stratified(masked: Runnable, count: int) -> None:
-    calls = own_trajectory(masked, count, seed=1, length=40)
-    assert len(calls) == count
-    for i, time in enumerate(sorted(call.timestep for call in calls)):
+    rows = rows_of(own_trajectory(masked, count, seed=1, length=40))
+    assert len(rows) == count
+    for i, time in enumerate(sorted(hidden_part(ids) for ids in rows)):
         # up to one token more than the time asked for, and never the special tokens
         assert i / count * 0.9 < time <= (i + 1) / count + 1 / 20
 
 
-def test_the_timestep_is_the_masked_fraction(masked: Runnable) -> None:
-    for call in own_trajectory(masked, 12, seed=1, length=40):
-        ids = ids_of(call)
-        assert call.timestep == (ids == MASK).sum() / len(ids)
-        assert 20 <= len(ids) <= 40
+def test_the_timestep_is_the_masked_fraction_of_what_is_shown_together(masked: Runnable) -> None:
+    calls = own_trajectory(masked, 64, seed=1, length=40)
+    assert 16 <= len(calls) < 64 <= len(rows_of(calls))
+    for call in calls:
+        parts = [hidden_part(ids) for ids in rows_of([call])]
+        assert call.timestep == pytest.approx(sum(parts) / len(parts), abs=1e-6)
+        assert max(parts) - min(parts) < 0.5
+        assert 20 <= call.keywords["input_ids"].shape[1] <= 40  # type: ignore[attr-defined]
         assert call.keywords["attention_mask"].shape == call.keywords["input_ids"].shape  # type: ignore[attr-defined]
 
 
@@ -42,8 +57,8 @@ def test_special_tokens_stand_around_a_sequence_and_never_inside(masked: Runnabl
     vocabulary = vocabulary_of(masked)
     assert (vocabulary.before, vocabulary.after) == ((2,), (3,))
     assert {0, 1, 2, 3, 4} < vocabulary.special  # and the rows of the embedding that no token has
-    for call in own_trajectory(masked, 12, seed=1, length=40):
-        ids = ids_of(call).tolist()
+    for row in rows_of(own_trajectory(masked, 12, seed=1, length=40)):
+        ids = row.tolist()
         assert (ids[0], ids[-1]) == (2, 3)
         assert not set(ids[1:-1]) & (vocabulary.special - {MASK})
 
@@ -96,18 +111,18 @@ def test_the_same_seed_gives_the_same_samples_and_another_gives_others(bare: Run
 
 def test_samples_carry_no_gradients(bare: Runnable) -> None:
     call = own_trajectory(bare, 1, seed=5, length=40)[0]
-    assert not ids_of(call).is_inference()
+    assert not rows_of([call])[0].is_inference()
     assert bare.module(**call.keywords).logits.requires_grad is False
 
 
 def test_a_length_is_cut_to_what_the_model_can_read(masked: Runnable) -> None:
-    assert max(len(ids_of(call)) for call in own_trajectory(masked, 8, seed=0, length=500)) <= 64
+    assert max(len(ids) for ids in rows_of(own_trajectory(masked, 8, seed=0, length=500))) <= 64
 
 
 @pytest.mark.parametrize(("steps", "length"), [(1, 40), (2, 40), (50, 8), (16, 1), (16, 3)])
 def test_any_number_of_steps_and_tokens_will_do(masked: Runnable, steps: int, length: int) -> None:
     calls = own_trajectory(masked, 9, seed=0, steps=steps, length=length)
-    assert len(calls) == 9
+    assert len(rows_of(calls)) == 9
     assert all(0 < call.timestep <= 1 for call in calls)
 
 
@@ -157,7 +172,7 @@ def test_a_model_that_gives_no_logits_is_a_clear_error(result: Any, message: str
 
 def test_plain_tensors_and_tuples_are_logits_too() -> None:
     for result in (lambda ids: torch.zeros(*ids.shape, 40), lambda ids: (torch.zeros(*ids.shape, 40), None)):
-        assert len(own_trajectory(failing(result), 2, seed=0, length=8)) == 2
+        assert len(rows_of(own_trajectory(failing(result), 2, seed=0, length=8))) == 2
 
 
 def test_without_a_mask_token_there_is_no_trajectory(encoder: Runnable) -> None:

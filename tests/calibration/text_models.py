@@ -78,7 +78,13 @@ def ids_of(call: Sample) -> torch.Tensor:
 
 def same_calls(first: Iterable[Sample], second: Iterable[Sample]) -> bool:
     pairs = list(zip(first, second, strict=True))
-    return all(torch.equal(ids_of(a), ids_of(b)) and a.timestep == b.timestep for a, b in pairs)
+    return all(torch.equal(_ids(a), _ids(b)) and a.timestep == b.timestep for a, b in pairs)
+
+
+def _ids(call: Sample) -> torch.Tensor:
+    ids = call.keywords["input_ids"]
+    assert isinstance(ids, torch.Tensor)
+    return ids
 
 
 class Denoiser(torch.nn.Module):

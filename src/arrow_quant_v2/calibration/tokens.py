@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,13 @@ from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.errors import QuantizationError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from arrow_quant_v2.calibration.runnable import Runnable
 
 LENGTH = 128  # tokens of a sequence that is made, where nothing is said
+LENGTHS = 8  # different ones, at most, among sequences that are made
+TOGETHER = 4  # sequences in one call
 PROBE = "a"  # any text: only what the tokenizer puts around it is looked at
 UNLIMITED = 10**9  # tokenizers without a limit state one of 30 digits
 
@@ -77,10 +82,14 @@ def vocabulary_of(runnable: Runnable) -> Vocabulary:
 
 
 def spread_lengths(vocabulary: Vocabulary, count: int, length: int | None, draw: torch.Generator) -> list[int]:
-    """Tokens between the special ones in `count` sequences: stratified from half of what fits `length` to all of it."""
+    """Tokens between the special ones in `count` sequences: stratified from half of what fits `length` to all of it.
+
+    There are few different lengths, so that sequences can be shown together.
+    """
     whole = min(length or LENGTH, vocabulary.context or LENGTH)
     longest = max(1, whole - vocabulary.around)
-    return [max(1, round(longest * (1 + part) / 2)) for part in chance.stratified(count, draw)]
+    parts = chance.stratified(min(count, LENGTHS), draw)
+    return [max(1, round(longest * (1 + parts[i % len(parts)]) / 2)) for i in range(count)]
 
 
 def mean_length(runnable: Runnable, length: int | None) -> int:
@@ -112,6 +121,21 @@ def _context(config: Any, tokenizer: Any) -> int | None:
 def shown(module: torch.nn.Module, ids: torch.Tensor, timestep: float) -> Sample:
     """The call that shows one sequence of `ids` (length,) to the model, alone and without padding."""
     return Sample(keywords=keywords(module, ids[None]), timestep=timestep)
+
+
+def shown_together(
+    module: torch.nn.Module, sequences: Sequence[torch.Tensor], times: Sequence[float]
+) -> tuple[Sample, ...]:
+    """Calls that show up to TOGETHER sequences of one length and of neighbouring times; their timestep is the mean."""
+    ranked = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), times[i], i))
+    calls = []
+    for _, group in groupby(ranked, key=lambda i: len(sequences[i])):
+        members = list(group)
+        for start in range(0, len(members), TOGETHER):
+            here = members[start : start + TOGETHER]
+            rows = torch.stack([sequences[i] for i in here])
+            calls.append(Sample(keywords=keywords(module, rows), timestep=sum(times[i] for i in here) / len(here)))
+    return tuple(calls)
 
 
 def keywords(module: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:

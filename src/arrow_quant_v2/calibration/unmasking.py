@@ -17,7 +17,7 @@ import torch
 
 from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.masked_text import hidden_count, masked_fraction, masked_states
-from arrow_quant_v2.calibration.tokens import keywords, shown, spread_lengths, vocabulary_of
+from arrow_quant_v2.calibration.tokens import keywords, shown_together, spread_lengths, vocabulary_of
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import QuantizationError
 
@@ -56,7 +56,9 @@ class _Model:
 def own_trajectory(
     runnable: Runnable, count: int, seed: int, *, steps: int = STEPS, length: int | None = None
 ) -> tuple[Sample, ...]:
-    """`count` samples in random order: a quarter on-policy states, the others finished sequences masked again.
+    """Calls with `count` states together, in random order: a quarter on-policy, the others masked again.
+
+    A call shows up to four states of one length and of nearly one time, and its timestep is their mean.
 
     Times are stratified over (0, 1]; of every four neighbouring strata one is on-policy. Each of the ceil(count / 4)
     sequences is used four times. Lengths go from half of `length` to all of it.
@@ -72,8 +74,8 @@ def own_trajectory(
     states, finished = generate(runnable, [times[i] for i in here], seed, steps=steps, length=length)
     others = [finished[-1 - i % len(finished)] for i in range(len(again))]
     states += masked_states(others, again, mask=model.mask, special=model.vocabulary.special, draw=draw)
-    picked = (states[i] for i in chance.shuffled(count, draw))
-    return tuple(shown(model.module, ids, masked_fraction(ids, model.mask)) for ids in picked)
+    calls = shown_together(model.module, states, [masked_fraction(ids, model.mask) for ids in states])
+    return tuple(calls[i] for i in chance.shuffled(len(calls), draw))
 
 
 def generate(

@@ -41,7 +41,7 @@ class Kept:
 
     def __init__(self, folder: Path | None = None) -> None:
         """Files, where there are any, go into a folder inside this one; None: where the system keeps such things."""
-        self._outputs: dict[tuple[int, ...], Any] = {}
+        self._outputs: dict[tuple[int, ...], tuple[Any, int]] = {}  # and the bytes that count as memory
         self._inside = folder
         self._lock = threading.Lock()
         self._files: tempfile.TemporaryDirectory[str] | None = None
@@ -56,13 +56,13 @@ class Kept:
         copied = pytree.tree_map(_copied, outputs)
         size = _bytes_of(copied)
         with self._lock:
-            self._forget(self._outputs.pop(key, None))
-            fits = self._in_memory + size <= IN_MEMORY
-            self._in_memory += size if fits else 0
-            folder = None if fits else self._folder()
+            self._in_memory -= _forgotten(*self._outputs.pop(key, (None, 0)))
+            folder = self._folder() if self._in_memory + size > IN_MEMORY else None
+            counted = size if folder is None else 0
+            self._in_memory += counted
         if folder is not None:
             copied = pytree.tree_map(lambda leaf: _filed(leaf, folder), copied)
-        self._outputs[key] = copied
+        self._outputs[key] = copied, counted
 
     def take(self, key: tuple[int, ...]) -> Any:
         """The outputs with tensors of their own: models may write into what a block gave.
@@ -70,7 +70,7 @@ class Kept:
         Raises:
             KeyError: nothing was kept.
         """
-        return pytree.tree_map(_copied, self._outputs[key])
+        return pytree.tree_map(_copied, self._outputs[key][0])
 
     def close(self) -> None:
         """Forget everything, and remove the files."""
@@ -85,12 +85,13 @@ class Kept:
             self._files = tempfile.TemporaryDirectory(prefix="arrow-quant-", dir=self._inside)
         return self._files.name
 
-    def _forget(self, outputs: Any) -> None:
-        for leaf in pytree.tree_leaves(outputs):
-            if isinstance(leaf, Filed):
-                leaf.path.unlink()
-        if not any(isinstance(leaf, Filed) for leaf in pytree.tree_leaves(outputs)):
-            self._in_memory -= _bytes_of(outputs)
+
+def _forgotten(outputs: Any, counted: int) -> int:
+    """The memory that is free once their files are removed."""
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Filed):
+            leaf.path.unlink()
+    return counted
 
 
 def _copied(leaf: Any) -> Any:
@@ -100,13 +101,18 @@ def _copied(leaf: Any) -> Any:
 
 
 def _bytes_of(outputs: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if _is_plain(leaf))
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether it can lie in a file."""
+    strided = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+    return strided and leaf.device.type == "cpu" and not leaf.requires_grad
 
 
 def _filed(leaf: Any, folder: str) -> Any:
     """A clone's memory has no gaps, whatever its strides; what is no such tensor stays where it is."""
-    plain = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and leaf.device.type == "cpu"
-    if not plain or leaf.requires_grad or leaf.nbytes < WORTH_A_FILE:
+    if not _is_plain(leaf) or leaf.nbytes < WORTH_A_FILE:
         return leaf
     try:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:

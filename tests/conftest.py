@@ -24,7 +24,7 @@ from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
 from arrow_quant_v2.cli import main
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,14 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], 
         return Quantized(original, out, ArrowQuantV2().quantize_diffusion_model(original, out, config))
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _from_the_weights_alone() -> Iterator[None]:
+    """Few folders that tests make hold a model that runs; tests of calibration ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARROW_QUANT_ENABLE_CALIBRATION", "false")
+        yield
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ import arrow_quant_v2
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(arrow_quant_v2.__file__).parents[1])}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(arrow_quant_v2.__file__).parents[1]),
+    "ARROW_QUANT_ENABLE_CALIBRATION": "false",  # few folders here hold a model that runs
+}
 
 
 @dataclass(frozen=True)

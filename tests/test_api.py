@@ -469,7 +469,7 @@ def test_what_is_no_weight_is_refused_by_name(tensor: object, message: str) -> N
         ({"bits": 3}, "bits is 3; allowed: 2, 4 or 8"),
         ({"granularity": "row"}, "granularity is 'row'; allowed: tensor, channel, group"),
         ({"group_size": 12}, "group_size is 12; allowed: a multiple of 8"),
-        ({"method": "gptq"}, "method is 'gptq'; allowed: clip, rtn or r2q"),
+        ({"method": "gptq"}, "method is 'gptq'; allowed: rtn, clip, r2q"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_any_tensor(settings: dict[str, object], message: str) -> None:

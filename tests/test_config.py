@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arrow_quant_v2.config import MODALITIES, PROFILES, DiffusionQuantConfig, LayerSpec
+from arrow_quant_v2.config import METHODS, MODALITIES, PROFILES, DiffusionQuantConfig, LayerSpec
 from arrow_quant_v2.errors import ConfigurationError
 
+DEVICES, GROUPINGS = ("cpu", "cuda"), ("uniform", "balanced")
 DEFAULTS = {
     "bit_width": 4,
     "modality": None,
@@ -25,7 +26,13 @@ DEFAULTS = {
     "calibration_samples": 128,
     "deployment_profile": "local",
     "fail_fast": False,
-    "method": "clip",
+    "method": None,
+    "enable_calibration": True,
+    "calibration_data": None,
+    "mask_token": None,
+    "seed": 0,
+    "device": "cpu",
+    "time_groups": "uniform",
     "symmetric": False,
     "component": None,
     "max_memory": None,
@@ -44,7 +51,13 @@ WRONG: list[tuple[str, Any]] = [
     *[("calibration_samples", value) for value in (0, 1_000_001, 1.5, False)],
     *[("deployment_profile", value) for value in ("laptop", "EDGE", None, 3, ["edge"])],
     ("fail_fast", "no"),
-    *[("method", value) for value in ("gguf", "", None, 2)],
+    *[("method", value) for value in ("gguf", "", "GPTQ", 2)],
+    *[("enable_calibration", value) for value in (1, "yes", None)],
+    *[("calibration_data", value) for value in ("", 3, Path("texts.jsonl"))],
+    *[("mask_token", value) for value in (-1, 4.0, "[MASK]", True)],
+    *[("seed", value) for value in (-1, 2**63, 0.5, "1", True, None)],
+    *[("device", value) for value in ("gpu", "cuda:1", "", None)],
+    *[("time_groups", value) for value in ("even", 5, None)],
     ("symmetric", 0),
     *[("component", value) for value in ("", ".", "..", "../unet", "a/b", "a\\b", "a\0b", 5)],
     *[("max_memory", value) for value in (0, -1, 2**28 - 1, "255MiB", "4", "GB", "4XB", "-4GB", "", 1e9, True)],
@@ -105,7 +118,7 @@ def test_it_is_frozen_hashable_and_survives_pickling() -> None:
 def test_replace_checks_and_ignores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     config = DiffusionQuantConfig(threads=2)
     monkeypatch.setenv("ARROW_QUANT_METHOD", "rtn")
-    assert config.replace(bit_width=8) == DiffusionQuantConfig(bit_width=8, threads=2, method="clip")
+    assert config.replace(bit_width=8) == DiffusionQuantConfig(bit_width=8, threads=2, method=None)
     assert refused(config.replace, bit_width=3).startswith("bit_width is 3")
 
 
@@ -189,7 +202,16 @@ def test_profile_beats_default_whoever_names_it(monkeypatch: pytest.MonkeyPatch)
         ("MAX_MEMORY", "4GB", 4 * 10**9),
         ("MAX_MEMORY", "4000000000", 4 * 10**9),
         ("KEEP", "*.bias, lm_head.*,", ("*.bias", "lm_head.*")),
-        ("METHOD", "", "clip"),
+        ("METHOD", "", None),
+        ("METHOD", "none", None),
+        ("METHOD", "gptq", "gptq"),
+        ("ENABLE_CALIBRATION", "off", False),
+        ("CALIBRATION_DATA", "7", "7"),
+        ("CALIBRATION_DATA", "none", None),
+        ("MASK_TOKEN", "4", 4),
+        ("SEED", "7", 7),
+        ("DEVICE", "cuda", "cuda"),
+        ("TIME_GROUPS", "balanced", "balanced"),
     ],
 )
 def test_environment_text_becomes_the_settings_type(
@@ -327,7 +349,8 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
     assert config.to_yaml(tmp_path / "c.yaml") == (
         "bit_width: 2\nmodality: null\nnum_time_groups: 5\ngroup_size: null\nenable_time_aware: true\n"
         "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\ndeployment_profile: edge\n"
-        "fail_fast: false\nmethod: clip\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
+        "fail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\nmask_token: null\nseed: 0\n"
+        "device: cpu\ntime_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
     )
     assert DiffusionQuantConfig.from_yaml(str(tmp_path / "c.yaml")) == config
@@ -346,7 +369,13 @@ configs = st.builds(
     calibration_samples=st.integers(1, 1_000_000),
     deployment_profile=st.sampled_from(list(PROFILES)),
     fail_fast=st.booleans(),
-    method=st.sampled_from(["clip", "rtn"]),
+    method=st.sampled_from([None, *METHODS]),
+    enable_calibration=st.booleans(),
+    calibration_data=st.none() | names,
+    mask_token=st.none() | st.integers(0, 10**6),
+    seed=st.integers(0, 2**63 - 1),
+    device=st.sampled_from(DEVICES),
+    time_groups=st.sampled_from(GROUPINGS),
     symmetric=st.booleans(),
     component=st.none() | names.filter(lambda n: n not in {".", ".."} and not set(n) & set("/\\\0")),
     max_memory=st.none() | st.integers(2**28, 2**60),
@@ -375,9 +404,16 @@ def test_identity_is_json_of_stable_order(config: DiffusionQuantConfig) -> None:
 def test_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
     config = DiffusionQuantConfig(keep=("b", "a"))
     same = config.replace(threads=3, max_memory="1GB", fail_fast=True, deployment_profile="edge", keep=("a", "b", "a"))
-    assert same.identity() == config.identity()
-    assert set(config.identity()) == set(DEFAULTS) - {"threads", "max_memory", "fail_fast", "deployment_profile"}
-    assert config.replace(component="unet").identity() != config.identity()
+    assert same.replace(device="cuda").identity() == config.identity()
+    assert set(config.identity()) == set(DEFAULTS) - {
+        "threads",
+        "max_memory",
+        "fail_fast",
+        "deployment_profile",
+        "device",
+    }
+    for change in ({"component": "unet"}, {"seed": 1}, {"enable_calibration": False}, {"mask_token": 4}):
+        assert config.replace(**change).identity() != config.identity()
 
 
 # One tensor

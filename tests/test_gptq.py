@@ -20,9 +20,9 @@ from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 from arrow_quant_v2.kernels import cpu, ops
 from arrow_quant_v2.one_tensor import dequantize_tensor, quantize_tensor
-from arrow_quant_v2.quantizers import gptq_core
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq import gptq
+from arrow_quant_v2.quantizers.gptq_affine import AffineGrid
 from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
 from arrow_quant_v2.quantizers.gptq_factor import Factor, factorize, group_aware_order, to_upper_root
 from arrow_quant_v2.quantizers.result import joined
@@ -183,17 +183,16 @@ def test_it_is_the_loop_of_the_paper(seen: Tensor, group_size: int | None, monke
     hessian = seen[:, :300].T @ seen[:, :300]
     weight, factor = normal(24, 300), factorize(hessian, group_size)
     scale, zero = torch.full((24, 1), 0.012), torch.full((24, 1), 8.0)
-    grid = gptq_core.Grid(
+    grid = AffineGrid(
         scales=torch.ones(24, 1, dtype=torch.uint8),
         zero_points=torch.ones(24, 1, dtype=torch.uint8),
         scale=scale,
         inverse=1.0 / scale,
         zero=zero,
     )
-    monkeypatch.setattr(gptq_core, "stored_grid", lambda *_: grid)
-    ours = calibrated_rows(weight, factor, Ask(bits=4, symmetric=False, stretches=(1.0,), refits=0)).values[
-        :, factor.order.argsort()
-    ]
+    monkeypatch.setattr(AffineGrid, "fitted", lambda *_: grid)
+    ask = Ask(grid="affine", bits=4, symmetric=False, stretches=(1.0,), refits=0)
+    ours = calibrated_rows(weight, factor, ask).values[:, factor.order.argsort()]
     upper = torch.linalg.cholesky(torch.linalg.inv(damped(hessian, factor)), upper=True)
     paper = paper_loop(weight[:, factor.order], upper, scale[:, 0].double(), zero[:, 0].double(), 15)
     back = factor.order.argsort()
@@ -238,7 +237,7 @@ def test_what_is_stored_means_what_was_chosen(rows: int, group_size: int | None,
     weight, x = normal(rows, 150), inputs(400, 150)
     calibrator = observed(x, bits, group_size=group_size, symmetric=symmetric)
     packed = calibrator.calibrate(weight)
-    ask = Ask(bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
+    ask = Ask(grid="affine", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
     chosen = calibrated_rows(weight, calibrator.factor, ask).values
     assert torch.equal(dequantize_tensor(packed)[:, calibrator.factor.order], chosen)
     assert output_error(weight, dequantize_tensor(packed), calibrator.hessian) < {2: 0.2, 4: 0.02, 8: 1e-3}[bits]

@@ -28,8 +28,8 @@ def same(one: QuantizedRows, other: QuantizedRows) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
 
 
-def test_every_method_that_may_be_asked_for_is_in_the_table() -> None:
-    assert set(QUANTIZERS) == set(METHODS)
+def test_every_method_that_may_be_asked_for_is_in_the_table_but_the_one_that_needs_inputs() -> None:
+    assert set(QUANTIZERS) == set(METHODS) - {"gptq"}
 
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
@@ -39,7 +39,7 @@ def test_an_unknown_method_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_rows_do_not_depend_on_their_neighbours(method: str, bits: int, symmetric: bool) -> None:
     weight = normal(24, 50)
     whole = quantized(weight, method, bits, symmetric=symmetric)

@@ -15,6 +15,7 @@ from arrow_quant_v2.errors import ConfigurationError, ValidationError
 from arrow_quant_v2.export import export_model
 from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
 from arrow_quant_v2.orchestrator import Job, quantize_model
+from arrow_quant_v2.quantizers import quantizer
 from arrow_quant_v2.results import diagnosis_result, inspection_result, quantization_result, validation_result
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import open_model
@@ -228,6 +229,7 @@ class ArrowQuantizer:
             raise ConfigurationError(f"granularity is {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
         size = group_size if granularity == "group" else None
         self.spec = LayerSpec(bits=bits, group_size=size, method=method, symmetric=symmetric)
+        quantizer(method)  # one that must see inputs is refused here already
         self.granularity = granularity
 
     def quantize(self, tensor: torch.Tensor, name: str = "tensor") -> PackedTensor:

@@ -313,7 +313,7 @@ def test_a_size_that_no_config_names_is_named(found: Callable[[str], Found]) -> 
 
 
 def test_a_module_that_takes_no_noisy_sample_is_refused(found: Callable[[str], Found]) -> None:
-    module = torch.nn.Linear(2, 2)
+    module = torch.nn.utils.skip_init(torch.nn.Linear, 2, 2)
     module.config = {"in_channels": 2}
     with pytest.raises(QuantizationError, match=r"none of these arguments is the noisy sample"):
         trajectory(replace(found("ddpm").runnable, module=module), Asked())

@@ -196,6 +196,7 @@ facts = st.fixed_dictionaries(
         "method": st.none() | st.sampled_from(["rtn", "gptq"]),
         "cosine_similarity": st.none() | st.floats(-1, 1),
         "mse": st.none() | st.floats(0, 1),
+        "output_error": st.none() | st.lists(st.floats(0, 1, width=32), max_size=3),
         "modality": st.none() | st.sampled_from(["text", "image"]),
         "is_diffusion_model": st.booleans(),
         "time_aware_quant": st.none() | st.just(TIME_AWARE),

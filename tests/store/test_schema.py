@@ -27,6 +27,7 @@ PROMISED = {
     "bits_per_weight": "double",
     "cosine_similarity": "double",
     "mse": "double",
+    "output_error": "list<item: float>",
     "decision": "string",
     "checksum": "uint32",
     "source_checksum": "uint32",
@@ -36,8 +37,9 @@ PROMISED = {
 }
 NULLABLE = {
     "scales", "zero_points", "row_scales", "quant_axis", "group_size", "symmetric", "grid", "rotation", "modality",
-    "method", "cosine_similarity", "mse", "time_aware_quant", "spatial_quant", "activation_stats",
+    "method", "cosine_similarity", "mse", "output_error", "time_aware_quant", "spatial_quant", "activation_stats",
 }  # fmt: skip
+NEW = {"grid", "rotation", "output_error"}
 
 
 def test_the_columns_of_schema_2_1_are_frozen() -> None:
@@ -101,8 +103,8 @@ def test_our_versions_pass(version) -> None:
     assert schema.check_version("x", metadata(schema.version_text(version))) == version
 
 
-def test_the_columns_of_schema_2_0_are_those_of_2_1_but_two() -> None:
-    assert set(schema.columns_of((2, 1))) - set(schema.columns_of((2, 0))) == {"grid", "rotation"}
+def test_the_columns_of_schema_2_0_are_those_of_2_1_but_three() -> None:
+    assert set(schema.columns_of((2, 1))) - set(schema.columns_of((2, 0))) == NEW
     assert schema.columns_of((2, 1)) == tuple(schema.SCHEMA.names)
 
 
@@ -118,7 +120,7 @@ def test_a_missing_column_is_named() -> None:
 
 
 def test_a_column_that_came_later_may_be_absent_from_an_older_file() -> None:
-    schema.check_columns("x", [name for name in schema.SCHEMA.names if name not in {"grid", "rotation"}], (2, 0))
+    schema.check_columns("x", [name for name in schema.SCHEMA.names if name not in NEW], (2, 0))
 
 
 def test_structs_may_be_absent_and_strangers_present() -> None:

@@ -219,6 +219,7 @@ def _record(one: LayerEntry, payload: Payload) -> LayerRecord:
         method=one.method,
         cosine_similarity=one.cosine_similarity,
         mse=one.mse,
+        output_error=one.output_error,
         modality=one.modality,
         is_diffusion_model=one.is_diffusion_model,
         time_aware_quant=one.time_aware_quant,

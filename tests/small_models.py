@@ -68,10 +68,10 @@ def run_python(code: str, *arguments: object, timeout: float = 120, **environmen
     return Run(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def run_command(*arguments: object, cwd: Path | None = None, **environment: str) -> Run:
+def run_command(*arguments: object, cwd: Path | None = None, timeout: float = 120, **environment: str) -> Run:
     """`arrow-quant` as a process of its own."""
     command = [sys.executable, "-m", "arrow_quant_v2", *map(str, arguments)]
     done = subprocess.run(
-        command, env=ENVIRONMENT | environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=120
+        command, env=ENVIRONMENT | environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout
     )
     return Run(code=done.returncode, out=done.stdout, err=done.stderr)

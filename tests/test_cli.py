@@ -108,8 +108,9 @@ def test_doctor_shows_every_layer_and_the_verdicts(model: Path, arrow_quant: Com
         "int2", "2.500", "g64 clip as asked, the last group of a row has 32 columns"
     ]  # fmt: skip
     assert (done.code, done.err) == (0, "")
-    size, memory, disk = rows[24:]
+    size, calibration, memory, disk = rows[24:]
     assert size.startswith("text: 0.30 MB become 0.")
+    assert calibration == "calibration: from the weights alone: calibration is switched off"
     assert memory.startswith("memory: ")
     assert memory.endswith("MB there: fits")
     assert disk.endswith("MB there: fits")

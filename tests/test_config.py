@@ -24,6 +24,7 @@ DEFAULTS = {
     "enable_spatial": True,
     "min_accuracy": 0.85,
     "calibration_samples": 128,
+    "calibration_tokens": 32_768,
     "deployment_profile": "local",
     "fail_fast": False,
     "method": None,
@@ -49,6 +50,7 @@ WRONG: list[tuple[str, Any]] = [
     ("enable_spatial", 1),
     *[("min_accuracy", value) for value in (-0.01, 1.01, float("nan"), float("inf"), "0.9", True, None)],
     *[("calibration_samples", value) for value in (0, 1_000_001, 1.5, False)],
+    *[("calibration_tokens", value) for value in (-1, 10**9 + 1, 1.5, True)],
     *[("deployment_profile", value) for value in ("laptop", "EDGE", None, 3, ["edge"])],
     ("fail_fast", "no"),
     *[("method", value) for value in ("gguf", "", "GPTQ", 2)],
@@ -348,7 +350,8 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
     config = DiffusionQuantConfig.from_profile("edge", group_size=None, keep=("*.bias",), max_memory="4GB")
     assert config.to_yaml(tmp_path / "c.yaml") == (
         "bit_width: 2\nmodality: null\nnum_time_groups: 5\ngroup_size: null\nenable_time_aware: true\n"
-        "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\ndeployment_profile: edge\n"
+        "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\n"
+        "calibration_tokens: 32768\ndeployment_profile: edge\n"
         "fail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\nmask_token: null\nseed: 0\n"
         "device: cpu\ntime_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
@@ -367,6 +370,7 @@ configs = st.builds(
     enable_spatial=st.booleans(),
     min_accuracy=st.floats(0, 1),
     calibration_samples=st.integers(1, 1_000_000),
+    calibration_tokens=st.integers(0, 10**9),
     deployment_profile=st.sampled_from(list(PROFILES)),
     fail_fast=st.booleans(),
     method=st.sampled_from([None, *METHODS]),

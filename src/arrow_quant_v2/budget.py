@@ -29,6 +29,11 @@ SLICES_PER_WORKER = 2
 RESULTS_AHEAD = 16 * 2**20  # what workers may get done, given room, while a layer is written
 NATIVE = ("float32", "bfloat16", "float16")  # the others are widened to float32 first
 COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
+MOMENTS = 8  # matrices as large as H at once: H, and in each of two bases H, its factor and what they are made with
+EQUALIZED_MOMENTS = 6  # more where channels may be equalized in three ways
+ROWS_AT_ONCE = 8 * 2048  # of inputs, in the samples that are seen together
+RUNNING = 400 * 2**20  # transformers or diffusers, and what one call of a model leaves with torch
+OUTPUTS = 2**30  # of blocks, kept in memory; the others lie in files
 LIBRARIES = 192 * 2**20  # what torch and Arrow import late, and keep, once work begins
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -77,6 +82,22 @@ def plan_budget(plans: Sequence[LayerPlan], config: DiffusionQuantConfig) -> Bud
             workers //= 2
         budget = _budget(plans, workers, slice_bytes, ahead)
     return budget
+
+
+def calibration_bytes(plans: Sequence[LayerPlan], names: frozenset[str], *, equalized: bool) -> int:
+    """No more than this is taken while the layers of these names are fitted; 0 where there are none.
+
+    The whole model lies in memory in float32, and beside it inputs of the widest layer twice, as they are seen and as
+    they are added up; H in every basis; the largest layer as it is fitted; and what finished blocks gave.
+    """
+    fitted = [plan for plan in plans if plan.tensor.name in names and plan.layout is not None]
+    if not fitted:
+        return 0
+    widest = max(plan.layout.columns for plan in fitted if plan.layout is not None)
+    largest = max(plan.tensor.numel for plan in fitted)
+    moments = MOMENTS + EQUALIZED_MOMENTS * equalized
+    floats = sum(plan.tensor.numel for plan in plans) + 2 * ROWS_AT_ONCE * widest + moments * widest**2 + 8 * largest
+    return resident_bytes() + LIBRARIES + RUNNING + OUTPUTS + 4 * floats
 
 
 def _budget(plans: Sequence[LayerPlan], workers: int, slice_bytes: int, ahead: int) -> Budget:

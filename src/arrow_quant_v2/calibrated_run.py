@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.workfolder import WorkFolder
 
+EFFORT = 100  # times as long as quantizing a layer from its weights alone, about
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CalibratedRun:
@@ -51,8 +53,16 @@ class CalibratedRun:
     should_stop: Callable[[], bool]
 
 
-def run_calibrated(run: CalibratedRun) -> tuple[LayerPlan, ...]:
-    """Fit every layer that the samples reach; all plans, with what was decided in the end.
+@dataclass(frozen=True, kw_only=True)
+class CalibratedPlans:
+    """All plans with what was decided in the end, and the names of the layers that were fitted."""
+
+    plans: tuple[LayerPlan, ...]
+    names: frozenset[str]
+
+
+def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
+    """Fit every layer that the samples reach.
 
     Layers that are not reached keep the plan to be quantized from their weights alone.
 
@@ -69,10 +79,19 @@ def run_calibrated(run: CalibratedRun) -> tuple[LayerPlan, ...]:
         reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
         names = frozenset(module_names[layer] for layer in reached)
         plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method))
-        keeper = _Keeper(run, plans)
+        keeper = _Keeper(run, plans, names)
+        run.progress.begin(sum(_effort(plan, names) for plan in plans))
         run.progress.tell(_announcement(walk, run, len(names)))
         fit_in_sequence(walk, _fitting(run, plans, module_names, keeper))
-    return tuple(keeper.decided.get(plan.tensor.name) or _left_out(plan, run) for plan in plans)
+    return CalibratedPlans(
+        plans=tuple(keeper.decided.get(plan.tensor.name) or _left_out(plan, run) for plan in plans),
+        names=frozenset(keeper.decided),
+    )
+
+
+def _effort(plan: LayerPlan, calibrated: frozenset[str]) -> int:
+    """What a layer adds to the whole work: its bytes, and many times as much where it is fitted to its inputs."""
+    return plan.tensor.nbytes * (EFFORT if plan.tensor.name in calibrated else 1)
 
 
 def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
@@ -125,8 +144,8 @@ def _values(source: Source, plan: LayerPlan) -> torch.Tensor:
 class _Keeper:
     """Writes each layer as a part, and finds those of an earlier run."""
 
-    def __init__(self, run: CalibratedRun, plans: Sequence[LayerPlan]) -> None:
-        self.run, self.plans = run, plans
+    def __init__(self, run: CalibratedRun, plans: Sequence[LayerPlan], names: frozenset[str]) -> None:
+        self.run, self.names = run, names
         self.numbers = {plan.tensor.name: number for number, plan in enumerate(plans)}
         self.decided: dict[str, LayerPlan] = {}
 
@@ -144,7 +163,7 @@ class _Keeper:
             return None
         decision = replace(plan.decision, because=text.partition(": ")[2])
         self.decided[plan.tensor.name] = replace(plan, decision=decision)
-        self.run.progress.skip(plan.tensor.nbytes)
+        self.run.progress.skip(_effort(plan, self.names))
         return weight
 
     def keep(self, layer: CalibratedLayer) -> None:
@@ -154,11 +173,12 @@ class _Keeper:
         records = calibrated_records(layer, checksum, run.modality)
         write_part(run.folder.part(self.numbers[plan.tensor.name]), records, run.description.file_metadata())
         self.decided[plan.tensor.name] = plan
-        run.progress.advance(plan.tensor.nbytes, plan.tensor.name)
-        run.progress.tell(f"{len(self.decided)} calibrated, {plan.tensor.name}")
+        run.progress.advance(_effort(plan, self.names), plan.tensor.name)
+        run.progress.tell(f"{len(self.decided)}/{len(self.names)} calibrated, {plan.tensor.name}")
         if run.should_stop():
             raise InterruptedRunError(
-                f"stopped after {len(self.decided)} calibrated layers; they are kept in {run.folder.folder}"
+                f"stopped after {len(self.decided)} of {len(self.names)} calibrated layers;"
+                f" they are kept in {run.folder.folder}"
             )
 
 

@@ -170,6 +170,9 @@ def doctor(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     keep: Keep = None,
+    calibration: Calibration = None,
+    no_calibration: NoCalibration = False,
+    samples: Samples = None,
     disk: Annotated[Path, typer.Option(help="a folder on the disk that the output will go to")] = Path(),
     as_json: AsJson = False,
 ) -> None:
@@ -186,6 +189,9 @@ def doctor(
         max_memory=max_memory,
         threads=threads,
         keep=keep or None,
+        calibration_data=None if calibration is None else str(calibration),
+        enable_calibration=False if no_calibration else None,
+        calibration_samples=samples,
     )
     with _interruptible():
         found = _api().doctor(model, asked, disk=disk)
@@ -333,6 +339,8 @@ def _print_diagnosis(found: dict[str, Any]) -> None:
     print_table(("layer", "shape", "dtype", "becomes", "bits/weight", "because"), rows)
     size, ratio = found["predicted_size_mb"], found["predicted_compression_ratio"]
     typer.echo(f"{found['modality']}: {found['source_mb']:.2f} MB become {size:.2f} MB, {ratio:.2f} times smaller")
+    count = found["calibrated_layers"]
+    typer.echo(f"calibration: {found['calibration']}" + (f", about {count} layers" if count else ""))
     for what, needed, given, verdict in (
         ("memory", found["predicted_peak_memory_mb"], found["available_memory_mb"], found["memory_verdict"]),
         ("disk", found["needed_disk_mb"], found["free_disk_mb"], found["disk_verdict"]),

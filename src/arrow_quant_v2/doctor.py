@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from arrow_quant_v2.budget import available_bytes, plan_budget
+from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget
 from arrow_quant_v2.layers import chunk_bytes
-from arrow_quant_v2.plan import plan_model
+from arrow_quant_v2.plan import NOTHING_CALIBRATED, calibrated_method, likely_calibrated, plan_model
 from arrow_quant_v2.publish import Description, file_groups, source_hash
 from arrow_quant_v2.store.record import ranges
 from arrow_quant_v2.store.sizes import RowSize, predicted_file_bytes
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
-    from arrow_quant_v2.plan import LayerPlan
+    from arrow_quant_v2.plan import Calibrated, LayerPlan
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
 
 Verdict = Literal["fits", "tight", "will not fit"]
 COMFORTABLE = 0.7  # of what is available; above this other programs may have to make way
+TOLD = 90  # bytes that the decision of a calibrated layer says more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Diagnosis:
 
     plans: tuple[LayerPlan, ...]
     modality: Modality
+    calibration: str
+    calibrated: frozenset[str]
     source_bytes: int
     predicted_bytes: int
     predicted_peak_memory: int
@@ -57,28 +60,59 @@ def diagnose(
     Raises:
         ConfigurationError: `max_memory` is less than the model needs.
     """
-    plans = plan_model(source.tensors, config)
+    reason = _why_from_the_weights_alone(model, modality, config)
+    calibrated = likely_calibrated(source.tensors, config, modality) if reason is None else NOTHING_CALIBRATED
+    plans = plan_model(source.tensors, config, calibrated)
     budget = plan_budget(plans, config)
-    predicted = predicted_weight_bytes(plans, modality, config, model.component if model else "")
+    fitting = calibration_bytes(
+        plans, calibrated.names, equalized=config.enable_spatial and modality in {"image", "audio"}
+    )
+    peak = max(budget.peak_bytes, fitting)
+    predicted = predicted_weight_bytes(plans, modality, config, model.component if model else "", calibrated.names)
     beside = sum((model.root / path).stat().st_size for path in model.side_files) if model else 0
     needed_disk = predicted + _merged_bytes(plans) + beside  # parts that are merged lie there twice for a moment
     memory, disk = available_bytes(), _free_bytes(out_disk)
     return Diagnosis(
         plans=plans,
         modality=modality,
+        calibration=reason or _what_is_shown(config, calibrated),
+        calibrated=frozenset(p.tensor.name for p in plans if p.spec is not None) & calibrated.names,
         source_bytes=sum(info.nbytes for info in source.tensors),
         predicted_bytes=predicted,
-        predicted_peak_memory=budget.peak_bytes,
+        predicted_peak_memory=peak,
         available_memory=memory,
         free_disk=disk,
         needed_disk=needed_disk,
-        memory_verdict=_verdict(budget.peak_bytes, memory),
+        memory_verdict=_verdict(peak, memory),
         disk_verdict=_verdict(needed_disk, disk),
     )
 
 
+def _why_from_the_weights_alone(model: Model | None, modality: Modality, config: DiffusionQuantConfig) -> str | None:
+    """Why nothing will be calibrated, as far as that is known without opening the model; None where it will."""
+    if not config.enable_calibration:
+        return "from the weights alone: calibration is switched off"
+    if calibrated_method(config, modality) is None:
+        return f"from the weights alone: method {config.method} looks at nothing else"
+    if model is None:
+        return None if config.calibration_data else "from the weights alone, unless calibration= gives inputs"
+    told = (model.root / "model_index.json", model.folder / "config.json")
+    return (
+        None if any(path.is_file() for path in told) else "from the weights alone: no config.json tells how to run it"
+    )
+
+
+def _what_is_shown(config: DiffusionQuantConfig, calibrated: Calibrated) -> str:
+    origin = config.calibration_data or "the model's own trajectory, or of random inputs where it has none"
+    return f"{calibrated.method}, calibrated on {config.calibration_samples} samples of {origin}"
+
+
 def predicted_weight_bytes(
-    plans: tuple[LayerPlan, ...], modality: Modality, config: DiffusionQuantConfig, component: str
+    plans: tuple[LayerPlan, ...],
+    modality: Modality,
+    config: DiffusionQuantConfig,
+    component: str,
+    calibrated: frozenset[str] = frozenset(),
 ) -> int:
     """Bytes of all Parquet files that a run will write, pages and footers included."""
     description = Description(
@@ -87,13 +121,22 @@ def predicted_weight_bytes(
     metadata = description.file_metadata()
     return sum(
         predicted_file_bytes(
-            [row for index in group for row in _rows(plans[index], modality)], metadata=metadata, grouped=len(group) > 1
+            [row for index in group for row in _rows(plans[index], modality, *_seen(plans[index], config, calibrated))],
+            metadata=metadata,
+            grouped=len(group) > 1,
         )
         for group in file_groups(plans)
     )
 
 
-def _rows(plan: LayerPlan, modality: Modality) -> Iterator[RowSize]:
+def _seen(plan: LayerPlan, config: DiffusionQuantConfig, calibrated: frozenset[str]) -> tuple[int, int]:
+    """Time groups in which a layer's inputs are seen, and how many of their ranges are kept; samples may fill fewer."""
+    if plan.spec is None or plan.tensor.name not in calibrated:
+        return 0, 0
+    return config.num_time_groups, config.num_time_groups * config.enable_time_aware
+
+
+def _rows(plan: LayerPlan, modality: Modality, time_groups: int, kept: int) -> Iterator[RowSize]:
     """The rows of the store that a layer will be, one per chunk."""
     grid = plan.layout.grid if plan.layout is not None and plan.layout.grid != "affine" else ""
     texts = (grid, plan.tensor.dtype, plan.decision.got, modality, plan.decision.method or "", str(plan.decision))
@@ -102,7 +145,9 @@ def _rows(plan: LayerPlan, modality: Modality) -> Iterator[RowSize]:
         yield RowSize(
             layer_name=plan.tensor.name,
             payload_bytes=(stop - start) * row_bytes,
-            text_bytes=sum(len(text.encode()) for text in texts),
+            text_bytes=sum(len(text.encode()) for text in texts) + TOLD * (time_groups > 0),
+            time_groups=time_groups,
+            ranges=kept,
         )
 
 

@@ -11,6 +11,7 @@ from arrow_quant_v2 import __version__
 from arrow_quant_v2.budget import give_back_memory, plan_budget
 from arrow_quant_v2.calibrated_run import CalibratedRun, run_calibrated
 from arrow_quant_v2.engines.local import in_background, ordered_map
+from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
 from arrow_quant_v2.layers import checksum_only, records, slices, source_checksum, work
 from arrow_quant_v2.plan import calibrated_method, plan_model
@@ -98,9 +99,10 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     with WorkFolder(job.out, identity, overwrite=job.overwrite) as folder:
         progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
         run = _Run(plans=plans, budget=budget, description=description, folder=folder, progress=progress)
-        calibrated = _calibrated(job, run)
+        with cores_at_most(budget.workers):
+            calibrated = _calibrated(job, run)
         run = replace(run, plans=calibrated.plans)
-        _work_on_layers(job, run)
+        _work_on_layers(job, run, calibrated.names)
         assemble(folder, run.plans, description, job.model)
         folder.publish()
     seconds = time.monotonic() - started
@@ -112,6 +114,7 @@ class _Calibration:
     """What the calibrated half left: plans as decided, what was shown, and what a person should know."""
 
     plans: Sequence[LayerPlan]
+    names: frozenset[str] = frozenset()  # of the layers that were fitted
     summary: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
 
@@ -125,8 +128,8 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
     try:
         prepared = prepare(job.model, job.module, job.modality, job.config, job.provider)
     except (ConfigurationError, SourceError, QuantizationError) as error:
-        if job.config.calibration_data is not None or job.provider is not None:
-            raise
+        if job.config.calibration_data or job.provider or job.config.mask_token is not None:
+            raise  # what a person asked for is not left out silently
         return _not_calibrated(run.plans, str(error))
     for note in prepared.samples.notes:
         warnings.warn(note, stacklevel=2)
@@ -135,7 +138,7 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
             "calibrated on random inputs, because nothing tells what the model is used for: give --calibration FILE",
             stacklevel=2,
         )
-    plans = run_calibrated(
+    done = run_calibrated(
         CalibratedRun(
             source=job.source,
             config=job.config,
@@ -156,7 +159,7 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
         "time_groups": [list(edges) for edges in prepared.groups.ranges()],
         "method": method,
     }
-    return _Calibration(plans=plans, summary=summary, notes=samples.notes)
+    return _Calibration(plans=done.plans, names=done.names, summary=summary, notes=samples.notes)
 
 
 def _not_calibrated(plans: Sequence[LayerPlan], reason: str) -> _Calibration:
@@ -216,8 +219,11 @@ class _Run:
     progress: Progress
 
 
-def _work_on_layers(job: Job, run: _Run) -> None:
-    """Make the part of every layer that has none, and make sure that those of an earlier run still fit."""
+def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> None:
+    """Make the part of every layer that has none, and make sure that those of an earlier run still fit.
+
+    Those that were just calibrated are in the progress already.
+    """
     plans, budget, folder, progress = run.plans, run.budget, run.folder, run.progress
     done = {index for index in range(len(plans)) if _is_whole(folder.part(index), plans[index])}
 
@@ -237,7 +243,7 @@ def _work_on_layers(job: Job, run: _Run) -> None:
             size=lambda item: item[1].result_bytes,
         ) as results,
     ):
-        for index, pieces in enumerate(_by_layer(results, progress)):
+        for index, pieces in enumerate(_by_layer(results, progress, calibrated)):
             if index in done:
                 _refuse_changed(folder.part(index), plans[index], pieces)
             else:
@@ -259,15 +265,16 @@ def _write_layer(job: Job, run: _Run, index: int, pieces: list[Piece]) -> None:
     write_part(run.folder.part(index), layer, run.description.file_metadata())
 
 
-def _by_layer(results: Iterator[Piece], progress: Progress) -> Iterator[list[Piece]]:
+def _by_layer(results: Iterator[Piece], progress: Progress, counted: frozenset[str]) -> Iterator[list[Piece]]:
     """The pieces of one layer after the other."""
     pieces: list[Piece] = []
     for piece in results:
         pieces.append(piece)
-        if piece.result is None:
+        name = piece.slice.plan.tensor.name
+        if piece.result is not None:
+            progress.advance(piece.source_bytes, name)
+        elif name not in counted:
             progress.skip(piece.source_bytes)
-        else:
-            progress.advance(piece.source_bytes, piece.slice.plan.tensor.name)
         if piece.slice.last:
             yield pieces
             pieces = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 WEIGHTS_ALONE = ("clip", "rtn")
+LOOKUP = re.compile(r"(^|[._])(embed|embeddings?|embed_tokens|embed_positions|emb|wte|wpe|shared)(\.weight)?$")
 FEWEST_WEIGHTS = 1024  # below this the parameters and the file's own bytes eat what packing saves
 LONGEST_KERNEL = 31  # a 3-D weight with a longer last axis is a stack of experts, not a 1-D convolution
 
@@ -66,6 +68,18 @@ def calibrated_method(config: DiffusionQuantConfig, modality: Modality) -> Metho
     if config.method in WEIGHTS_ALONE:
         return None
     return config.method or ("r2q" if modality in {"text", "code"} else "gptq")
+
+
+def likely_calibrated(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig, modality: Modality) -> Calibrated:
+    """What calibration will reach, told from names and shapes, because running the model to see it takes minutes.
+
+    Tables of which rows are looked up see no inputs. Heads that no sample needs are taken for calibrated here.
+    """
+    method = calibrated_method(config, modality)
+    if method is None or not config.enable_calibration:
+        return NOTHING_CALIBRATED
+    names = (info.name for info in tensors if quant_axis(info.shape) == 1 and not LOOKUP.search(info.name))
+    return Calibrated(names=frozenset(names), method=method)
 
 
 def plan_model(

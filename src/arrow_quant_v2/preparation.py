@@ -18,7 +18,7 @@ from arrow_quant_v2.calibration.pipelines import open_pipeline
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.samples import Asked, gather
 from arrow_quant_v2.calibration.transformers_model import open_transformers
-from arrow_quant_v2.errors import ConfigurationError, SourceError
+from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.timestep import uniform_groups
 
@@ -70,7 +70,21 @@ def prepare(
     samples = gather(runnable, asked)
     if not samples.calls:
         raise ConfigurationError(f"calibration on {samples.origin} gave no samples; give some that fit the model")
+    if samples.synthetic:
+        _refuse_uncallable(runnable, samples)
     return Prepared(runnable=runnable, samples=samples, groups=_groups(runnable, samples, config))
+
+
+def _refuse_uncallable(runnable: Runnable, samples: Samples) -> None:
+    """Nobody knows whether a model takes inputs that were made up: find out while something else can be done."""
+    first = samples.calls[0]
+    try:
+        with torch.no_grad():
+            runnable.module(*first.arguments, **first.keywords)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise QuantizationError(
+            f"{type(runnable.module).__name__} cannot be called with {samples.origin} ({error}); give calibration data"
+        ) from error
 
 
 def _groups(runnable: Runnable, samples: Samples, config: DiffusionQuantConfig) -> TimeGroups:

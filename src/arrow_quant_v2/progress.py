@@ -29,6 +29,11 @@ class Progress:
         self._done = self._fresh = 0
         self._started = self._told = time.monotonic()
 
+    def begin(self, total: int) -> None:
+        """The whole work, once it is known better; the time until now says nothing about speed."""
+        self._total = total
+        self._started = time.monotonic()
+
     def advance(self, amount: int, what: str) -> None:
         """`amount` bytes of fresh work are done; told when the last report is long ago."""
         self._done += amount

@@ -96,6 +96,8 @@ def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
     return {
         "verdict": diagnosis.verdict,
         "modality": diagnosis.modality,
+        "calibration": diagnosis.calibration,
+        "calibrated_layers": len(diagnosis.calibrated),
         "source_mb": diagnosis.source_bytes / 1e6,
         "predicted_size_mb": diagnosis.predicted_bytes / 1e6,
         "predicted_compression_ratio": diagnosis.source_bytes / max(1, diagnosis.predicted_bytes),

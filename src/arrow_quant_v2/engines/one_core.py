@@ -6,6 +6,7 @@ by one thread, do not. Knows nothing of methods.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from arrow_quant_v2.engines.local import ordered_map
 from arrow_quant_v2.kernels.cpu import threads_per_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,3 +47,18 @@ def each_on_one_core(function: Callable[[Item], Result], items: Sequence[Item]) 
             return list(results)
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def cores_at_most(count: int) -> Iterator[None]:
+    """Inside, `each_on_one_core` and the kernels use `count` threads, and torch between them one; then as before.
+
+    With torch's own threads results would depend on their number, and cores be used that nobody allowed.
+    """
+    before, asked = torch.get_num_threads(), threads_per_call.set(count)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        threads_per_call.reset(asked)

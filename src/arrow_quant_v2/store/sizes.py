@@ -27,6 +27,7 @@ GROUP_BYTES = 4412  # page headers and footer entries of 45 columns
 ROW_BYTES = 168  # numbers, lengths of texts, four offsets
 BOUNDS = 4  # smallest and largest layer_name, in the page and in the footer
 KEY_BYTES = 40
+SEEN_BYTES, RANGE_BYTES = 22, 26  # of one time group: activation_stats and output_error; time_aware_quant
 METADATA_COPIES = 7 / 3  # once as it is, once in base64 within Arrow's schema
 
 
@@ -61,13 +62,20 @@ def bits_per_weight(layout: Layout, *, symmetric: bool, equalized: bool = False)
 class RowSize:
     """What decides the size of one row; `text_bytes` counts dtype, quant_type, grid, modality, method and decision.
 
-    `equalized` input channels have a scale each.
+    `equalized` input channels have a scale each. Inputs were seen in `time_groups`, `ranges` of which are stored.
     """
 
     layer_name: str
     payload_bytes: int
     text_bytes: int = 100
     equalized: int = 0
+    time_groups: int = 0
+    ranges: int = 0
+
+    @property
+    def seen_bytes(self) -> int:
+        """What is kept of the inputs that calibration saw."""
+        return self.time_groups * SEEN_BYTES + self.ranges * RANGE_BYTES
 
 
 def predicted_file_bytes(rows: Iterable[RowSize], *, metadata: Mapping[str, str], grouped: bool) -> int:
@@ -75,8 +83,8 @@ def predicted_file_bytes(rows: Iterable[RowSize], *, metadata: Mapping[str, str]
 
     `metadata` is the caller's; the store's own keys are counted without being asked.
 
-    `grouped` as `merge_parts` writes it: all rows in one row group; otherwise each has its own. The three
-    structures are taken to be null, but for equalization scales.
+    `grouped` as `merge_parts` writes it: all rows in one row group; otherwise each has its own. What is not counted
+    by a row is taken to be null.
     """
     names = [(len(row.layer_name.encode()), row) for row in rows]
     groups = [max(name for name, _ in names)] if grouped else [name for name, _ in names]
@@ -86,7 +94,7 @@ def predicted_file_bytes(rows: Iterable[RowSize], *, metadata: Mapping[str, str]
         + KEY_BYTES * len(metadata)
         + round(METADATA_COPIES * texts)
         + sum(GROUP_BYTES + BOUNDS * name for name in groups)
-        + sum(ROW_BYTES + name + row.text_bytes + row.payload_bytes for name, row in names)
+        + sum(ROW_BYTES + name + row.text_bytes + row.payload_bytes + row.seen_bytes for name, row in names)
         + sum(equalization_bytes(row.equalized) for _, row in names)
     )
 

@@ -172,8 +172,9 @@ class _Keeper:
         checksum = crc32(run.source.read(plan.tensor.name).view(torch.uint8).numpy())
         records = calibrated_records(layer, checksum, run.modality)
         write_part(run.folder.part(self.numbers[plan.tensor.name]), records, run.description.file_metadata())
+        if plan.tensor.name not in self.decided:  # else it was found finished, but not all that share its inputs
+            run.progress.advance(_effort(plan, self.names), plan.tensor.name)
         self.decided[plan.tensor.name] = plan
-        run.progress.advance(_effort(plan, self.names), plan.tensor.name)
         run.progress.tell(f"{len(self.decided)}/{len(self.names)} calibrated, {plan.tensor.name}")
         if run.should_stop():
             raise InterruptedRunError(

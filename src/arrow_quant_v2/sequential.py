@@ -13,6 +13,7 @@ import torch
 from arrow_quant_v2.calibration.observe import observe, strata
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.quantizers.calibrated import Freedom, Sight, Weight, fit_together, output_error
 from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
@@ -78,23 +79,20 @@ def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
     parts = strata(walk.samples, ask.groups)
     for number, block in enumerate(walk.blocks):
         for layers in block.inputs:
-            waiting = _restored(walk, layers, ask)
-            stats = observe(walk, number, layers, parts) if waiting else None
+            stats = None if _restored(walk, layers, ask) else observe(walk, number, layers, parts)
             if stats is not None:
-                _fit(walk, stats, waiting, ask)
+                _fit(walk, stats, layers, ask)
         each_on_one_core(lambda sample: walk.finish(number, sample), range(len(walk.samples)))  # noqa: B023 - at once
 
 
-def _restored(walk: Walk, layers: tuple[str, ...], ask: Fitting) -> list[str]:
-    """Put what an earlier run made into the model; the layers that it did not make."""
-    waiting = []
-    for layer in layers:
-        weight = ask.finished(ask.plans[layer])
+def _restored(walk: Walk, layers: tuple[str, ...], ask: Fitting) -> bool:
+    """Put what an earlier run made into the model; False where it did not make all: their basis is a common choice."""
+    weights = [ask.finished(ask.plans[layer]) for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
         if weight is None:
-            waiting.append(layer)
-        else:
-            _put(walk.parameters[layer], weight)
-    return waiting
+            return False
+        _put(walk.parameters[layer], weight)
+    return True
 
 
 def _put(parameter: torch.Tensor, values: torch.Tensor) -> None:
@@ -108,7 +106,7 @@ def _fit(walk: Walk, stats: InputStats, layers: Sequence[str], ask: Fitting) -> 
     sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
     fitted, trouble = _spatial_or_per_channel(weights, sight, ask.freedom)
     for layer, weight, one in zip(layers, weights, fitted, strict=True):
-        _put(walk.parameters[layer], weight.values - one.left)
+        _put(walk.parameters[layer], dequantized(one.packed))  # the same bits as when it is read from a file
         ask.keep(_layer(ask.plans[layer], weight, one, stats, ask, trouble=trouble))
 
 

@@ -115,17 +115,23 @@ class Walk:
         """Run block `number` on one sample until all products with these layers were seen, and return them."""
         block = self.blocks[number]
         watch = Watch({n: self.parameters[n] for n in layers}, stop=sum(block.uses[n] for n in layers))
-        self._run(number, sample, watch)
+        self._run(number, sample, watch, keep=False)
+        return watch
+
+    def watch_all(self, number: int, sample: int) -> Watch:
+        """Run block `number` on one sample as it is, keep what it gives, and return the products with its layers."""
+        watch = Watch({name: self.parameters[name] for name in self.blocks[number].uses})
+        self._run(number, sample, watch, keep=True)
         return watch
 
     def finish(self, number: int, sample: int) -> None:
         """Run block `number` on one sample as it is now, and keep what it gives."""
-        self._run(number, sample, None)
+        self._run(number, sample, None, keep=True)
 
-    def _run(self, number: int, sample: int, watch: Watch | None) -> None:
+    def _run(self, number: int, sample: int, watch: Watch | None, *, keep: bool) -> None:
         """Call the model until block `number` has done what it is run for."""
         now = self._now
-        now.target, now.sample, now.watch, now.calls = number, sample, watch, Counter[int]()
+        now.target, now.sample, now.watch, now.keep, now.calls = number, sample, watch, keep, Counter[int]()
         try:
             self._call(sample)
         except EnoughSeen:
@@ -165,7 +171,7 @@ class Walk:
                 return self._gave(own, call)
             with now.watch if own == target and now.watch else nullcontext():
                 outputs = forward(*arguments, **keywords)
-            if now.watch is None:
+            if now.keep:
                 self._kept.put((own, now.sample, call), outputs)
             if self._enough():
                 raise EnoughSeen
@@ -188,7 +194,7 @@ class Walk:
     def _enough(self) -> bool:
         """Whether the call may end: blocks that come again after the one that is finished have run with its outputs."""
         now = self._now
-        needed = range(now.target if now.watch else 0, now.target + 1)
+        needed = range(0 if now.keep else now.target, now.target + 1)
         return all(now.calls[number] >= self.blocks[number].calls for number in needed)
 
     def _found(self) -> tuple[Block, ...]:

@@ -46,14 +46,14 @@ class SecondMoment:
         each_on_one_core(add, tiles(inputs.shape[1])[::-1])  # the largest first
         self.count += len(inputs)
 
-    def merge(self, other: SecondMoment) -> None:
-        """Add what another one has seen.
+    def merge(self, other: SecondMoment, weight: float = 1.0) -> None:
+        """Add what another one has seen, `weight` times.
 
         Raises:
             QuantizationError: it has other columns.
         """
         self._demand(other.columns)
-        self._sum.add_(other._sum)
+        self._sum.add_(other._sum, alpha=weight)
         self.count += other.count
 
     @property

@@ -101,6 +101,17 @@ class InputStats:
             self._probe(group, rows)
         self.second.merge(other.second)
 
+    def place(self, group: int, alone: InputStats, weight: float) -> None:
+        """Let one time group be what stats of that group alone saw, whose H counts `weight` times.
+
+        Raises:
+            QuantizationError: they have other columns.
+        """
+        self.second.merge(alone.second, weight)
+        self.moments[group], self.absmax[group] = alone.moments[0], alone.absmax[0]
+        self.sums[group], self.rows[group] = alone.sums[0], alone.rows[0]
+        self.probes[group] = alone.probes[0]
+
     def spread(self) -> dict[str, list[float]]:
         """`mean, std, min, max` of the elements, one entry per time group; a group that saw nothing has zeros."""
         count = self.moments[:, 0]

@@ -16,18 +16,25 @@ from arrow_quant_v2.export import export_model
 from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
 from arrow_quant_v2.orchestrator import Job, quantize_model
 from arrow_quant_v2.quantizers import quantizer
-from arrow_quant_v2.results import diagnosis_result, inspection_result, quantization_result, validation_result
+from arrow_quant_v2.results import (
+    diagnosis_result,
+    inspection_result,
+    quantization_result,
+    stats_result,
+    validation_result,
+)
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.sources.modality import detect_modality
 from arrow_quant_v2.sources.module import ModuleSource
 from arrow_quant_v2.sources.parquet import ParquetSource
+from arrow_quant_v2.stats_run import StatsJob, make_stats, merge_stats
 from arrow_quant_v2.validation.weights import compare_weights
 from arrow_quant_v2.workfolder import METADATA
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from arrow_quant_v2.config import Modality
     from arrow_quant_v2.packed import Bits, PackedTensor
@@ -104,6 +111,59 @@ class ArrowQuantV2:
                 stacklevel=2,
             )
         return result
+
+    def calibrate(
+        self,
+        model_path: PathLike | torch.nn.Module,
+        stats_path: PathLike,
+        config: DiffusionQuantConfig | None = None,
+        progress_callback: Report | None = None,
+        *,
+        calibration: Provider | None = None,
+        compact: bool = False,
+        like: PathLike | None = None,
+        overwrite: bool = False,
+    ) -> dict[str, Any]:
+        """Observe what goes into the layers of a model, and keep it in the new folder `stats_path` for `stats=`.
+
+        `calibration` is what it is for `quantize_diffusion_model`. Time groups are kept apart, so that stats can be
+        merged, and take that many times the room; `compact` sums them up. `like` names stats whose time groups are
+        used. Stats that were made from the very same are not made again.
+
+        Returns `path, layers, inputs, samples, origin, synthetic, time_groups, size_mb, seconds, reused, notes`.
+
+        Raises:
+            ConfigurationError: a setting is not allowed, or the output holds something else.
+            SourceError: the model cannot be read or run.
+            QuantizationError: it cannot be called.
+            StoreError: the output cannot be written.
+        """
+        config = config or DiffusionQuantConfig()
+        with _opened(model_path, config) as (source, model):
+            job = StatsJob(
+                source=source,
+                model=model,
+                modality=_modality(model, config),
+                config=config,
+                module=model_path if isinstance(model_path, torch.nn.Module) else None,
+                provider=calibration,
+                out=Path(stats_path),
+                overwrite=overwrite,
+                compact=compact,
+                like=None if like is None else Path(like),
+            )
+            return stats_result(make_stats(job, progress_callback))
+
+    def merge_stats(
+        self, stats_paths: Sequence[PathLike], output_path: PathLike, *, overwrite: bool = False
+    ) -> dict[str, Any]:
+        """Add up stats of the same model and settings from different samples; returns what `calibrate` returns.
+
+        Raises:
+            ConfigurationError: they do not belong together, or the output holds something else.
+            StoreError: one is damaged, or the output cannot be written.
+        """
+        return stats_result(merge_stats([Path(path) for path in stats_paths], Path(output_path), overwrite=overwrite))
 
     def validate_quality(
         self,

@@ -23,9 +23,10 @@ from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import write_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from arrow_quant_v2.calibration.blocks import Walk
+    from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.preparation import Prepared
@@ -36,21 +37,37 @@ if TYPE_CHECKING:
     from arrow_quant_v2.workfolder import WorkFolder
 
 EFFORT = 100  # times as long as quantizing a layer from its weights alone, about
+NOT_REACHED = "no inputs of it were seen, or only zeros"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CalibratedRun:
-    """What the calibrated half is given by the whole run."""
+class FittedRun:
+    """What fitting layers to their inputs is given by the whole run, wherever their stats come from."""
 
     source: Source
     config: DiffusionQuantConfig
     modality: Modality
     method: Method
-    prepared: Prepared
     description: Description
     folder: WorkFolder
     progress: Progress
     should_stop: Callable[[], bool]
+
+    @property
+    def freedom(self) -> Freedom:
+        """What the fit may try."""
+        return Freedom(
+            rotate=self.config.enable_rotation,
+            equalize=self.config.enable_spatial and self.modality in {"image", "audio"},
+            refits=self.config.refits,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibratedRun(FittedRun):
+    """What the calibrated half is given by the whole run: a model that can be called, and samples."""
+
+    prepared: Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +96,14 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
         reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
         names = frozenset(module_names[layer] for layer in reached)
         plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method))
-        keeper = _Keeper(run, plans, names)
-        run.progress.begin(sum(_effort(plan, names) for plan in plans))
+        keeper = Keeper(run, plans, names)
+        run.progress.begin(sum(effort(plan, names) for plan in plans))
         run.progress.tell(_announcement(walk, run, len(names)))
         fit_in_sequence(walk, _fitting(run, plans, module_names, keeper))
-    return CalibratedPlans(
-        plans=tuple(keeper.decided.get(plan.tensor.name) or _left_out(plan, run) for plan in plans),
-        names=frozenset(keeper.decided),
-    )
+    return keeper.result(NOT_REACHED)
 
 
-def _effort(plan: LayerPlan, calibrated: frozenset[str]) -> int:
+def effort(plan: LayerPlan, calibrated: frozenset[str]) -> int:
     """What a layer adds to the whole work: its bytes, and many times as much where it is fitted to its inputs."""
     return plan.tensor.nbytes * (EFFORT if plan.tensor.name in calibrated else 1)
 
@@ -101,13 +115,18 @@ def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
 
 def _watched(run: CalibratedRun) -> dict[str, str]:
     """Module name -> file name of the weights that could be fitted: matrices and kernels that lie as torch has them."""
-    infos = {info.name: info for info in run.source.tensors}
-    parameters = dict(run.prepared.runnable.module.named_parameters(remove_duplicate=False))
-    everything = Calibrated(names=frozenset(infos), method=run.method)
-    wanted = {p.tensor.name for p in plan_model(run.source.tensors, run.config, everything) if p.spec is not None}
+    everything = Calibrated(names=frozenset(info.name for info in run.source.tensors), method=run.method)
+    plans = plan_model(run.source.tensors, run.config, everything)
+    return placed(run.source, run.prepared.runnable, {plan.tensor.name for plan in plans if plan.spec is not None})
+
+
+def placed(source: Source, runnable: Runnable, wanted: Collection[str]) -> dict[str, str]:
+    """Module name -> file name of those wanted that are matrices and kernels which lie as torch has them."""
+    infos = {info.name: info for info in source.tensors}
+    parameters = dict(runnable.module.named_parameters(remove_duplicate=False))
     return {
         place: name
-        for name, place in run.prepared.runnable.names.items()
+        for name, place in runnable.names.items()
         if name in wanted
         and place in parameters
         and tuple(parameters[place].shape) == infos[name].shape
@@ -116,36 +135,34 @@ def _watched(run: CalibratedRun) -> dict[str, str]:
 
 
 def _fitting(
-    run: CalibratedRun, plans: Sequence[LayerPlan], module_names: Mapping[str, str], keeper: _Keeper
+    run: CalibratedRun, plans: Sequence[LayerPlan], module_names: Mapping[str, str], keeper: Keeper
 ) -> Fitting:
     by_name = {plan.tensor.name: plan for plan in plans}
     origin = run.prepared.samples.origin
     return Fitting(
         plans={module: by_name[name] for module, name in module_names.items()},
         groups=run.prepared.groups,
-        freedom=Freedom(
-            rotate=run.config.enable_rotation,
-            equalize=run.config.enable_spatial and run.modality in {"image", "audio"},
-            refits=run.config.refits,
-        ),
+        freedom=run.freedom,
         time_aware=run.config.enable_time_aware,
         shown=f"{len(run.prepared.samples.calls)} samples of {origin}",
-        values=lambda plan: _values(run.source, plan),
+        values=lambda plan: weight_of(run.source, plan),
         finished=keeper.finished,
         keep=keeper.keep,
     )
 
 
-def _values(source: Source, plan: LayerPlan) -> torch.Tensor:
+def weight_of(source: Source, plan: LayerPlan) -> torch.Tensor:
+    """A plan's weight, (rows, columns) float32."""
     columns = plan.layout.columns if plan.layout else 1
     return source.read(plan.tensor.name).reshape(-1, columns).to(torch.float32)
 
 
-class _Keeper:
+class Keeper:
     """Writes each layer as a part, and finds those of an earlier run."""
 
-    def __init__(self, run: CalibratedRun, plans: Sequence[LayerPlan], names: frozenset[str]) -> None:
-        self.run, self.names = run, names
+    def __init__(self, run: FittedRun, plans: Sequence[LayerPlan], names: frozenset[str]) -> None:
+        """Take the run, the plans of all layers in the order of their parts, and the names of those to be fitted."""
+        self.run, self.plans, self.names = run, plans, names
         self.numbers = {plan.tensor.name: number for number, plan in enumerate(plans)}
         self.decided: dict[str, LayerPlan] = {}
 
@@ -163,7 +180,7 @@ class _Keeper:
             return None
         decision = replace(plan.decision, because=text.partition(": ")[2])
         self.decided[plan.tensor.name] = replace(plan, decision=decision)
-        self.run.progress.skip(_effort(plan, self.names))
+        self.run.progress.skip(effort(plan, self.names))
         return weight
 
     def keep(self, layer: CalibratedLayer) -> None:
@@ -173,7 +190,7 @@ class _Keeper:
         records = calibrated_records(layer, checksum, run.modality)
         write_part(run.folder.part(self.numbers[plan.tensor.name]), records, run.description.file_metadata())
         if plan.tensor.name not in self.decided:  # else it was found finished, but not all that share its inputs
-            run.progress.advance(_effort(plan, self.names), plan.tensor.name)
+            run.progress.advance(effort(plan, self.names), plan.tensor.name)
         self.decided[plan.tensor.name] = plan
         run.progress.tell(f"{len(self.decided)}/{len(self.names)} calibrated, {plan.tensor.name}")
         if run.should_stop():
@@ -182,11 +199,16 @@ class _Keeper:
                 f" they are kept in {run.folder.folder}"
             )
 
+    def result(self, reason: str) -> CalibratedPlans:
+        """All plans with what was decided; layers that were not fitted, for this reason, go by their weights alone."""
+        plans = (self.decided.get(plan.tensor.name) or left_out(plan, self.run.config, reason) for plan in self.plans)
+        return CalibratedPlans(plans=tuple(plans), names=frozenset(self.decided))
 
-def _left_out(plan: LayerPlan, run: CalibratedRun) -> LayerPlan:
-    """A layer that no sample reached is quantized from its weights alone, and says so."""
+
+def left_out(plan: LayerPlan, config: DiffusionQuantConfig, reason: str) -> LayerPlan:
+    """A layer whose inputs are not known is quantized from its weights alone, and says so."""
     if plan.spec is None:
         return plan
-    (alone,) = plan_model([plan.tensor], run.config)
-    because = f"{alone.decision.because}, not calibrated: no inputs of it were seen, or only zeros"
+    (alone,) = plan_model([plan.tensor], config)
+    because = f"{alone.decision.because}, not calibrated: {reason}"
     return replace(alone, decision=replace(alone.decision, because=because))

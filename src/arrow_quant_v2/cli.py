@@ -62,6 +62,7 @@ Calibration = Annotated[
 ]
 NoCalibration = Annotated[bool, typer.Option("--no-calibration", help="from the weights alone, which is quick")]
 Samples = Annotated[int | None, typer.Option("--samples", help="samples that calibration looks at")]
+Stats = Annotated[Path | None, typer.Option("--stats", help="a folder that calibrate wrote; the model is not run")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides another; the tokenizer tells it too")]
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda: where calibration computes")]
@@ -115,6 +116,7 @@ def quantize(
     fail_fast: FailFast = None,
     calibration: Calibration = None,
     no_calibration: NoCalibration = False,
+    stats: Stats = None,
     samples: Samples = None,
     mask_token: MaskToken = None,
     seed: Seed = None,
@@ -140,6 +142,7 @@ def quantize(
         fail_fast=fail_fast,
         calibration_data=None if calibration is None else str(calibration),
         enable_calibration=False if no_calibration else None,
+        stats=None if stats is None else str(stats),
         calibration_samples=samples,
         mask_token=mask_token,
         seed=seed,
@@ -153,6 +156,58 @@ def quantize(
     _print_result(result) if not as_json else _print_json(result)
     if not result["passed"]:
         raise typer.Exit(BAR_MISSED)
+
+
+@app.command()
+def calibrate(
+    model: ModelPath,
+    out: Annotated[Path, typer.Argument(help="a new folder for the stats, or one that holds these very stats")],
+    *,
+    profile: Profile = None,
+    config: Config = None,
+    modality: Modality = None,
+    component: Component = None,
+    threads: Threads = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    mask_token: MaskToken = None,
+    seed: Seed = None,
+    like: Annotated[
+        Path | None, typer.Option(help="stats whose time groups to use, so that both can be merged")
+    ] = None,
+    compact: Annotated[bool, typer.Option("--compact", help="sum time groups up: smaller, seldom mergeable")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace stats that lie there")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Keep what goes into the layers of a model, for quantize --stats; see merge-stats to add such folders up."""
+    asked = _config(
+        config,
+        deployment_profile=profile,
+        modality=modality,
+        component=component,
+        threads=threads,
+        calibration_data=None if calibration is None else str(calibration),
+        calibration_samples=samples,
+        mask_token=mask_token,
+        seed=seed,
+    )
+    with _interruptible(), told_progress(quiet=quiet) as report:
+        found = _api().calibrate(model, out, asked, report, compact=compact, like=like, overwrite=overwrite)
+    _print_stats(found) if not as_json else _print_json(found)
+
+
+@app.command("merge-stats")
+def merge_stats(
+    stats: Annotated[list[Path], typer.Argument(help="folders that calibrate wrote, and the new one as the last")],
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace stats that lie there")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add up stats of the same model and settings that were made from different samples: STATS STATS ... OUT."""
+    with _interruptible():
+        found = _api().merge_stats(stats[:-1], stats[-1], overwrite=overwrite)
+    _print_stats(found) if not as_json else _print_json(found)
 
 
 @app.command()
@@ -321,9 +376,20 @@ def _print_result(result: dict[str, Any]) -> None:
         typer.echo(f"  {count} kept: {reason}")
 
 
+def _print_stats(found: dict[str, Any]) -> None:
+    done = "were there already" if found["reused"] else f"{found['seconds']:.1f} s"
+    groups, layers = len(found["time_groups"]), found["layers"]
+    typer.echo(f"{found['path']}: stats of {layers} layers, {found['size_mb']:.2f} MB, {done}")
+    typer.echo(f"  {found['origin']}, {groups} time group" + "s" * (groups != 1))
+
+
 def _calibration(result: dict[str, Any]) -> str:
     shown = result["calibration"]
-    return f"calibrated on {shown['samples']} samples: {shown['origin']}" if shown else "from the weights alone"
+    if not shown:
+        return "from the weights alone"
+    if "stats" in shown:
+        return f"calibrated on {shown['origin']}"
+    return f"calibrated on {shown['samples']} samples: {shown['origin']}"
 
 
 def _kept(decisions: list[dict[str, Any]]) -> dict[str, int]:

@@ -119,6 +119,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                           None: r2q for text and code, gptq for image and audio, clip what was not calibrated
     enable_calibration    look at what goes into the layers; False: from the weights alone
     calibration_data      a file of texts, token ids, prompts or inputs; None: the model's own trajectory
+    stats                 a folder that calibrate wrote, to fit layers by; the model is not run
     mask_token            id of the token that hides another one; None: the tokenizer or config.json tells
     enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
     refits                how often the grid of a group is fitted again to the codes it got
@@ -154,6 +155,9 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     calibration_data: Annotated[str, StringConstraints(min_length=1)] | None = Field(
         default=None, description="the path of a calibration file, or None for the model's own trajectory"
     )
+    stats: Annotated[str, StringConstraints(min_length=1)] | None = Field(
+        default=None, description="the path of a folder that calibrate wrote, or None"
+    )
     mask_token: int | None = Field(default=None, ge=0, description="the id of a token, 0 or more, or None")
     enable_rotation: bool = Field(default=True, description="True or False")
     refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
@@ -188,10 +192,12 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         settings = {**file.settings, **environment, **given}
         labels = file.labels | {name: PREFIX + name.upper() for name in environment} | {name: name for name in given}
         try:
-            return handler(_profile(settings) | settings)
+            config = handler(_profile(settings) | settings)
         except pydantic.ValidationError as error:
             wrong = dict.fromkeys(part["loc"][0] for part in error.errors(include_url=False))
             raise ConfigurationError(_listed(_refusal(n, labels.get(n, n), settings.get(n)) for n in wrong)) from None
+        _refuse_contradiction(config)
+        return config
 
     @classmethod
     def from_profile(cls, name: str, **overrides: Any) -> "Self":
@@ -233,9 +239,10 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     def identity(self) -> dict[str, object]:
         """The settings that decide the bytes of the result, sorted, ready for JSON; resuming is keyed by them.
 
-        The profile is not among them, because the values that it brought are.
+        The profile is not among them, because the values that it brought are; nor is the place of stats, whose own
+        identity counts instead.
         """
-        apart = {"deployment_profile", "fail_fast", "max_memory", "threads", "device"}
+        apart = {"deployment_profile", "fail_fast", "max_memory", "threads", "device", "stats"}
         settings = self.model_dump(mode="json", exclude=apart)
         return dict(sorted((settings | {"keep": sorted(set(self.keep))}).items()))
 
@@ -317,7 +324,7 @@ def _from_text(name: str, text: str) -> object:
         return SWITCH.get(text.lower(), text)
     if text.lower() in {"none", "null"}:
         return None
-    return text if name in {"component", "calibration_data"} else _number(text)
+    return text if name in {"component", "calibration_data", "stats"} else _number(text)
 
 
 def _number(text: str) -> object:
@@ -389,6 +396,20 @@ def _at(name: str, mark: yaml.Mark | None) -> str:
 
 
 # What a refusal says
+
+
+def _refuse_contradiction(config: "DiffusionQuantConfig") -> None:
+    """Refuse settings that say different things about where the inputs of layers are known from."""
+    for name, contradicts in (
+        ("calibration_data", config.calibration_data is not None),
+        ("enable_calibration", not config.enable_calibration),
+        ("method", config.method in {"clip", "rtn"}),
+    ):
+        if contradicts and config.stats is not None:
+            raise ConfigurationError(
+                f"stats is {_repr.repr(config.stats)} and {name} is {_repr.repr(getattr(config, name))}, which"
+                " contradict each other; leave one of them out"
+            )
 
 
 def _refusal(name: str | int, label: str | int, found: object) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.budget import give_back_memory, plan_budget
-from arrow_quant_v2.calibrated_run import CalibratedRun, run_calibrated
+from arrow_quant_v2.calibrated_run import CalibratedRun, FittedRun, run_calibrated
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
@@ -19,6 +19,7 @@ from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, source_hash
 from arrow_quant_v2.sources.files import read_json
+from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
 from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from arrow_quant_v2.budget import Budget
+    from arrow_quant_v2.calibration.stored_stats import KeptStats
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.layers import Piece, Slice
     from arrow_quant_v2.plan import LayerPlan
@@ -95,12 +97,15 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     description = Description(
         config=job.config, modality=job.modality, component=job.component, source_hash=source_hash(job.source.tensors)
     )
+    kept = None if job.config.stats is None else open_stats(job.config.stats, job.source)
     identity = _identity(description) | {"calibration data": data_identity(job.config)}
+    if kept is not None:
+        identity["stats"] = kept.identity
     with WorkFolder(job.out, identity, overwrite=job.overwrite) as folder:
         progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
         run = _Run(plans=plans, budget=budget, description=description, folder=folder, progress=progress)
         with cores_at_most(budget.workers):
-            calibrated = _calibrated(job, run)
+            calibrated = _calibrated(job, run) if kept is None else _on_stats(job, run, kept)
         run = replace(run, plans=calibrated.plans)
         _work_on_layers(job, run, calibrated.names)
         assemble(folder, run.plans, description, job.model)
@@ -160,6 +165,28 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
         "method": method,
     }
     return _Calibration(plans=done.plans, names=done.names, summary=summary, notes=samples.notes)
+
+
+def _on_stats(job: Job, run: _Run, kept: KeptStats) -> _Calibration:
+    """Fit the layers that the stats know; the model is not run."""
+    method = calibrated_method(job.config, job.modality)
+    if method is None or job.provider is not None:
+        raise ConfigurationError("stats and a calibration function were given; leave one of them out")
+    summary = stats_summary(kept, method)
+    if summary["synthetic"]:
+        warnings.warn(f"{kept.folder}: stats of random inputs, which the model will not see in use", stacklevel=3)
+    fitted = FittedRun(
+        source=job.source,
+        config=job.config,
+        modality=job.modality,
+        method=method,
+        description=run.description,
+        folder=run.folder,
+        progress=run.progress,
+        should_stop=job.should_stop,
+    )
+    done = run_on_stats(fitted, kept)
+    return _Calibration(plans=done.plans, names=done.names, summary=summary)
 
 
 def _not_calibrated(plans: Sequence[LayerPlan], reason: str) -> _Calibration:

@@ -60,6 +60,12 @@ def source_hash(tensors: Iterable[TensorInfo]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def content_hash(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> str:
+    """SHA-256 over (name, dtype, shape, CRC-32 of the values) of every tensor."""
+    lines = (f"{name}\t{dtype}\t{list(shape)}\t{checksum}\n" for name, dtype, shape, checksum in tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def file_groups(plans: Sequence[LayerPlan]) -> list[list[int]]:
     """Which layers share a file, by their numbers: neighbours, until they pass OWN_FILE_BYTES together."""
     groups: list[list[int]] = []
@@ -163,9 +169,7 @@ def _summary(weights: Path, plans: Sequence[LayerPlan], description: Description
     """What metadata.json says; no times, paths or machines, so that equal runs give equal bytes."""
     with StoredModel(weights) as stored:
         entries = [one for one in stored.entries if one.chunk == 0]
-        content = hashlib.sha256()
-        for one in entries:
-            content.update(f"{one.layer_name}\t{one.dtype}\t{list(one.shape)}\t{one.source_checksum}\n".encode())
+        content = content_hash((one.layer_name, one.dtype, one.shape, one.source_checksum) for one in entries)
         cosines = [one.cosine_similarity for one in entries if one.cosine_similarity is not None]
         files = [path.name for path in stored.files]
     decisions = [plan.decision for plan in plans]
@@ -180,7 +184,7 @@ def _summary(weights: Path, plans: Sequence[LayerPlan], description: Description
         "configuration": description.config.identity(),
         "calibration": None,
         "source_hash": description.source_hash,
-        "source_content_hash": content.hexdigest(),
+        "source_content_hash": content,
         "weight_files": files,
         "layers": len(entries),
         "quantized_layers": len(cosines),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.doctor import Diagnosis
     from arrow_quant_v2.orchestrator import Job, Outcome
+    from arrow_quant_v2.stats_run import StatsOutcome
     from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.validation.weights import LayerAccuracy
 
@@ -49,6 +50,24 @@ def quantization_result(job: Job, outcome: Outcome) -> dict[str, Any]:
         "calibration": outcome.calibration,
         "notes": list(outcome.notes),
         "decisions": decisions,
+    }
+
+
+def stats_result(outcome: StatsOutcome) -> dict[str, Any]:
+    """What stats lie there now: of how many layers, made from what, in which time groups."""
+    summary = outcome.kept.summary
+    return {
+        "path": str(outcome.kept.folder),
+        "layers": len(summary.layers),
+        "inputs": len(summary.inputs),
+        "samples": summary.count,
+        "origin": summary.origin,
+        "synthetic": any(one.synthetic for one in summary.samples),
+        "time_groups": [list(edges) for edges in outcome.kept.groups.ranges()],
+        "size_mb": sum(path.stat().st_size for path in outcome.kept.folder.iterdir()) / 1e6,
+        "seconds": outcome.seconds,
+        "reused": outcome.reused,
+        "notes": list(outcome.notes),
     }
 
 

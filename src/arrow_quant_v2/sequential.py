@@ -101,13 +101,23 @@ def _put(parameter: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _fit(walk: Walk, stats: InputStats, layers: Sequence[str], ask: Fitting) -> None:
-    """Fit the layers that share one input, put the result into the model, and hand it on."""
+    """Fit the layers that share one input, and put what they became into the model."""
+    for layer, values in fit_input(stats, layers, ask).items():
+        _put(walk.parameters[layer], values)
+
+
+def fit_input(stats: InputStats, layers: Sequence[str], ask: Fitting) -> dict[str, torch.Tensor]:
+    """Fit layers that share one input and hand them on; the weight (rows, columns) that each of them became.
+
+    Raises:
+        QuantizationError: a weight is not finite, or H has no Cholesky factor.
+    """
     weights = [_weight(ask.plans[layer], ask) for layer in layers]
     sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
     fitted, trouble = _spatial_or_per_channel(weights, sight, ask.freedom)
     for layer, weight, one in zip(layers, weights, fitted, strict=True):
-        _put(walk.parameters[layer], dequantized(one.packed))  # the same bits as when it is read from a file
         ask.keep(_layer(ask.plans[layer], weight, one, stats, ask, trouble=trouble))
+    return {layer: dequantized(one.packed) for layer, one in zip(layers, fitted, strict=True)}  # bits as stored
 
 
 def _spatial_or_per_channel(

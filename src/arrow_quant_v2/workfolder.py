@@ -172,7 +172,7 @@ class WorkFolder:
             return
         if self._finished():
             raise ConfigurationError(
-                f"{self.folder}: holds unfinished work on {_difference(found, identity)};"
+                f"{self.folder}: holds unfinished work on {difference(found, identity)};"
                 f" finish that with the same settings, remove the folder, or choose another output"
             )
         with explained(self.folder):
@@ -210,8 +210,8 @@ def is_output(folder: Path) -> bool:
     return False
 
 
-def _difference(found: bytes, asked: bytes) -> str:
-    """What sets the unfinished run apart from this one, in words."""
+def difference(found: bytes, asked: bytes) -> str:
+    """What sets the work that was found apart from what is asked, in words."""
     with contextlib.suppress(ValueError):
         old, new = json.loads(found), json.loads(asked)
         if isinstance(old, dict):

@@ -110,7 +110,7 @@ def effort(plan: LayerPlan, calibrated: frozenset[str]) -> int:
 
 def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
     samples = run.prepared.samples
-    return f"calibrating {layers} layers in {len(walk.blocks)} blocks on {len(samples.calls)} samples: {samples.origin}"
+    return f"calibrating {layers} layers in {len(walk.blocks)} blocks on {samples.count} samples: {samples.origin}"
 
 
 def _watched(run: CalibratedRun) -> dict[str, str]:
@@ -144,7 +144,7 @@ def _fitting(
         groups=run.prepared.groups,
         freedom=run.freedom,
         time_aware=run.config.enable_time_aware,
-        shown=f"{len(run.prepared.samples.calls)} samples of {origin}",
+        shown=f"{run.prepared.samples.count} samples of {origin}",
         values=lambda plan: weight_of(run.source, plan),
         finished=keeper.finished,
         keep=keeper.keep,

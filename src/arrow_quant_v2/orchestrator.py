@@ -158,7 +158,7 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
     )
     samples = prepared.samples
     summary = {
-        "samples": len(samples.calls),
+        "samples": samples.count,
         "origin": samples.origin,
         "synthetic": samples.synthetic,
         "time_groups": [list(edges) for edges in prepared.groups.ranges()],

@@ -256,7 +256,7 @@ def _observed(run: _Run, asked: dict[str, Any]) -> Summary:
         whole = len(samples.calls) * sum(_weight(walk, block) for block in range(len(walk.blocks)))
         progress = Progress(run.report, whole)
         layers = sum(len(block.uses) for block in walk.blocks)
-        told = f"observing {layers} layers in {len(walk.blocks)} blocks on {len(samples.calls)} samples"
+        told = f"observing {layers} layers in {len(walk.blocks)} blocks on {samples.count} samples"
         progress.tell(f"{told}: {samples.origin}")
         inputs: list[KeptInput] = []
         for block in range(len(walk.blocks)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -20,6 +22,12 @@ class Sample:
     arguments: tuple[object, ...] = ()
     keywords: Mapping[str, object] = field(default_factory=dict)
     timestep: float
+
+    @property
+    def count(self) -> int:
+        """How many samples are shown in this one call: the length of the batch axis."""
+        given = (*self.arguments, *self.keywords.values())
+        return next((len(value) for value in given if isinstance(value, torch.Tensor) and value.ndim), 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,3 +45,8 @@ class Samples:
     identity: str
     synthetic: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many samples all calls show together."""
+        return sum(call.count for call in self.calls)

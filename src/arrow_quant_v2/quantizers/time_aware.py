@@ -80,6 +80,6 @@ def bias_correction(left: Tensor, means: Tensor, probes: Sequence[Tensor]) -> Te
     biases = means @ left.mT  # (groups, out)
     for group, inputs in enumerate(probes):
         missed = inputs @ left.mT  # what the outputs lack
-        if not len(inputs) or float((missed - biases[group]).square().sum()) >= float(missed.square().sum()):
+        if float((missed - biases[group]).square().sum()) >= float(missed.square().sum()):
             biases[group] = 0.0
     return biases if biases.any() else None

@@ -106,7 +106,7 @@ class UNet(nn.Module):
 
 
 class Again(nn.Module):
-    """One layer runs twice, around and after another one, and once more at the end."""
+    """One layer runs twice, then in turns with another one, and once more at the end; it has two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Again(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers[0](self.layers[0](x)[0])[0]
         x = self.same[0](self.layers[1](x)[0])[0]
-        return self.layers[1](x)[0].mul_(2.0)
+        return self.same[0](self.layers[1](x)[0].mul_(2.0))[0]
 
 
 class Tied(nn.Module):

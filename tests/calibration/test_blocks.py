@@ -154,9 +154,18 @@ def test_inputs_come_in_the_order_in_which_they_are_used() -> None:
 def test_a_block_that_runs_again_is_one_block() -> None:
     module, samples = opened("again")
     with walking(module, samples, matrices(module)) as walk:
-        assert [(block.name, block.calls) for block in walk.blocks] == [("layers.0", 3), ("layers.1", 2)]
-        assert walk.blocks[0].uses["layers.0.q.weight"] == 3
-        assert len(walk.watch(0, ("layers.0.up.weight",), 0).products) == 3
+        assert [(block.name, block.calls) for block in walk.blocks] == [("layers.0", 4), ("layers.1", 2)]
+        assert walk.blocks[0].uses["layers.0.q.weight"] == 4
+        assert len(walk.watch(0, ("layers.0.up.weight",), 0).products) == 4
+
+
+def test_a_block_with_two_names_is_one_block() -> None:
+    module, samples = opened("again")
+    both = {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.ndim > 1}
+    assert "same.0.q.weight" in both
+    with walking(module, samples, both) as walk:
+        assert [(block.name, block.calls) for block in walk.blocks] == [("layers.0", 4), ("layers.1", 2)]
+        assert len({layer for layers in walk.blocks[0].inputs for layer in layers}) == 6
 
 
 def test_a_weight_that_two_blocks_share_belongs_to_the_first() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent))  # for its own modules, which pytest's importlib mode does not find
+
 from text_models import WORDS, opened, save_bert
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from arrow_quant_v2.calibration.runnable import Runnable
 

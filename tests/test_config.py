@@ -30,6 +30,7 @@ DEFAULTS = {
     "method": None,
     "enable_calibration": True,
     "calibration_data": None,
+    "stats": None,
     "mask_token": None,
     "seed": 0,
     "device": "cpu",
@@ -352,7 +353,8 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
         "bit_width: 2\nmodality: null\nnum_time_groups: 5\ngroup_size: null\nenable_time_aware: true\n"
         "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\n"
         "calibration_tokens: 32768\ndeployment_profile: edge\n"
-        "fail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\nmask_token: null\nseed: 0\n"
+        "fail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\n"
+        "stats: null\nmask_token: null\nseed: 0\n"
         "device: cpu\ntime_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
     )
@@ -415,6 +417,7 @@ def test_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
         "fail_fast",
         "deployment_profile",
         "device",
+        "stats",
     }
     for change in ({"component": "unet"}, {"seed": 1}, {"enable_calibration": False}, {"mask_token": 4}):
         assert config.replace(**change).identity() != config.identity()

@@ -227,6 +227,7 @@ def doctor(
     keep: Keep = None,
     calibration: Calibration = None,
     no_calibration: NoCalibration = False,
+    stats: Stats = None,
     samples: Samples = None,
     disk: Annotated[Path, typer.Option(help="a folder on the disk that the output will go to")] = Path(),
     as_json: AsJson = False,
@@ -246,6 +247,7 @@ def doctor(
         keep=keep or None,
         calibration_data=None if calibration is None else str(calibration),
         enable_calibration=False if no_calibration else None,
+        stats=None if stats is None else str(stats),
         calibration_samples=samples,
     )
     with _interruptible():

@@ -94,6 +94,8 @@ def _why_from_the_weights_alone(model: Model | None, modality: Modality, config:
         return "from the weights alone: calibration is switched off"
     if calibrated_method(config, modality) is None:
         return f"from the weights alone: method {config.method} looks at nothing else"
+    if config.stats is not None:
+        return None
     if model is None:
         return None if config.calibration_data else "from the weights alone, unless calibration= gives inputs"
     told = (model.root / "model_index.json", model.folder / "config.json")
@@ -103,6 +105,8 @@ def _why_from_the_weights_alone(model: Model | None, modality: Modality, config:
 
 
 def _what_is_shown(config: DiffusionQuantConfig, calibrated: Calibrated) -> str:
+    if config.stats is not None:
+        return f"{calibrated.method}, calibrated on stats {config.stats}"
     origin = config.calibration_data or "the model's own trajectory, or of random inputs where it has none"
     return f"{calibrated.method}, calibrated on {config.calibration_samples} samples of {origin}"
 

@@ -81,9 +81,10 @@ def run_on_stats(run: FittedRun, kept: KeptStats) -> CalibratedPlans:
     by_name = {plan.tensor.name: plan for plan in plans}
     for entry in kept.summary.inputs:
         _refuse_unfit(kept, entry, by_name)
-    keeper = Keeper(run, plans, calibrated.names)
-    run.progress.begin(sum(effort(plan, calibrated.names) for plan in plans))
-    run.progress.tell(f"fitting {len(kept.summary.layers)} layers to {_shown(kept)}")
+    names = frozenset(layer for layer in kept.summary.layers if by_name[layer].spec is not None)
+    keeper = Keeper(run, plans, names)
+    run.progress.begin(sum(effort(plan, names) for plan in plans))
+    run.progress.tell(f"fitting {len(names)} layers to {_shown(kept)}")
     fitting = Fitting(
         plans=by_name,
         groups=kept.groups,
@@ -95,7 +96,7 @@ def run_on_stats(run: FittedRun, kept: KeptStats) -> CalibratedPlans:
         keep=keeper.keep,
     )
     for number, entry in enumerate(kept.summary.inputs):
-        planned = [layer for layer in entry.layers if by_name[layer].spec is not None]
+        planned = [layer for layer in entry.layers if layer in names]
         if any(keeper.finished(by_name[layer]) is None for layer in planned):  # they share a basis: all or none
             stats = kept.read(number)
             if stats.second.matrix.diagonal().any():

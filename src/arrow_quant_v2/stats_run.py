@@ -5,7 +5,6 @@ Knows no methods and quantizes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arrow_quant_v2 import __version__
+from arrow_quant_v2.budget import cores
 from arrow_quant_v2.calibrated_run import placed
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.calibration.merging import merge_into, refuse_unlike
@@ -29,8 +29,8 @@ from arrow_quant_v2.calibration.stored_stats import (
     write_input,
     write_summary,
 )
+from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.kernels.cpu import threads_per_call
 from arrow_quant_v2.plan import FEWEST_WEIGHTS, FLOATS
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
@@ -39,13 +39,14 @@ from arrow_quant_v2.stats_reuse import values_hash
 from arrow_quant_v2.workfolder import WorkFolder, difference, refuse_overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
 
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.calibration.observe import Strata
+    from arrow_quant_v2.calibration.sample import Samples
     from arrow_quant_v2.calibration.stats import InputStats
     from arrow_quant_v2.calibration.stored_stats import KeptFile
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
@@ -116,7 +117,7 @@ def make_stats(job: StatsJob, report: Callable[[str, float], object] | None = No
     before = _made_before(job.out, asked, overwrite=job.overwrite)
     if before is not None:
         return StatsOutcome(kept=before, seconds=time.monotonic() - started, reused=True)
-    with _threads(job.config), StatsFolder(job.out, asked, overwrite=job.overwrite) as folder:
+    with cores_at_most(job.config.threads or cores()), StatsFolder(job.out, asked, overwrite=job.overwrite) as folder:
         prepared = prepared or _prepared(job, progress)
         groups = prepared.groups if like is None else like.groups
         run = _Run(
@@ -213,16 +214,6 @@ def _prepared(job: StatsJob, progress: Progress) -> Prepared:
     return prepared
 
 
-@contextlib.contextmanager
-def _threads(config: DiffusionQuantConfig) -> Iterator[None]:
-    """As many pieces at once as are asked for."""
-    before = threads_per_call.set(config.threads or threads_per_call.get())
-    try:
-        yield
-    finally:
-        threads_per_call.reset(before)
-
-
 # The pass through the model
 
 
@@ -272,12 +263,18 @@ def _observed(run: _Run, asked: dict[str, Any]) -> Summary:
         mask_token=runnable.mask_token,
         apart=run.apart,
         time_groups=run.groups.edges,
-        samples=(
-            KeptSamples(
-                origin=samples.origin, identity=samples.identity, synthetic=samples.synthetic, sizes=parts.sizes
-            ),
-        ),
+        samples=(_shown(samples, parts),),
         inputs=tuple(_named(entry, module_names) for entry in inputs),
+    )
+
+
+def _shown(samples: Samples, parts: Strata) -> KeptSamples:
+    return KeptSamples(
+        origin=samples.origin,
+        identity=samples.identity,
+        synthetic=samples.synthetic,
+        count=samples.count,
+        sizes=parts.sizes,
     )
 
 

@@ -38,6 +38,13 @@ def calibrate(model: Path, out: Path, *, calibration: Any = None, **more: Any) -
     return api.calibrate(model, out, settings(**more), calibration=calibration, **own)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _calibrated() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARROW_QUANT_ENABLE_CALIBRATION", "true")
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A masked language model of two blocks whose weights are worth quantizing."""
@@ -101,9 +108,9 @@ def test_a_live_module_and_a_function_will_do(tmp_path: Path) -> None:
             yield torch.full((5, 64), 0.1 * step + 0.1), float(step)
 
     done = api.calibrate(module, tmp_path / "stats", config, calibration=shown)
-    assert (done["layers"], done["samples"]) == (2, 4)
+    assert (done["layers"], done["samples"]) == (2, 20)
     result = api.quantize_diffusion_model(module, tmp_path / "out", config.replace(stats=str(tmp_path / "stats")))
-    assert result["calibration"]["samples"] == 4
+    assert result["calibration"]["samples"] == 20
 
 
 def test_progress_ends_at_the_end(model: Path, tmp_path: Path) -> None:
@@ -343,7 +350,7 @@ def test_layers_that_are_kept_are_left_alone(model: Path, stats: Path, tmp_path:
 def test_a_run_that_was_stopped_goes_on_with_the_same_stats_only(model: Path, stats: Path, tmp_path: Path) -> None:
     config = settings(bit_width=2, group_size=16, min_accuracy=0.0, stats=str(stats))
     answers = iter([False] * 4 + [True])
-    with pytest.raises(InterruptedRunError, match="stopped after 5 calibrated layers"):
+    with pytest.raises(InterruptedRunError, match="stopped after 5 of 14 calibrated layers"):
         api.quantize_diffusion_model(model, tmp_path / "out", config, should_stop=lambda: next(answers))
     calibrate(model, tmp_path / "other", seed=1)
     with pytest.raises(ConfigurationError, match="holds unfinished work on another stats"):
@@ -403,7 +410,7 @@ def test_the_commands_do_it(
     done = arrow_quant("calibrate", model, tmp_path / "a", *asked)
     assert (done.code, done.err) == (0, "")
     assert "stats of 14 layers, " in done.out
-    assert "6 samples of the model's own trajectory, 6 time groups" in done.out
+    assert "6 samples of the model's own trajectory, 2 time groups" in done.out
     assert "were there already" in arrow_quant("calibrate", model, tmp_path / "a", *asked).out
     refused = arrow_quant("calibrate", model, tmp_path / "a", *asked, "--seed", 1)
     assert (refused.code, refused.out) == (2, "")

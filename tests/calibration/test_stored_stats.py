@@ -53,7 +53,7 @@ def summary(*inputs: KeptInput, apart: bool = True, sizes: tuple[int, ...] = (1,
         mask_token=None,
         apart=apart,
         time_groups=(0.0, 0.5, 1.0),
-        samples=(KeptSamples(origin="texts", identity="i", synthetic=False, sizes=sizes),),
+        samples=(KeptSamples(origin="texts", identity="i", synthetic=False, count=4, sizes=sizes),),
         inputs=inputs,
     )
 

@@ -129,6 +129,6 @@ def _refuse_other_strata(one: KeptStats, other: KeptStats) -> None:
     alike = all(a * sum(theirs) == b * sum(mine) for a, b in zip(mine, theirs, strict=True))
     if not one.summary.apart and not alike:
         raise ConfigurationError(
-            f"{one.folder} and {other.folder} cannot be merged: their time groups have {mine} and {theirs} samples, and"
+            f"{one.folder} and {other.folder} cannot be merged: their time groups have {mine} and {theirs} calls, and"
             " were summed up with other weights; make them without --compact"
         )

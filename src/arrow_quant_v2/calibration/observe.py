@@ -31,7 +31,7 @@ class Strata:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many samples each time group has."""
+        """How many calls of the model each time group has."""
         return tuple(self.groups.count(group) for group in range(self.count))
 
     def alone(self) -> Strata:

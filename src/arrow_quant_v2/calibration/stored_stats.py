@@ -60,11 +60,12 @@ class KeptInput(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class KeptSamples(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What one calibration showed; `sizes` says how many samples there were of each time group."""
+    """What one calibration showed: `count` samples; `sizes` says how many calls of the model each time group had."""
 
     origin: str
     identity: Text
     synthetic: bool
+    count: Positive
     sizes: tuple[Count, ...]
 
 
@@ -96,17 +97,17 @@ class Summary(BaseModel, frozen=True, extra="forbid", strict=True):
     @property
     def count(self) -> int:
         """Samples."""
-        return sum(map(sum, (one.sizes for one in self.samples)))
+        return sum(one.count for one in self.samples)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Samples of each time group."""
+        """Calls of each time group."""
         return tuple(map(sum, zip(*(one.sizes for one in self.samples), strict=True)))
 
     @property
     def origin(self) -> str:
         """Like "128 samples of texts.jsonl and 64 samples of more.jsonl"."""
-        return " and ".join(f"{sum(one.sizes)} samples of {one.origin}" for one in self.samples)
+        return " and ".join(f"{one.count} samples of {one.origin}" for one in self.samples)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -250,8 +251,8 @@ def _groups(summary: Summary, path: Path) -> TimeGroups:
         groups = TimeGroups(edges=summary.time_groups)
     except ConfigurationError as error:
         raise StoreError(f"{path}: {error}; {AGAIN}") from error
-    if any(len(one.sizes) != groups.count for one in summary.samples) or not summary.count:
-        raise StoreError(f"{path}: the samples are not counted for each of its {groups.count} time groups; {AGAIN}")
+    if any(len(one.sizes) != groups.count for one in summary.samples) or not any(summary.sizes):
+        raise StoreError(f"{path}: the calls are not counted for each of its {groups.count} time groups; {AGAIN}")
     if len(set(summary.layers)) != len(summary.layers):
         raise StoreError(f"{path}: a layer belongs to two inputs; {AGAIN}")
     return groups

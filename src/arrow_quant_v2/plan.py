@@ -64,10 +64,13 @@ NOTHING_CALIBRATED = Calibrated()
 
 
 def calibrated_method(config: DiffusionQuantConfig, modality: Modality) -> Method | None:
-    """The method of calibrated layers: as asked, else by modality; None where the method looks at weights alone."""
+    """The method of calibrated layers: as asked, else by modality; None where the method looks at weights alone.
+
+    At 8 bits the residual grid has too few codes for its second scale, and the affine one is closer.
+    """
     if config.method in WEIGHTS_ALONE:
         return None
-    return config.method or ("r2q" if modality in {"text", "code"} else "gptq")
+    return config.method or ("r2q" if modality in {"text", "code"} and config.bit_width < 8 else "gptq")  # noqa: PLR2004
 
 
 def likely_calibrated(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig, modality: Modality) -> Calibrated:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from arrow_quant_v2.packed import PackedTensor
 
 
+AT_ONCE = 4096  # rows that have copies at the same time
+
+
 class _Shared:
     """Another array's memory without its read-only flag, which torch has no notion of; nothing here writes to it."""
 
@@ -37,12 +40,21 @@ def dequantized(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> tor
     """
     if packed.rotation is None and packed.equalization is None:
         return stored_weight(packed, dtype)
-    along = stored_weight(packed).reshape(packed.rows, packed.layout.channels or 1, -1)  # (rows, channels, kernel)
+    weight = stored_weight(packed)
+    for start in range(0, packed.rows, AT_ONCE):
+        some = weight[start : start + AT_ONCE]
+        some.copy_(_unchanged(some, packed))
+    return weight.to(dtype)
+
+
+def _unchanged(stored: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
+    """Some rows of the weight as it was before its channels were equalized and turned."""
+    along = stored.reshape(len(stored), packed.layout.channels or 1, -1)  # (rows, channels, kernel)
     if packed.rotation is not None:
         along = unturn(along, packed.rotation, axis=1)
     if packed.equalization is not None:
         along = along / shared_tensor(packed.equalization)[:, None]
-    return along.flatten(1).to(dtype)
+    return along.flatten(1)
 
 
 def stored_weight(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

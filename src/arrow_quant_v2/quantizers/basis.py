@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from arrow_quant_v2.engines.one_core import tiles
 from arrow_quant_v2.kernels.rotation import turn
 from arrow_quant_v2.packed import ROTATIONS
 
@@ -38,7 +41,12 @@ class Basis:
         """H (columns, columns) float32 of inputs x -> H of x'."""
         if self.rotation is None and self.equalization is None:
             return hessian
-        return self.inputs(self.inputs(hessian).mT.contiguous())
+        half, whole = torch.empty_like(hessian), torch.empty_like(hessian)
+        for rows in tiles(len(hessian)):
+            half[:, rows] = self.inputs(hessian[rows]).mT
+        for rows in tiles(len(hessian)):
+            whole[rows] = self.inputs(half[rows])
+        return whole
 
     def _changed(self, matrix: Tensor, *, divide: bool) -> Tensor:
         if self.rotation is None and self.equalization is None:

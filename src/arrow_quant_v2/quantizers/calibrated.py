@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from arrow_quant_v2.engines.one_core import each_on_one_core
+from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.packed import Layout, PackedTensor, WeightError
 from arrow_quant_v2.quantizers.basis import Basis, rotation_block
-from arrow_quant_v2.quantizers.gptq import gptq
+from arrow_quant_v2.quantizers.gptq import ROWS, gptq
 from arrow_quant_v2.quantizers.gptq_factor import DAMPING, factorize
-from arrow_quant_v2.quantizers.result import not_finite
+from arrow_quant_v2.quantizers.result import joined, not_finite, weight_error
 from arrow_quant_v2.quantizers.spatial import ALPHAS, SpatialQuantizer
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.quantizers.result import QuantizedRows
 
 FEW = 0.1  # the damping that suits as many tokens as columns
+SMALL_HESSIAN = 256 * 2**20  # bytes up to which H and its factor are in memory for every basis
+AT_ONCE = 16 * ROWS  # rows of a weight that have all its copies at once: a head of a vocabulary is large
 TRIED_ROWS = 256  # of all weights of an input together: enough to tell which basis is better
 
 
@@ -92,18 +94,33 @@ def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
     Raises:
         QuantizationError: H has no Cholesky factor, or a weight is not finite.
     """
-    groups = sorted({weight.layout.group for weight in weights})
-    bases = each_on_one_core(lambda basis: _Seen(basis, sight, groups), _bases(weights, sight, freedom))
-    best = bases[0]
-    if len(bases) > 1:
-        tried = [weight.some(max(16, TRIED_ROWS // len(weights))) for weight in weights]
-        pairs = [(basis, weight) for basis in bases for weight in tried]
-        losses = each_on_one_core(lambda pair: pair[0].loss(pair[1]), pairs)
-        totals = [sum(losses[at : at + len(tried)]) for at in range(0, len(losses), len(tried))]
-        best = bases[totals.index(min(totals))]
+    best = _best(weights, sight, _bases(weights, sight, freedom))
     if len(weights) == 1:
         return [best.fitted(weights[0], freedom.refits)]  # its rows are shared out instead
     return each_on_one_core(lambda weight: best.fitted(weight, freedom.refits), weights)
+
+
+def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis]) -> _Seen:
+    """The input seen in the basis that loses least; the first one where several do.
+
+    Where H is large, one basis is looked at after the other, and the best one made once more.
+    """
+    groups = sorted({weight.layout.group for weight in weights})
+    tried = [weight.some(max(16, TRIED_ROWS // len(weights))) for weight in weights]
+    if len(bases) == 1:
+        return _Seen(bases[0], sight, groups)
+    if sight.hessian.nbytes <= SMALL_HESSIAN:
+        seen = each_on_one_core(lambda basis: _Seen(basis, sight, groups), bases)
+        pairs = [(one, weight) for one in seen for weight in tried]
+        losses = each_on_one_core(lambda pair: pair[0].loss(pair[1]), pairs)
+        totals = [sum(losses[at : at + len(tried)]) for at in range(0, len(losses), len(tried))]
+        return seen[totals.index(min(totals))]
+    totals = [_total_loss(_Seen(basis, sight, groups), tried) for basis in bases]
+    return _Seen(bases[totals.index(min(totals))], sight, groups)
+
+
+def _total_loss(seen: _Seen, weights: Sequence[Weight]) -> float:
+    return sum(each_on_one_core(seen.loss, weights))
 
 
 def _bases(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Basis]:
@@ -135,14 +152,16 @@ class _Seen:
         return float(((left @ self.hessian) * left).sum(dtype=torch.float64))
 
     def fitted(self, weight: Weight, refits: int) -> Fitted:
-        changed = self.basis.weight(weight.values).contiguous()
-        rows = gptq(changed, weight.spec, self.factors[weight.layout.group], refits=refits)
+        factor = self.factors[weight.layout.group]
+        changed = (self.basis.weight(weight.values[rows]).contiguous() for rows in tiles(len(weight.values), AT_ONCE))
+        rows = joined([gptq(part, weight.spec, factor, refits=refits) for part in changed])
         if not np.isfinite(rows.sums).all():
             raise not_finite(weight.values, weight.info.name, weight.info.shape)
         packed = _packed(weight, rows, self.basis)
-        quantized = dequantized(packed)
-        left = weight.values - quantized
-        return Fitted(packed=packed, basis=self.basis, error=_error(weight.values, quantized, left), left=left)
+        left = dequantized(packed)  # for the moment, Q
+        error = _error(weight.values, left)
+        torch.sub(weight.values, left, out=left)
+        return Fitted(packed=packed, basis=self.basis, error=error, left=left)
 
 
 def _packed(weight: Weight, rows: QuantizedRows, basis: Basis) -> PackedTensor:
@@ -159,10 +178,17 @@ def _packed(weight: Weight, rows: QuantizedRows, basis: Basis) -> PackedTensor:
     )
 
 
-def _error(weight: Tensor, quantized: Tensor, left: Tensor) -> WeightError:
+def _error(weight: Tensor, quantized: Tensor) -> WeightError:
     """The sums in the basis of the model: an equalized weight has others."""
-    original, other, difference = (float(part.to(torch.float64).square().sum()) for part in (weight, quantized, left))
-    return WeightError(original=original, quantized=other, difference=difference, count=weight.numel())
+    sums = [_squares(weight[rows], quantized[rows]) for rows in tiles(len(weight), ROWS)]
+    return weight_error(np.array(sums), weight.numel())
+
+
+def _squares(weight: Tensor, quantized: Tensor) -> tuple[float, float, float]:
+    """The sums of w^2, q^2 and (w - q)^2."""
+    parts = (weight, quantized, weight - quantized)
+    original, other, difference = (float(part.to(torch.float64).square().sum()) for part in parts)
+    return original, other, difference
 
 
 def output_error(left: Tensor, weight: Tensor, probes: Sequence[Tensor]) -> list[float]:

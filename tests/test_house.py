@@ -16,7 +16,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 ORDER = (
     "errors", "decisions", "packed", "config", "progress", "timestep", "kernels", "engines", "store", "sources",
     "calibration", "plan", "quantizers", "one_tensor", "validation", "sequential", "layers", "budget", "workfolder",
-    "publish", "export", "doctor", "preparation", "calibrated_run", "stats_reuse", "stats_run",
+    "publish", "export", "doctor", "preparation", "forecast", "calibrated_run", "stats_reuse", "stats_run",
     "orchestrator", "results", "api", "cli_progress",
     "cli_tables", "cli",
 )  # fmt: skip

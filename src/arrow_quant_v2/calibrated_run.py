@@ -12,10 +12,12 @@ import torch
 
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.errors import InterruptedRunError, StoreError
+from arrow_quant_v2.forecast import seconds_to_fit
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.layers import calibrated_records
 from arrow_quant_v2.packed import PackedTensor
 from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
+from arrow_quant_v2.progress import duration
 from arrow_quant_v2.quantizers.calibrated import Freedom
 from arrow_quant_v2.sequential import Fitting, fit_in_sequence
 from arrow_quant_v2.store.crc32 import crc32
@@ -90,16 +92,19 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
     """
     runnable = run.prepared.runnable
     module_names = _watched(run)
-    parameters = dict(runnable.module.named_parameters(remove_duplicate=False))
-    watched = {module: parameters[module] for module in module_names}
-    with walking(runnable.module, run.prepared.samples.calls, watched, run.folder.scratch) as walk:
+    watched = runnable.parameters(module_names)
+    read_before = runnable.reading
+    with walking(runnable.module, run.prepared.samples.calls, watched, run.folder.scratch, runnable.clock) as walk:
+        reading = runnable.reading - read_before
         reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
         names = frozenset(module_names[layer] for layer in reached)
         plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method))
         keeper = Keeper(run, plans, names)
+        fitting = _fitting(run, plans, module_names, keeper)
+        seconds = seconds_to_fit(walk, fitting.plans, reading)
         run.progress.begin(sum(effort(plan, names) for plan in plans))
-        run.progress.tell(_announcement(walk, run, len(names)))
-        fit_in_sequence(walk, _fitting(run, plans, module_names, keeper))
+        run.progress.tell(f"{_announcement(walk, run, len(names))}, about {duration(seconds)}")
+        fit_in_sequence(walk, fitting)
     return keeper.result(NOT_REACHED)
 
 
@@ -110,7 +115,8 @@ def effort(plan: LayerPlan, calibrated: frozenset[str]) -> int:
 
 def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
     samples = run.prepared.samples
-    return f"calibrating {layers} layers in {len(walk.blocks)} blocks on {samples.count} samples: {samples.origin}"
+    told = f"calibrating {layers} layers in {len(walk.blocks)} blocks on {samples.count} samples: {samples.origin}"
+    return told if run.prepared.runnable.on_demand is None else f"{told}, weights read block by block"
 
 
 def _watched(run: CalibratedRun) -> dict[str, str]:
@@ -148,6 +154,7 @@ def _fitting(
         values=lambda plan: weight_of(run.source, plan),
         finished=keeper.finished,
         keep=keeper.keep,
+        holding=run.prepared.runnable.holding,
     )
 
 
@@ -174,7 +181,8 @@ class Keeper:
         try:
             with StoredModel(part) as stored:
                 chunks = [one for one in stored.read(plan.tensor.name) if isinstance(one, PackedTensor)]
-                weight = torch.cat([dequantized(chunk) for chunk in chunks])
+                weights = [dequantized(chunk) for chunk in chunks]
+                weight = weights[0] if len(weights) == 1 else torch.cat(weights)
                 text = stored.entries[0].decision
         except StoreError:
             return None

@@ -131,7 +131,7 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
         return _Calibration(plans=run.plans)
     run.progress.tell("gathering calibration samples")
     try:
-        prepared = prepare(job.model, job.module, job.modality, job.config, job.provider)
+        prepared = prepare(job.model, job.module, job.modality, job.config, job.provider, tell=run.progress.tell)
     except (ConfigurationError, SourceError, QuantizationError) as error:
         if job.config.calibration_data or job.provider or job.config.mask_token is not None:
             raise  # what a person asked for is not left out silently
@@ -164,7 +164,7 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
         "time_groups": [list(edges) for edges in prepared.groups.ranges()],
         "method": method,
     }
-    return _Calibration(plans=done.plans, names=done.names, summary=summary, notes=samples.notes)
+    return _Calibration(plans=done.plans, names=done.names, summary=summary, notes=(*prepared.notes, *samples.notes))
 
 
 def _on_stats(job: Job, run: _Run, kept: KeptStats) -> _Calibration:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arrow_quant_v2.budget import available_bytes
 from arrow_quant_v2.calibration.balance import balanced
 from arrow_quant_v2.calibration.pipelines import open_pipeline
 from arrow_quant_v2.calibration.runnable import Runnable
@@ -29,10 +31,16 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.calibration.sample import Samples
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
+    from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
     from arrow_quant_v2.timestep import TimeGroups
 
     Provider = Callable[[nn.Module], Iterable[tuple[Any, float]]]
+
+BLOCK_BY_BLOCK = "larger than memory: weights are read from disk block by block"
+FLOAT = 4  # bytes
+COPIES = 3  # of H: as seen, in another basis, and its factor; of a tensor: as read, quantized, and what that lost
+ROOM = 2**30  # libraries and inputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +51,11 @@ class Prepared:
     samples: Samples
     groups: TimeGroups
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how the model runs."""
+        return () if self.runnable.on_demand is None else (BLOCK_BY_BLOCK,)
+
 
 def prepare(
     model: Model | None,
@@ -50,8 +63,12 @@ def prepare(
     modality: Modality,
     config: DiffusionQuantConfig,
     provider: Provider | None,
+    *,
+    tell: Callable[[str], object],
 ) -> Prepared:
     """Open the model and gather its samples; `provider` is a function of the user's own, module -> (inputs, timestep).
+
+    A model that memory cannot hold has its weights read from the disk by every call; `tell` is told so.
 
     Raises:
         ConfigurationError: what is needed is not installed, or what was given cannot be used.
@@ -59,6 +76,8 @@ def prepare(
         QuantizationError: the model cannot be called.
     """
     runnable = _runnable(model, module, modality, config)
+    if runnable.on_demand is not None:
+        tell(f"gathering calibration samples, {BLOCK_BY_BLOCK}")
     data = None if config.calibration_data is None else Path(config.calibration_data)
     asked = Asked(
         count=config.calibration_samples,
@@ -107,7 +126,16 @@ def _runnable(
         raise SourceError(f"{model.folder}: has no config.json that tells how to run the model")
     if "_class_name" in read_json(described):
         return open_pipeline(model.folder, None, modality)
-    return open_transformers(model, modality, config.mask_token)
+    return open_transformers(model, modality, config.mask_token, on_demand=_larger_than_memory(model.source, config))
+
+
+def _larger_than_memory(source: Source, config: DiffusionQuantConfig) -> bool:
+    """Whether the model in float32 does not fit beside what is made of its widest H or its largest tensor."""
+    shapes = [info.shape for info in source.tensors]
+    widest = max((math.prod(shape[1:]) for shape in shapes if len(shape) > 1), default=0)
+    largest = max(map(math.prod, shapes), default=0)
+    needed = FLOAT * (sum(map(math.prod, shapes)) + COPIES * max(widest**2, largest)) + ROOM
+    return needed > min(available_bytes(), config.max_memory or math.inf)
 
 
 def _live(module: nn.Module, modality: Modality, config: DiffusionQuantConfig) -> Runnable:

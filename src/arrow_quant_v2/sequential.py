@@ -5,6 +5,7 @@ Knows nothing of how samples were found, nor of where the results are kept.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
 
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.calibration.stats import InputStats
@@ -55,6 +58,7 @@ class Fitting:
     values    a plan -> its weight, (rows, columns) float32
     finished  a plan -> the weight that an earlier run made of it, or None
     keep      takes each layer as it is done
+    holding   keeps a part's weights in memory
     """
 
     plans: Mapping[str, LayerPlan]
@@ -65,6 +69,7 @@ class Fitting:
     values: Callable[[LayerPlan], torch.Tensor]
     finished: Callable[[LayerPlan], torch.Tensor | None]
     keep: Callable[[CalibratedLayer], None]
+    holding: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
 
 
 def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
@@ -78,11 +83,14 @@ def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
     """
     parts = strata(walk.samples, ask.groups)
     for number, block in enumerate(walk.blocks):
-        for layers in block.inputs:
-            stats = None if _restored(walk, layers, ask) else observe(walk, number, layers, parts)
-            if stats is not None:
-                _fit(walk, stats, layers, ask)
-        each_on_one_core(lambda sample: walk.finish(number, sample), range(len(walk.samples)))  # noqa: B023 - at once
+        with ask.holding(block.module):
+            for layers in block.inputs:
+                stats = None if _restored(walk, layers, ask) else observe(walk, number, layers, parts)
+                if stats is not None:
+                    _fit(walk, stats, layers, ask)
+            if block is not walk.blocks[-1]:
+                each_on_one_core(lambda sample: walk.finish(number, sample), range(len(walk.samples)))  # noqa: B023 - at once
+                walk.forget(number)
 
 
 def _restored(walk: Walk, layers: tuple[str, ...], ask: Fitting) -> bool:

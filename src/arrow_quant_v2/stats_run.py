@@ -130,7 +130,7 @@ def make_stats(job: StatsJob, report: Callable[[str, float], object] | None = No
         )
         write_summary(run.target, _observed(run, asked))
         folder.publish()
-    notes = prepared.samples.notes
+    notes = (*prepared.notes, *prepared.samples.notes)
     return StatsOutcome(kept=KeptStats(job.out), seconds=time.monotonic() - started, notes=notes)
 
 
@@ -203,7 +203,7 @@ def _made_before(out: Path, asked: Mapping[str, Any], *, overwrite: bool) -> Kep
 
 def _prepared(job: StatsJob, progress: Progress) -> Prepared:
     progress.tell("gathering calibration samples")
-    prepared = prepare(job.model, job.module, job.modality, job.config, job.provider)
+    prepared = prepare(job.model, job.module, job.modality, job.config, job.provider, tell=progress.tell)
     for note in prepared.samples.notes:
         warnings.warn(note, stacklevel=2)
     if prepared.samples.synthetic:
@@ -239,9 +239,8 @@ def _observed(run: _Run, asked: dict[str, Any]) -> Summary:
     infos = job.source.tensors
     wanted = {one.name for one in infos if one.dtype in FLOATS and one.numel >= FEWEST_WEIGHTS and len(one.shape) > 1}
     module_names = placed(job.source, runnable, wanted)
-    parameters = dict(runnable.module.named_parameters(remove_duplicate=False))
     parts = strata(samples.calls, run.groups)
-    watched = {place: parameters[place] for place in module_names}
+    watched = runnable.parameters(module_names)
     with walking(runnable.module, samples.calls, watched, run.scratch) as walk:
         _refuse_too_large(run, walk, parts)
         whole = len(samples.calls) * sum(_weight(walk, block) for block in range(len(walk.blocks)))
@@ -251,7 +250,9 @@ def _observed(run: _Run, asked: dict[str, Any]) -> Summary:
         progress.tell(f"{told}: {samples.origin}")
         inputs: list[KeptInput] = []
         for block in range(len(walk.blocks)):
-            inputs += _block(run, walk, block, parts, len(inputs), progress=progress)
+            with runnable.holding(walk.blocks[block].module):
+                inputs += _block(run, walk, block, parts, len(inputs), progress=progress)
+            walk.forget(block)
             progress.tell(f"{block + 1}/{len(walk.blocks)} {walk.blocks[block].name or 'the whole model'}")
     return Summary(
         program_version=__version__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ def balanced(module: nn.Module, samples: Sequence[Sample], count: int) -> TimeGr
 def _log_rms(module: nn.Module, sample: Sample) -> Tensor:
     """(layers,): log of the root mean square of what each layer is given in one call; NaN where it is not called."""
     layers = [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    watch = _Ranges({part.weight.data_ptr(): number for number, part in enumerate(layers)})
+    watch = _Ranges(layers)
     with torch.no_grad(), watch:
         module(*sample.arguments, **sample.keywords)
     return torch.tensor([watch.found.get(number, torch.nan) for number in range(len(layers))])
@@ -48,9 +48,9 @@ def _log_rms(module: nn.Module, sample: Sample) -> Tensor:
 class _Ranges(torch.overrides.TorchFunctionMode):
     """Sees the inputs of products, in this thread alone."""
 
-    def __init__(self, numbers: dict[int, int]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
-        self.numbers, self.found = numbers, dict[int, float]()
+        self.layers, self.found = layers, dict[int, float]()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         if func in PRODUCTS:
@@ -58,7 +58,8 @@ class _Ranges(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, input: Tensor, weight: Tensor, *_: object, **__: object) -> None:  # noqa: A002 - torch's name
-        number = self.numbers.get(weight.data_ptr())
-        if number is not None and input.numel():
+        place = weight.data_ptr()  # compared now: a weight may be in memory only while its layer runs
+        numbers = [number for number, layer in enumerate(self.layers) if layer.weight.data_ptr() == place]
+        if numbers and input.numel():
             squares = input.to(torch.float32).square()
-            self.found[number] = float(squares.mean().clamp(min=SMALLEST).log() / 2.0)
+            self.found[numbers[-1]] = float(squares.mean().clamp(min=SMALLEST).log() / 2.0)

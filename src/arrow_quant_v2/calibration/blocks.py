@@ -9,6 +9,7 @@ run is then run anew. Knows nothing of what is done with a block.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from arrow_quant_v2.calibration.collect import EnoughSeen, Watch
+from arrow_quant_v2.calibration.collect import EnoughSeen, Uses, Watch
 from arrow_quant_v2.calibration.kept import Kept
 from arrow_quant_v2.errors import ArrowQuantError, QuantizationError
 
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 class Block:
     """A part of a model: `inputs` are the groups of weights that share an input, in the order in which they are used.
 
-    `calls` is how often one call of the model runs it, and `uses` how often it multiplies with each of its weights.
+    `calls` is how often one call of the model runs it, `uses` how often it multiplies with each of its weights,
+    `seconds` how long that took, `last` the last block that had begun when it was called last, and `users` are the
+    blocks that look at its outputs; None: something between blocks does.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Block:
     inputs: tuple[tuple[str, ...], ...]
     calls: int
     uses: Mapping[str, int]
+    seconds: float
+    last: int
+    users: frozenset[str] | None
 
 
 def candidates(module: nn.Module, watched: frozenset[str], name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -59,6 +65,11 @@ def candidates(module: nn.Module, watched: frozenset[str], name: str = "") -> It
 def _can_run(module: nn.Module) -> bool:
     """Whether it has a forward: a list of modules is never called itself."""
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
+
+
+def matrices(module: nn.Module) -> frozenset[str]:
+    """The parameters by which a module is cut into parts: all but biases, norms and the like."""
+    return frozenset(name for name, p in module.named_parameters(remove_duplicate=False) if p.ndim > 1)
 
 
 def _joined(name: str, at: str) -> str:
@@ -83,9 +94,14 @@ class Walk:
     """
 
     def __init__(
-        self, module: nn.Module, samples: Sequence[Sample], parameters: Mapping[str, Tensor], folder: Path | None = None
+        self,
+        module: nn.Module,
+        samples: Sequence[Sample],
+        parameters: Mapping[str, Tensor],
+        folder: Path | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Find the blocks by one call of the model; the module is changed until `close`.
+        """Find the blocks by one call of the model, timed by `clock`; the module is changed until `close`.
 
         Outputs that are too much for memory go into files in `folder`; None: where the system keeps such things.
 
@@ -94,11 +110,12 @@ class Walk:
         """
         if not samples:
             raise QuantizationError("a model is calibrated on what goes into its layers; give one sample or more")
-        self.module, self.samples, self.parameters = module, samples, parameters
+        self.module, self.samples, self.parameters, self._clock = module, samples, parameters, clock
         self._now = threading.local()
         self._kept = Kept(folder)
-        self._names = _once(candidates(module, frozenset(parameters)))
+        self._names = _once(candidates(module, matrices(module)))
         self.blocks = self._found()
+        self._order = {block.name: number for number, block in enumerate(self.blocks)}
         self._forwards = [vars(block.module).get("forward") for block in self.blocks]
         for number, block in enumerate(self.blocks):
             block.module.forward = self._replaying(number, block.module.forward)
@@ -127,6 +144,16 @@ class Walk:
     def finish(self, number: int, sample: int) -> None:
         """Run block `number` on one sample as it is now, and keep what it gives."""
         self._run(number, sample, None, keep=True)
+
+    def forget(self, number: int) -> None:
+        """Block `number` is finished for all samples: let go of outputs that no later run looks at.
+
+        Their shapes stay, for the module hands them on.
+        """
+        for own, block in enumerate(self.blocks[: number + 1]):
+            users = None if block.users is None else [self.blocks[self._order[user]] for user in block.users]
+            if users is not None and all(user.last <= number for user in users):  # else one may be run anew
+                self._kept.empty(own)
 
     def _run(self, number: int, sample: int, watch: Watch | None, *, keep: bool) -> None:
         """Call the model until block `number` has done what it is run for."""
@@ -199,42 +226,62 @@ class Walk:
 
     def _found(self) -> tuple[Block, ...]:
         """The blocks in the order in which the first sample meets them, each with its inputs."""
-        calls: list[tuple[str, int]] = []  # a block, and the products before it
-        ends: dict[str, list[tuple[int, int]]] = {}
-        watch = Watch(self.parameters, keep=False)
-        hooks = []
-
-        def before(name: str) -> Callable[..., None]:
-            return lambda *_: calls.append((name, len(watch.log)))
-
-        def after(name: str) -> Callable[..., None]:
-            return lambda *_: ends.setdefault(name, []).append((_last_start(calls, name), len(watch.log)))
-
-        for name, part in self._names.items():
-            hooks += [part.register_forward_pre_hook(before(name)), part.register_forward_hook(after(name))]
+        seen = _FirstCall(self.parameters, self._clock)
+        hooks = [hook for name, part in self._names.items() for hook in seen.hooks(name, part)]
         try:
-            with watch:
+            with seen.uses, seen.watch:
                 self._call(0)
         finally:
             for hook in hooks:
                 hook.remove()
         blocks: list[Block] = []
-        for name in dict.fromkeys(name for name, _ in calls):
+        for name, spans in seen.spans.items():
             taken = {layer for block in blocks for layer in block.uses}
-            entries = [entry for start, stop in ends.get(name, []) for entry in watch.log[start:stop]]
+            entries = [entry for start, stop in spans for entry in seen.watch.log[start:stop]]
             own = [(layer, product) for layer, product in entries if layer not in taken]
-            blocks.append(self._block(name, len(ends.get(name, [])), own))
+            blocks.append(self._block(name, seen, own))
         return tuple(blocks)
 
-    def _block(self, name: str, calls: int, entries: Sequence[tuple[str, int]]) -> Block:
+    def _block(self, name: str, seen: _FirstCall, entries: Sequence[tuple[str, int]]) -> Block:
         """What one block multiplies, grouped by input in the order of their first use; not what an earlier one does."""
         return Block(
             name=name,
             module=self._names[name],
             inputs=_sharing(entries),
-            calls=calls,
+            calls=len(seen.spans[name]),
             uses=Counter(layer for layer, _ in entries),
+            seconds=seen.seconds.get(name, 0.0),
+            last=seen.last[name],
+            users=seen.uses.users(name),
         )
+
+
+class _FirstCall:
+    """What is seen of the blocks in the call that finds them, in the order in which they begin."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], clock: Callable[[], float]) -> None:
+        self.watch, self.uses, self._clock = Watch(parameters, keep=False), Uses(), clock
+        self.spans: dict[str, list[tuple[int, int]]] = {}  # of the log, for each of a block's calls
+        self.seconds: dict[str, float] = {}
+        self.last: dict[str, int] = {}  # the last block that had begun at the last call
+        self._begun: dict[str, tuple[int, float]] = {}
+
+    def hooks(self, name: str, part: nn.Module) -> list[Any]:
+        """See one block begin and end."""
+
+        def before(*_: Any) -> None:
+            self.spans.setdefault(name, [])
+            self.last[name] = len(self.spans) - 1
+            self.uses.enter(name)
+            self._begun[name] = len(self.watch.log), self._clock()
+
+        def after(_module: nn.Module, _arguments: Any, outputs: Any) -> None:
+            begun, since = self._begun[name]
+            self.spans[name].append((begun, len(self.watch.log)))
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock() - since
+            self.uses.leave(name, outputs)
+
+        return [part.register_forward_pre_hook(before), part.register_forward_hook(after)]
 
 
 def _sharing(entries: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], ...]:
@@ -254,10 +301,6 @@ def _sharing(entries: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(layers) for layers, _ in groups)
 
 
-def _last_start(calls: Sequence[tuple[str, int]], name: str) -> int:
-    return next(start for called, start in reversed(calls) if called == name)
-
-
 def _once(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
     """A module that has several names keeps the first one."""
     first: dict[nn.Module, str] = {}
@@ -268,10 +311,14 @@ def _once(named: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
 
 @contextmanager
 def walking(
-    module: nn.Module, samples: Sequence[Sample], parameters: Mapping[str, Tensor], folder: Path | None = None
+    module: nn.Module,
+    samples: Sequence[Sample],
+    parameters: Mapping[str, Tensor],
+    folder: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Walk]:
     """A walk that gives the model its own forwards back in the end."""
-    walk = Walk(module, samples, parameters, folder)
+    walk = Walk(module, samples, parameters, folder, clock)
     try:
         yield walk
     finally:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear, multi_head_attention_forward, pad
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
 from arrow_quant_v2.calibration.stats import Seen, moments_of
@@ -71,7 +72,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor], stop: int | None = None, *, keep: bool = True) -> None:
         """Watch for these parameters, by the names that the products shall have."""
         super().__init__()
-        self._names = {(p.data_ptr(), p.shape): name for name, p in parameters.items()}  # a slice has another shape
+        self._parameters = parameters  # asked at every product: those that lie on disk come and go
         self._stop, self._keep = stop, keep
         self.products: list[Product] = []
         self.log: list[tuple[str, int]] = []
@@ -93,8 +94,14 @@ class Watch(TorchFunctionMode):
             raise EnoughSeen
         return result
 
+    def _name_of(self, weight: Tensor) -> str | None:
+        """The parameter that lies where this weight does; a slice of one has another shape."""
+        place = weight.data_ptr(), weight.shape
+        found = [name for name, p in self._parameters.items() if (p.data_ptr(), p.shape) == place]
+        return found[-1] if found else None
+
     def _note(self, func: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:  # noqa: A002 - torch's name
-        name = self._names.get((weight.data_ptr(), weight.shape))
+        name = self._name_of(weight)
         if name is None:
             return
         place = None
@@ -115,6 +122,48 @@ class Watch(TorchFunctionMode):
             if self._keep:
                 self.products.append(Product(inputs=inputs.detach().clone(), place=place))
         return number
+
+
+class Uses(TorchFunctionMode):
+    """Sees in which block the outputs of each block are looked at."""
+
+    def __init__(self) -> None:
+        """Begin outside of all blocks."""
+        super().__init__()
+        self._inside: str | None = None
+        self._users: dict[str, set[str | None]] = {}  # of each block; None: what lies between blocks
+        self._outputs: dict[int, tuple[str, Tensor]] = {}  # kept, so that no other tensor gets their ids
+
+    def enter(self, block: str) -> None:
+        """A block begins."""
+        self._inside = block
+
+    def leave(self, block: str, outputs: Any) -> None:
+        """A block ends."""
+        self._inside = None
+        self._users.setdefault(block, set())
+        for value in tree_leaves(outputs):
+            if isinstance(value, torch.Tensor):
+                self._used(value)  # what is handed through has two owners from now on
+                self._outputs[id(value)] = block, value
+
+    def users(self, block: str) -> frozenset[str] | None:
+        """The blocks that look at a block's outputs; None: something between blocks does."""
+        inside = {user for user in self._users.get(block, ()) if user is not None}
+        return frozenset(inside) if len(inside) == len(self._users.get(block, ())) else None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do what was asked, and note whose outputs it takes."""
+        given = kwargs or {}
+        for value in tree_leaves((args, given)):
+            self._used(value)
+        return func(*args, **given)
+
+    def _used(self, value: Any) -> None:
+        if id(value) in self._outputs:
+            self._users[self._outputs[id(value)][0]].add(self._inside)
 
 
 def _place(weight: Tensor, axes: int, given: Mapping[str, Any]) -> Place:

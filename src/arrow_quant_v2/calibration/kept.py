@@ -72,6 +72,15 @@ class Kept:
         """
         return pytree.tree_map(_copied, self._outputs[key][0])
 
+    def empty(self, first: int) -> None:
+        """Let go of the values of all outputs whose keys begin so; their shapes stay."""
+        with self._lock:
+            for key, (outputs, counted) in self._outputs.items():
+                if key[0] == first:
+                    emptied = pytree.tree_map(_emptied, outputs)
+                    self._in_memory -= _forgotten(outputs, counted)
+                    self._outputs[key] = emptied, 0
+
     def close(self) -> None:
         """Forget everything, and remove the files."""
         self._outputs.clear()
@@ -98,6 +107,12 @@ def _copied(leaf: Any) -> Any:
     if isinstance(leaf, Filed):
         return leaf.tensor()
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _emptied(leaf: Any) -> Any:
+    if isinstance(leaf, Filed):
+        return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device="meta")
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _bytes_of(outputs: Any) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arrow_quant_v2.calibration.on_demand import OnDemand
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.sources.files import read_json
@@ -33,13 +34,16 @@ NAMED = 5  # names in a message
 UNSET = {torch.float32: -6.0221e23, torch.int64: -(2**62)}  # values that no model computes: still to be set
 
 
-def open_transformers(model: Model, modality: Modality, mask_token: int | None = None) -> Runnable:
+def open_transformers(
+    model: Model, modality: Modality, mask_token: int | None = None, *, on_demand: bool = False
+) -> Runnable:
     """The model in eval mode, float32 and without gradients, with its tokenizer where there is one.
 
     Its class is the first of config.json's `architectures` that transformers has, else the masked language model or
     the base model of its `model_type`, whichever the tensors fit. `names` holds every tensor that has a place in the
     module; the others, such as heads for another task, are left out. A missing pooler is filled with zeros.
-    `mask_token` is needed where neither the tokenizer nor config.json (`mask_token_id`) tells it.
+    `mask_token` is needed where neither the tokenizer nor config.json (`mask_token_id`) tells it. With `on_demand`
+    weights stay on the disk, and come into memory with the part of the model that runs.
 
     Raises:
         ConfigurationError: transformers is not installed; or `mask_token` is no token of this model.
@@ -49,10 +53,12 @@ def open_transformers(model: Model, modality: Modality, mask_token: int | None =
     config = _config(transformers, model.folder)
     module = _fitting(transformers, config, model)
     names = _names(module, (info.name for info in model.source.tensors))
-    _fill(module, names, model.source)
+    weights = _fill(module, names, model.source, on_demand=on_demand)
     tokenizer = _tokenizer(transformers, model.folder)
     mask = _mask_token(module, config, tokenizer, mask_token)
-    return Runnable(module=module, modality=modality, names=names, tokenizer=tokenizer, mask_token=mask)
+    return Runnable(
+        module=module, modality=modality, names=names, tokenizer=tokenizer, mask_token=mask, on_demand=weights
+    )
 
 
 def _transformers() -> Any:
@@ -164,8 +170,8 @@ def _ties(module: Any) -> list[tuple[str, str]]:
     return sorted(getattr(module, "all_tied_weights_keys", {}).items())
 
 
-def _fill(module: Any, names: dict[str, str], source: Source) -> None:
-    """Give every parameter and buffer its values.
+def _fill(module: Any, names: dict[str, str], source: Source, *, on_demand: bool) -> OnDemand | None:
+    """Give every parameter and buffer its values, or, on demand, the buffers alone.
 
     A tie joins two parameters only where the files hold one of them; where they hold both, both are quantized.
     """
@@ -177,11 +183,24 @@ def _fill(module: Any, names: dict[str, str], source: Source) -> None:
             f"{source.location}: lacks {len(wrong)} of the parameters of {type(module).__name__}: {_listed(wrong)};"
             " config.json and the weights do not belong together, or this version of transformers names them otherwise"
         )
-    values = {place: _value(source, name, module.get_parameter_or_buffer(place)) for name, place in names.items()}
+    parameters = {place for place, _ in module.named_parameters(remove_duplicate=False)}
+    waiting = {place: name for name, place in names.items() if on_demand and place in parameters}
+    now = {place: name for name, place in names.items() if place not in waiting}
+    values = {place: _value(source, name, module.get_parameter_or_buffer(place)) for place, name in now.items()}
     zeros = {name: torch.zeros(module.get_parameter(name).shape) for name in missing}
     module.load_state_dict(values | zeros, strict=False, assign=True)
-    _tie(module, set(values))
+    _tie(module, set(names.values()))
     module.requires_grad_(requires_grad=False).eval()
+    return _on_demand(module, waiting, source) if on_demand else None
+
+
+def _on_demand(module: Any, files: dict[str, str], source: Source) -> OnDemand:
+    """The module with its parameters still on the disk; those that are tied have the same tensor there."""
+    same = {id(module.get_parameter(place)): name for place, name in files.items()}
+    every = module.named_parameters(remove_duplicate=False)
+    found = {place: same[id(parameter)] for place, parameter in every if id(parameter) in same}
+    shapes = {name: module.get_parameter(place) for place, name in files.items()}
+    return OnDemand(module, found | files, lambda name: _value(source, name, shapes[name]))
 
 
 def _refuse_unreadable(module: Any, names: dict[str, str], source: Source) -> None:

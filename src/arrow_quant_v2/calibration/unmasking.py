@@ -19,7 +19,7 @@ from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.masked_text import hidden_count, masked_fraction, masked_states
 from arrow_quant_v2.calibration.tokens import keywords, shown_together, spread_lengths, vocabulary_of
 from arrow_quant_v2.engines.one_core import each_on_one_core
-from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.errors import ArrowQuantError, QuantizationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -172,6 +172,8 @@ def _logits(model: _Model, ids: torch.Tensor) -> torch.Tensor:
     name = type(model.module).__name__
     try:
         output = model.module(**keywords(model.module, ids))
+    except ArrowQuantError:
+        raise
     except Exception as error:
         raise QuantizationError(
             f"{name}: its forward fails on {tuple(ids.shape)} masked tokens: {type(error).__name__}: {error};"

@@ -1,0 +1,85 @@
+"""How long a calibrated run will take, from the first call of the model and two small trials; does none of the work."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils import _pytree as pytree
+
+from arrow_quant_v2.calibration.collect import MOST_ROWS
+from arrow_quant_v2.engines.one_core import each_on_one_core
+from arrow_quant_v2.kernels.cpu import threads_per_call
+from arrow_quant_v2.quantizers.calibrated import TRIED_ROWS
+from arrow_quant_v2.quantizers.gptq import gptq
+from arrow_quant_v2.quantizers.gptq_factor import factorize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from arrow_quant_v2.calibration.blocks import Block, Walk
+    from arrow_quant_v2.calibration.sample import Sample
+    from arrow_quant_v2.config import LayerSpec
+    from arrow_quant_v2.plan import LayerPlan
+
+TRIAL_ROWS, TRIAL_COLUMNS = 1024, 256  # of a weight
+PRODUCT = 1024  # rows and columns of a product of matrices
+BASES = 2  # that H is looked at in
+FACTORS = 3  # of H: one for each basis, and the best one again where H is large
+
+
+def seconds_to_fit(walk: Walk, plans: Mapping[str, LayerPlan], reading: float) -> float:
+    """Seconds for all blocks of the walk: calls of the model, what is made of H, the column loops; `reading` more.
+
+    `plans` are by the module's own names of the weights.
+    """
+    layers = [plans[layer] for block in walk.blocks for inputs in block.inputs for layer in inputs]
+    spec = next((plan.spec for plan in layers if plan.spec is not None), None)
+    if spec is None:
+        return reading
+    weights = sum(plan.tensor.numel for plan in layers)
+    rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples)
+    products = sum(_products(block, plans, rows) for block in walk.blocks)
+    per_weight, per_product = each_on_one_core(_timed, [spec])[0]
+    cores = threads_per_call.get() or torch.get_num_threads()
+    return reading + (_calls(walk) + weights * per_weight + products * per_product) / cores
+
+
+def _calls(walk: Walk) -> float:
+    """Seconds of one core: each block runs whole once, and on the average half of it for each of its inputs."""
+    sizes = [_size(sample) for sample in walk.samples]
+    once = sum(block.seconds * (1.0 + len(block.inputs) / 2.0) for block in walk.blocks)
+    return once * sum(sizes) / sizes[0]
+
+
+def _size(sample: Sample) -> int:
+    """Elements of the largest tensor that a sample gives."""
+    leaves: Sequence[object] = pytree.tree_leaves((sample.arguments, dict(sample.keywords)))
+    return max((leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)), default=0) or 1
+
+
+def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int) -> float:
+    """Multiplications, each with its addition, that H, its factors, and errors fed into later columns need."""
+    total = 0.0
+    for inputs in block.inputs:
+        columns = max(plans[layer].layout.columns for layer in inputs if plans[layer].layout is not None)  # type: ignore[union-attr]
+        out = sum(plans[layer].tensor.numel // columns for layer in inputs)
+        total += columns**2 * (rows / 2.0 + FACTORS * columns / 6.0 + (out + 2 * BASES * TRIED_ROWS) / 2.0)
+    return total
+
+
+def _timed(spec: LayerSpec) -> tuple[float, float]:
+    """Seconds of one core for one weight in the column loop, and for one multiplication and addition."""
+    draw = torch.Generator().manual_seed(0)
+    square = torch.randn(PRODUCT, PRODUCT, generator=draw)
+    weight = torch.randn(TRIAL_ROWS, TRIAL_COLUMNS, generator=draw)
+    group = TRIAL_COLUMNS if spec.group_size is None else min(spec.group_size, TRIAL_COLUMNS)
+    seen = square[:, :TRIAL_COLUMNS]
+    factor = factorize(seen.mT @ seen, group)
+    moments = [time.perf_counter()]
+    gptq(weight, spec, factor)
+    moments.append(time.perf_counter())
+    torch.mm(square, square)
+    moments.append(time.perf_counter())
+    return (moments[1] - moments[0]) / weight.numel(), (moments[2] - moments[1]) / PRODUCT**3

@@ -7,7 +7,7 @@ PEERS := .venv-peers
 OUT := bench/out
 KERNELS := CMakeLists.txt $(wildcard src/arrow_quant_v2/kernels/csrc/*)
 
-.PHONY: demo test check fmt bench bench-large setup clean
+.PHONY: demo test check fmt bench bench-large bench-calibrate setup clean
 
 setup: $(READY)
 
@@ -50,6 +50,10 @@ bench: $(READY) $(PEERS)/.ready
 bench-large: $(READY)
 	mkdir -p $(OUT)
 	$(BIN)/python bench/large.py --json $(OUT)/large.json
+
+bench-calibrate: $(READY)
+	mkdir -p $(OUT)
+	$(BIN)/python bench/calibrate_large.py --json $(OUT)/calibrate.json
 
 clean:
 	rm -rf $(VENV) $(PEERS) build $(OUT) demo

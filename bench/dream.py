@@ -16,6 +16,7 @@ HIDDEN, LAYERS, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 3584, 28, 18944, 28,
 HEAD = HIDDEN // HEADS
 BLOCK = 2**25  # random values are made once and cut at different places: enough for size, speed and memory
 LAYERS_PER_SHARD = 4
+CONFIG = {"model_type": "dream", "architectures": ["DreamModel"]}
 
 
 def layer_shapes(index: int) -> dict[str, tuple[int, ...]]:
@@ -48,15 +49,15 @@ def shards(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
     yield {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
-def write_model(folder: Path, layers: int = LAYERS) -> int:
+def write_model(folder: Path, layers: int = LAYERS, config: dict[str, object] = CONFIG) -> int:
     """Write the folder in bfloat16; bytes of its tensors."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "dream", "architectures": ["DreamModel"]}))
+    (folder / "config.json").write_text(json.dumps(config))
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
     plans, total, places = list(shards(layers)), 0, {}
     for number, shapes in enumerate(plans, start=1):
         file = f"model-{number:05d}-of-{len(plans):05d}.safetensors"
-        tensors = {name: _weight(block, shape, total + i) for i, (name, shape) in enumerate(shapes.items())}
+        tensors = {name: _weight(block, name, shape, total + i) for i, (name, shape) in enumerate(shapes.items())}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())
         places |= dict.fromkeys(shapes, file)
@@ -65,8 +66,10 @@ def write_model(folder: Path, layers: int = LAYERS) -> int:
     return total
 
 
-def _weight(block: torch.Tensor, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def _weight(block: torch.Tensor, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Normal with a deviation of 0.02, as trained weights have; around 1 where it scales what was normalized."""
     count = int(torch.Size(shape).numel())
     start = seed * 9973 % BLOCK
     repeated = torch.cat([block[start:], block[:start]]).repeat(-(-count // BLOCK))
-    return repeated[:count].reshape(shape).clone()
+    values = repeated[:count].reshape(shape).clone()
+    return values + 1.0 if name.endswith("norm.weight") else values

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dream import LAYERS
+from dream import CONFIG, LAYERS
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +22,10 @@ MEMORY_BAR = 3 * LARGEST_TENSOR + 500 * 10**6
 TIME_BAR = 1.5
 
 
-def made_elsewhere(folder: Path, layers: int) -> int:
+def made_elsewhere(folder: Path, layers: int, config: dict[str, object] = CONFIG) -> int:
     """Write the model in another process: the memory of this one counts in what its children seem to need."""
-    code = (
-        f"from dream import write_model; from pathlib import Path; print(write_model(Path({str(folder)!r}), {layers}))"
-    )
+    written = f"write_model(Path({str(folder)!r}), {layers}, {config!r})"
+    code = f"from dream import write_model; from pathlib import Path; print({written})"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     return int(subprocess.check_output([sys.executable, "-c", code], env=environment))
 

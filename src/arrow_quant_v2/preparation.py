@@ -130,7 +130,7 @@ def _runnable(
 
 
 def _larger_than_memory(source: Source, config: DiffusionQuantConfig) -> bool:
-    """Whether the model in float32 does not fit beside what is made of its widest H or its largest tensor."""
+    """Whether the model in float32, and what is made of its widest H or its largest tensor, do not fit into memory."""
     shapes = [info.shape for info in source.tensors]
     widest = max((math.prod(shape[1:]) for shape in shapes if len(shape) > 1), default=0)
     largest = max(map(math.prod, shapes), default=0)

@@ -141,7 +141,7 @@ def watched(runnable: Runnable) -> list[str]:
 def test_a_walk_finds_the_same_blocks(folder: Path, streamed: Runnable) -> None:
     found = []
     for runnable in (opened(folder, 4), streamed):
-        with walking(runnable.module, samples(), runnable.parameters(watched(runnable)), runnable.clock) as walk:
+        with walking(runnable.module, samples(), runnable.parameters(watched(runnable)), clock=runnable.clock) as walk:
             found.append([(b.name, b.inputs, b.calls, dict(b.uses), b.users) for b in walk.blocks])
     assert found[0] == found[1]
     assert found[0][-1][1][-1] == (WORDS,)  # the tied head
@@ -156,7 +156,7 @@ def test_outputs_that_no_later_block_looks_at_are_let_go(folder: Path) -> None:
             for sample in range(2):
                 walk.finish(number, sample)
             walk.forget(number)
-        kept = {name: not walk._given[name][1][0].is_meta for name in names[:4]}
+        kept = {name: not walk._kept.take((at, 1, 0)).is_meta for at, name in enumerate(names[:4])}
         assert kept == {names[0]: True, names[1]: False, names[2]: False, names[3]: True}  # glue looks at embeddings
         watch = walk.watch(4, walk.blocks[4].inputs[0], 1)
     watching = Watch(runnable.parameters(walk.blocks[4].inputs[0]))

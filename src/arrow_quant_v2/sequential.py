@@ -69,7 +69,7 @@ class Fitting:
     values: Callable[[LayerPlan], torch.Tensor]
     finished: Callable[[LayerPlan], torch.Tensor | None]
     keep: Callable[[CalibratedLayer], None]
-    holding: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
+    holding: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
 
 
 def fit_in_sequence(walk: Walk, ask: Fitting) -> None:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from arrow_quant_v2.config import METHODS, MODALITIES, PROFILES, DiffusionQuantConfig, LayerSpec
 from arrow_quant_v2.errors import ConfigurationError
 
-DEVICES, GROUPINGS = ("cpu", "cuda"), ("uniform", "balanced")
 DEFAULTS = {
     "bit_width": 4,
     "modality": None,
@@ -32,8 +31,9 @@ DEFAULTS = {
     "calibration_data": None,
     "stats": None,
     "mask_token": None,
+    "enable_rotation": True,
+    "grid_refits": 2,
     "seed": 0,
-    "device": "cpu",
     "time_groups": "uniform",
     "symmetric": False,
     "component": None,
@@ -59,7 +59,6 @@ WRONG: list[tuple[str, Any]] = [
     *[("calibration_data", value) for value in ("", 3, Path("texts.jsonl"))],
     *[("mask_token", value) for value in (-1, 4.0, "[MASK]", True)],
     *[("seed", value) for value in (-1, 2**63, 0.5, "1", True, None)],
-    *[("device", value) for value in ("gpu", "cuda:1", "", None)],
     *[("time_groups", value) for value in ("even", 5, None)],
     ("symmetric", 0),
     *[("component", value) for value in ("", ".", "..", "../unet", "a/b", "a\\b", "a\0b", 5)],
@@ -213,7 +212,6 @@ def test_profile_beats_default_whoever_names_it(monkeypatch: pytest.MonkeyPatch)
         ("CALIBRATION_DATA", "none", None),
         ("MASK_TOKEN", "4", 4),
         ("SEED", "7", 7),
-        ("DEVICE", "cuda", "cuda"),
         ("TIME_GROUPS", "balanced", "balanced"),
     ],
 )
@@ -354,8 +352,8 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
         "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\n"
         "calibration_tokens: 32768\ndeployment_profile: edge\n"
         "fail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\n"
-        "stats: null\nmask_token: null\nseed: 0\n"
-        "device: cpu\ntime_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
+        "stats: null\nmask_token: null\nenable_rotation: true\ngrid_refits: 2\nseed: 0\n"
+        "time_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
     )
     assert DiffusionQuantConfig.from_yaml(str(tmp_path / "c.yaml")) == config
@@ -380,8 +378,7 @@ configs = st.builds(
     calibration_data=st.none() | names,
     mask_token=st.none() | st.integers(0, 10**6),
     seed=st.integers(0, 2**63 - 1),
-    device=st.sampled_from(DEVICES),
-    time_groups=st.sampled_from(GROUPINGS),
+    time_groups=st.sampled_from(("uniform", "balanced")),
     symmetric=st.booleans(),
     component=st.none() | names.filter(lambda n: n not in {".", ".."} and not set(n) & set("/\\\0")),
     max_memory=st.none() | st.integers(2**28, 2**60),
@@ -410,13 +407,12 @@ def test_identity_is_json_of_stable_order(config: DiffusionQuantConfig) -> None:
 def test_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
     config = DiffusionQuantConfig(keep=("b", "a"))
     same = config.replace(threads=3, max_memory="1GB", fail_fast=True, deployment_profile="edge", keep=("a", "b", "a"))
-    assert same.replace(device="cuda").identity() == config.identity()
+    assert same.identity() == config.identity()
     assert set(config.identity()) == set(DEFAULTS) - {
         "threads",
         "max_memory",
         "fail_fast",
         "deployment_profile",
-        "device",
         "stats",
     }
     for change in ({"component": "unet"}, {"seed": 1}, {"enable_calibration": False}, {"mask_token": 4}):

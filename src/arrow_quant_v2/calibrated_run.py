@@ -61,7 +61,7 @@ class FittedRun:
         return Freedom(
             rotate=self.config.enable_rotation,
             equalize=self.config.enable_spatial and self.modality in {"image", "audio"},
-            refits=self.config.refits,
+            refits=self.config.grid_refits,
         )
 
 

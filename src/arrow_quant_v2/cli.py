@@ -65,7 +65,6 @@ Samples = Annotated[int | None, typer.Option("--samples", help="samples that cal
 Stats = Annotated[Path | None, typer.Option("--stats", help="a folder that calibrate wrote; the model is not run")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides another; the tokenizer tells it too")]
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda: where calibration computes")]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
 Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]
 MinAccuracy = Annotated[float | None, typer.Option(help="weight cosine that every quantized layer must reach")]
@@ -120,7 +119,6 @@ def quantize(
     samples: Samples = None,
     mask_token: MaskToken = None,
     seed: Seed = None,
-    device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a quantized model that lies there")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -146,7 +144,6 @@ def quantize(
         calibration_samples=samples,
         mask_token=mask_token,
         seed=seed,
-        device=device,
     )
     with _stopping_gently() as should_stop, told_progress(quiet=quiet) as report:
         result = _api().quantize_diffusion_model(

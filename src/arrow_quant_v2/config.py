@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Method: TypeAlias = Literal["clip", "gptq", "r2q", "rtn"]
 Modality: TypeAlias = Literal["text", "code", "image", "audio"]
-Device: TypeAlias = Literal["cpu", "cuda"]
 Grouping: TypeAlias = Literal["uniform", "balanced"]
 Profile: TypeAlias = Literal["edge", "local", "cloud"]
 
@@ -122,9 +121,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     stats                 a folder that calibrate wrote, to fit layers by; the model is not run
     mask_token            id of the token that hides another one; None: the tokenizer or config.json tells
     enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
-    refits                how often the grid of a group is fitted again to the codes it got
+    grid_refits           how often the grid of a group is fitted again to the codes it got
     seed                  of every random choice of calibration
-    device                where calibration computes: "cpu" or "cuda"
     time_groups           "uniform": equally many steps in each; "balanced": an equal share of the stats' change
     symmetric             no zero points
     component             folder of a pipeline to quantize; None: its denoiser
@@ -160,9 +158,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     mask_token: int | None = Field(default=None, ge=0, description="the id of a token, 0 or more, or None")
     enable_rotation: bool = Field(default=True, description="True or False")
-    refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
+    grid_refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
-    device: Device = Field(default="cpu", description="cpu or cuda")
     time_groups: Grouping = Field(default="uniform", description="uniform or balanced")
     symmetric: bool = Field(default=False, description="True or False")
     component: Annotated[str, AfterValidator(_folder)] | None = Field(
@@ -242,7 +239,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         The profile is not among them, because the values that it brought are; nor is the place of stats, whose own
         identity counts instead.
         """
-        apart = {"deployment_profile", "fail_fast", "max_memory", "threads", "device", "stats"}
+        apart = {"deployment_profile", "fail_fast", "max_memory", "threads", "stats"}
         settings = self.model_dump(mode="json", exclude=apart)
         return dict(sorted((settings | {"keep": sorted(set(self.keep))}).items()))
 

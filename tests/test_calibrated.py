@@ -522,7 +522,7 @@ def test_a_live_module_is_fitted_to_what_a_function_gives_and_stays_as_it_is(tmp
             yield (torch.randn(8, 64, generator=draw), torch.tensor(step)), step
 
     result = quantize(module, tmp_path / "out", modality="image", calibration=calls)
-    assert result["calibration"]["samples"] == 3
+    assert result["calibration"]["samples"] == 24  # three calls, eight in each
     fitted = entries(tmp_path / "out")
     assert all(one.method == "gptq" and len(one.output_error or ()) == 3 for n, one in fitted.items() if "weight" in n)
     assert module.training

@@ -108,8 +108,8 @@ def test_the_levels_of_a_fit_are_in_order_and_reach_zero(weight: Tensor, bits: i
     mu, a1, a2 = fit_r2q(weight, importances(weight.shape[1], seed), bits, symmetric)
     m = largest_low(bits)
     assert (a2 >= 0.0).all()
-    assert (a1 * (1.0 + 1e-6) >= m * a2).all()
-    assert (mu.abs() <= (a1 + m * a2) * (1.0 + 1e-6)).all()
+    assert (a1 * (1.0 + 1e-6) + 2.0**-120 >= m * a2).all()  # far below, float32 has few digits
+    assert (mu.abs() <= (a1 + m * a2) * (1.0 + 1e-6) + 2.0**-120).all()
     assert not (symmetric and mu.any())
 
 

@@ -38,6 +38,7 @@ PREFIX = "ARROW_QUANT_"
 RESERVED = frozenset({"kernels", "isa"})  # ARROW_QUANT_KERNELS and _ISA belong to the kernels room
 GROUP_STEP, LARGEST_GROUP = 8, 65_536  # whole bytes of codes at every width
 LARGEST_FILE = 1_000_000
+BREAKS = frozenset("\x85\u2028\u2029\ufeff")  # what YAML readers take for line breaks or marks where it is not escaped
 SMALLEST_MEMORY = 256 * 2**20
 UNITS = {
     "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -221,7 +222,9 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         Raises:
             ConfigurationError: the file cannot be written.
         """
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        settings = self.model_dump(mode="json")
+        readable = BREAKS.isdisjoint("".join(str(value) for value in settings.values()))
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=readable)
         if path is not None:
             try:
                 Path(path).write_text(text, encoding="utf-8")

@@ -20,8 +20,8 @@ from arrow_quant_v2.quantizers.calibrated import (
     Weight,
     fit_together,
     output_error,
-    suitable_damping,
 )
+from arrow_quant_v2.quantizers.gptq_factor import suitable_damping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

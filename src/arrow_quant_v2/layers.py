@@ -14,7 +14,6 @@ import torch
 
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels.cpu import threads_per_call
-from arrow_quant_v2.packed import PackedTensor
 from arrow_quant_v2.quantizers import quantizer
 from arrow_quant_v2.quantizers.result import QuantizedRows, joined, not_finite, weight_error
 from arrow_quant_v2.store.crc32 import combine, crc32
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from arrow_quant_v2.config import Modality
-    from arrow_quant_v2.packed import Bytes, WeightError
+    from arrow_quant_v2.packed import Bytes, PackedTensor, WeightError
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.sequential import CalibratedLayer
     from arrow_quant_v2.sources.base import Source
@@ -183,15 +182,7 @@ def _bytes_of(values: torch.Tensor) -> Bytes:
 def _packed(plan: LayerPlan, whole: QuantizedRows) -> PackedTensor:
     if plan.layout is None:
         raise QuantizationError(f"{plan.tensor.name}: was quantized without a layout; this is a bug, please report it")
-    return PackedTensor(
-        name=plan.tensor.name,
-        dtype=plan.tensor.dtype,
-        layout=plan.layout,
-        codes=whole.codes,
-        scales=whole.scales,
-        zero_points=whole.zero_points,
-        row_scales=whole.row_scales,
-    )
+    return whole.packed(plan.tensor.name, plan.tensor.dtype, plan.layout)
 
 
 def _kept(plan: LayerPlan, parts: Sequence[Bytes]) -> RawTensor:

@@ -46,15 +46,7 @@ def quantize_tensor(tensor: torch.Tensor, name: str, spec: LayerSpec, granularit
     rows = quantizer(spec.method)(weight if weight.dtype in FLOATS else weight.to(torch.float32), spec)
     if not np.isfinite(rows.sums).all():
         raise not_finite(weight, name, tuple(tensor.shape))
-    return PackedTensor(
-        name=name,
-        dtype=dtype,
-        layout=layout,
-        codes=rows.codes,
-        scales=rows.scales,
-        zero_points=rows.zero_points,
-        row_scales=rows.row_scales,
-    )
+    return rows.packed(name, dtype, layout)
 
 
 def dequantize_tensor(packed: PackedTensor) -> torch.Tensor:

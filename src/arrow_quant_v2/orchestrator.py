@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.budget import give_back_memory, plan_budget
-from arrow_quant_v2.calibrated_run import CalibratedRun, FittedRun, run_calibrated
+from arrow_quant_v2.calibrated_run import CalibratedRun, FittedRun, left_out, run_calibrated
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
@@ -135,14 +135,7 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
     except (ConfigurationError, SourceError, QuantizationError) as error:
         if job.config.calibration_data or job.provider or job.config.mask_token is not None:
             raise  # what a person asked for is not left out silently
-        return _not_calibrated(run.plans, str(error))
-    for note in prepared.samples.notes:
-        warnings.warn(note, stacklevel=2)
-    if prepared.samples.synthetic:
-        warnings.warn(
-            "calibrated on random inputs, because nothing tells what the model is used for: give --calibration FILE",
-            stacklevel=2,
-        )
+        return _not_calibrated(run.plans, job.config, str(error))
     done = run_calibrated(
         CalibratedRun(
             source=job.source,
@@ -189,17 +182,11 @@ def _on_stats(job: Job, run: _Run, kept: KeptStats) -> _Calibration:
     return _Calibration(plans=done.plans, names=done.names, summary=summary)
 
 
-def _not_calibrated(plans: Sequence[LayerPlan], reason: str) -> _Calibration:
+def _not_calibrated(plans: Sequence[LayerPlan], config: DiffusionQuantConfig, reason: str) -> _Calibration:
     """The plans from the weights alone, each of which says why."""
     note = f"not calibrated, quantized from the weights alone: {reason}"
     warnings.warn(note, stacklevel=3)
-    told = [plan if plan.spec is None else _with_reason(plan, f"not calibrated: {reason}") for plan in plans]
-    return _Calibration(plans=told, notes=(note,))
-
-
-def _with_reason(plan: LayerPlan, reason: str) -> LayerPlan:
-    decision = plan.decision
-    return replace(plan, decision=replace(decision, because=f"{decision.because}, {reason}"))
+    return _Calibration(plans=[left_out(plan, config, reason) for plan in plans], notes=(note,))
 
 
 def _identity(description: Description) -> dict[str, object]:

@@ -137,6 +137,11 @@ def _reason_to_keep(tensor: TensorInfo, config: DiffusionQuantConfig) -> str | N
     pattern = next((p for p in config.keep if fnmatchcase(tensor.name, p)), None)
     if pattern is not None:
         return f"its name matches keep pattern {pattern!r}"
+    return reason_not_to_quantize(tensor)
+
+
+def reason_not_to_quantize(tensor: TensorInfo) -> str | None:
+    """Why a tensor is nothing to quantize, whatever is asked; None for a weight."""
     if tensor.dtype not in FLOATS:
         return f"{tensor.dtype} values are no weights"
     if len(tensor.shape) < 2:  # noqa: PLR2004 - a matrix

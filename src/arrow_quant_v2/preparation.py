@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,19 @@ def prepare(
         raise ConfigurationError(f"calibration on {samples.origin} gave no samples; give some that fit the model")
     if samples.synthetic:
         _refuse_uncallable(runnable, samples)
+    _warn(samples)
     return Prepared(runnable=runnable, samples=samples, groups=_groups(runnable, samples, config))
+
+
+def _warn(samples: Samples) -> None:
+    """Say what a person should know of the samples before a long run."""
+    for note in samples.notes:
+        warnings.warn(note, stacklevel=3)
+    if samples.synthetic:
+        warnings.warn(
+            "calibrated on random inputs, because nothing tells what the model is used for: give --calibration FILE",
+            stacklevel=3,
+        )
 
 
 def _refuse_uncallable(runnable: Runnable, samples: Samples) -> None:
@@ -156,16 +169,11 @@ def data_identity(config: DiffusionQuantConfig) -> str | None:
         return None
     try:
         with Path(config.calibration_data).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            total = hashlib.sha256()
+            while part := file.read(2**20):
+                total.update(part)
+            return total.hexdigest()
     except OSError as error:
         raise ConfigurationError(
             f"{config.calibration_data}: cannot be read: {error.strerror}; give a file of calibration data"
         ) from error
-
-
-def _digest(file: Any) -> str:
-    """The same on Python 3.10."""
-    total = hashlib.sha256()
-    while part := file.read(2**20):
-        total.update(part)
-    return total.hexdigest()

@@ -132,11 +132,11 @@ def _spatial_or_per_channel(
     weights: Sequence[Weight], sight: Sight, freedom: Freedom
 ) -> tuple[list[Fitted], tuple[str, ...]]:
     """The fit; where equalization fails, one without it and with one group per row, and what failed."""
-    if not freedom.equalize:
-        return fit_together(weights, sight, freedom), ()
     try:
         return fit_together(weights, sight, freedom), ()
     except QuantizationError as error:
+        if not freedom.equalize:
+            raise
         plain = [_per_channel(weight) for weight in weights]
         fitted = fit_together(plain, sight, replace(freedom, equalize=False))
         return fitted, (f"spatial quantization failed ({error}), so per channel",)

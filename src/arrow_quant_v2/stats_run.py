@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from arrow_quant_v2.calibration.stored_stats import (
 )
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.plan import FEWEST_WEIGHTS, FLOATS
+from arrow_quant_v2.plan import reason_not_to_quantize
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import source_hash
@@ -203,15 +202,7 @@ def _made_before(out: Path, asked: Mapping[str, Any], *, overwrite: bool) -> Kep
 
 def _prepared(job: StatsJob, progress: Progress) -> Prepared:
     progress.tell("gathering calibration samples")
-    prepared = prepare(job.model, job.module, job.modality, job.config, job.provider, tell=progress.tell)
-    for note in prepared.samples.notes:
-        warnings.warn(note, stacklevel=2)
-    if prepared.samples.synthetic:
-        warnings.warn(
-            "calibrated on random inputs, because nothing tells what the model is used for: give --calibration FILE",
-            stacklevel=2,
-        )
-    return prepared
+    return prepare(job.model, job.module, job.modality, job.config, job.provider, tell=progress.tell)
 
 
 # The pass through the model
@@ -236,8 +227,7 @@ class _Run:
 def _observed(run: _Run, asked: dict[str, Any]) -> Summary:
     """Write every input's files, block by block; what they are."""
     job, runnable, samples = run.job, run.prepared.runnable, run.prepared.samples
-    infos = job.source.tensors
-    wanted = {one.name for one in infos if one.dtype in FLOATS and one.numel >= FEWEST_WEIGHTS and len(one.shape) > 1}
+    wanted = {one.name for one in job.source.tensors if reason_not_to_quantize(one) is None}
     module_names = placed(job.source, runnable, wanted)
     parts = strata(samples.calls, run.groups)
     watched = runnable.parameters(module_names)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from arrow_quant_v2.kernels import cpu, ops
 from arrow_quant_v2.quantizers.result import QuantizedRows
 
@@ -46,13 +44,4 @@ def _quantize(
 ) -> QuantizedRows:
     cpu.activate()
     group = weight.shape[1] if spec.group_size is None else min(spec.group_size, weight.shape[1])
-    codes, scales, zero_points, row_scales, sums = ops.quantize(
-        weight, spec.bits, group, spec.symmetric, stretches, importance
-    )
-    return QuantizedRows(
-        codes=codes.numpy(),
-        scales=scales.numpy(),
-        zero_points=None if spec.symmetric else zero_points.numpy(),
-        row_scales=row_scales.view(torch.uint16).numpy(),
-        sums=sums.numpy(),
-    )
+    return QuantizedRows.of(*ops.quantize(weight, spec.bits, group, spec.symmetric, stretches, importance))

@@ -13,10 +13,9 @@ import torch
 
 from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.kernels.tensors import dequantized
-from arrow_quant_v2.packed import Layout, PackedTensor, WeightError
 from arrow_quant_v2.quantizers.basis import Basis, rotation_block
 from arrow_quant_v2.quantizers.gptq import ROWS, gptq
-from arrow_quant_v2.quantizers.gptq_factor import DAMPING, factorize
+from arrow_quant_v2.quantizers.gptq_factor import factorize, suitable_damping
 from arrow_quant_v2.quantizers.result import joined, not_finite, weight_error
 from arrow_quant_v2.quantizers.spatial import ALPHAS, SpatialQuantizer
 
@@ -26,11 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from arrow_quant_v2.config import LayerSpec
-    from arrow_quant_v2.packed import TensorInfo
+    from arrow_quant_v2.packed import Layout, PackedTensor, TensorInfo, WeightError
     from arrow_quant_v2.quantizers.gptq_factor import Factor
-    from arrow_quant_v2.quantizers.result import QuantizedRows
 
-FEW = 0.1  # the damping that suits as many tokens as columns
 SMALL_HESSIAN = 256 * 2**20  # bytes up to which H and its factor are in memory for every basis
 AT_ONCE = 16 * ROWS  # rows of a weight that have all its copies at once: a head of a vocabulary is large
 TRIED_ROWS = 256  # of all weights of an input together: enough to tell which basis is better
@@ -81,11 +78,6 @@ class Fitted:
     basis: Basis
     error: WeightError
     left: Tensor
-
-
-def suitable_damping(columns: int, count: int) -> float:
-    """0.1 columns / tokens, but 0.01 to 1: with few tokens H fits what was seen, not what will be."""
-    return min(1.0, max(DAMPING, FEW * columns / max(1, count)))
 
 
 def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Fitted]:
@@ -157,25 +149,18 @@ class _Seen:
         rows = joined([gptq(part, weight.spec, factor, refits=refits) for part in changed])
         if not np.isfinite(rows.sums).all():
             raise not_finite(weight.values, weight.info.name, weight.info.shape)
-        packed = _packed(weight, rows, self.basis)
+        scale = self.basis.equalization
+        packed = rows.packed(
+            weight.info.name,
+            weight.info.dtype,
+            weight.layout,
+            rotation=self.basis.rotation,
+            equalization=None if scale is None else scale.numpy(),
+        )
         left = dequantized(packed)  # for the moment, Q
         error = _error(weight.values, left)
         torch.sub(weight.values, left, out=left)
         return Fitted(packed=packed, basis=self.basis, error=error, left=left)
-
-
-def _packed(weight: Weight, rows: QuantizedRows, basis: Basis) -> PackedTensor:
-    return PackedTensor(
-        name=weight.info.name,
-        dtype=weight.info.dtype,
-        layout=weight.layout,
-        codes=rows.codes,
-        scales=rows.scales,
-        zero_points=rows.zero_points,
-        row_scales=rows.row_scales,
-        rotation=basis.rotation,
-        equalization=None if basis.equalization is None else basis.equalization.numpy(),
-    )
 
 
 def _error(weight: Tensor, quantized: Tensor) -> WeightError:

@@ -16,7 +16,7 @@ from arrow_quant_v2.packed import ITEM_BITS, Layout, PackedTensor
 from arrow_quant_v2.plan import quant_axis
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
-from arrow_quant_v2.quantizers.gptq_factor import DAMPING, Factor, factorize
+from arrow_quant_v2.quantizers.gptq_factor import DAMPING, Factor, factorize, suitable_damping
 from arrow_quant_v2.quantizers.result import QuantizedRows, joined, not_finite
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 REFITS = 2
 ROWS = 1024  # rows that one core works on: fewer keep more cores busy, and pay more for Python
-FEW = 0.1  # the damping that suits as many tokens as columns
 MOST_REFITS = 100
 
 
@@ -40,7 +39,7 @@ class GridParameters(NamedTuple):
 def gptq(
     weight: Tensor, spec: LayerSpec, hessian: Tensor | Factor, *, damping: float = DAMPING, refits: int = REFITS
 ) -> QuantizedRows:
-    """GPTQ (Frantar et al., 2022, arXiv 2210.17323) on the affine grid of `spec`, whose method is not looked at.
+    """GPTQ (Frantar et al., 2022, arXiv 2210.17323) on the grid of `spec`: its method says no more.
 
     weight is (rows, columns) float32, bfloat16 or float16; hessian (columns, columns) the sum or mean of x x^T over the
     layer's inputs x, or its Factor, which weights with the same inputs and group size share. The mathematics and its
@@ -73,13 +72,8 @@ def _group_size(spec: LayerSpec, columns: int) -> int:
 
 def _quantized(weight: Tensor, factor: Factor, ask: Ask) -> QuantizedRows:
     found = calibrated_rows(weight, factor, ask)
-    return QuantizedRows(
-        codes=ops.pack(found.codes, ask.bits).numpy(),
-        scales=found.scales.numpy(),
-        zero_points=None if ask.symmetric else found.zero_points.numpy(),
-        row_scales=found.row_scales.view(torch.uint16).numpy(),
-        sums=found.sums.numpy(),
-    )
+    codes = ops.pack(found.codes, ask.bits)
+    return QuantizedRows.of(codes, found.scales, found.zero_points, found.row_scales, found.sums)
 
 
 class GPTQCalibrator:
@@ -168,7 +162,7 @@ class GPTQCalibrator:
         """
         if self._factor is None:
             hessian = self.hessian
-            fitting = min(1.0, max(DAMPING, FEW * len(hessian) / self.count))
+            fitting = suitable_damping(len(hessian), self.count)
             damping = fitting if self.damping is None else self.damping
             self._factor = factorize(hessian, _group_size(self.spec, len(hessian)), damping)
         return self._factor
@@ -186,15 +180,7 @@ class GPTQCalibrator:
         rows = gptq(native, self.spec, self.factor, refits=self.refits)
         if not np.isfinite(rows.sums).all():
             raise not_finite(matrix, name, tuple(weight.shape))
-        return PackedTensor(
-            name=name,
-            dtype=str(weight.dtype).removeprefix("torch."),
-            layout=layout,
-            codes=rows.codes,
-            scales=rows.scales,
-            zero_points=rows.zero_points,
-            row_scales=rows.row_scales,
-        )
+        return rows.packed(name, str(weight.dtype).removeprefix("torch."), layout)
 
     def quantization_parameters(self, weight: Tensor) -> GridParameters:
         """Scale and zero point of every group, as `calibrate` stores them; costs as much as `calibrate`.

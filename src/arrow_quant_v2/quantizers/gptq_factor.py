@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DAMPING = 0.01
+FEW = 0.1  # the damping that suits as many tokens as columns
 BLOCK = 128  # columns of one loop; errors reach later blocks through a matrix product
 MOST_DAMPING = 10.0  # more than this means that H is no sum of x x^T
 
@@ -96,6 +97,11 @@ def factorize(hessian: Tensor, group_size: int | None, damping: float = DAMPING)
         f"H has no Cholesky factor even with {damping / 10.0:g} times its mean added to the diagonal: it is no sum of"
         " x x^T; collect it with GPTQCalibrator.observe"
     )
+
+
+def suitable_damping(columns: int, tokens: int) -> float:
+    """0.1 columns / tokens, but 0.01 to 1: with few tokens H fits what was seen, not what will be."""
+    return min(1.0, max(DAMPING, FEW * columns / max(1, tokens)))
 
 
 def blocks(start: int, stop: int) -> list[slice]:

@@ -51,13 +51,8 @@ def _quantized(weight: Tensor, group: int, mask: Tensor | None, spec: LayerSpec)
     codes = reference.residual_codes(w, flat, stored.inverse.flatten(), spec.bits)  # (group, rows * groups)
     q = reference.residual_level(codes, flat, spec.bits)
     packed = ops.pack(codes.mT.reshape(len(weight), -1)[:, : weight.shape[1]], spec.bits)
-    return QuantizedRows(
-        codes=packed.numpy(),
-        scales=stored.scales.numpy(),
-        zero_points=None if spec.symmetric else stored.zero_points.numpy(),
-        row_scales=row_scales.view(torch.uint16).numpy(),
-        sums=_sums(w, q, weight.shape, row_scales).numpy(),
-    )
+    sums = _sums(w, q, weight.shape, row_scales)
+    return QuantizedRows.of(packed, stored.scales, stored.zero_points, row_scales, sums)
 
 
 def _sums(w: Tensor, q: Tensor, shape: torch.Size, row_scales: Tensor) -> Tensor:

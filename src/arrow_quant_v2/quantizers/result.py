@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from arrow_quant_v2.errors import QuantizationError
-from arrow_quant_v2.packed import WeightError
+from arrow_quant_v2.packed import PackedTensor, WeightError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
-    from arrow_quant_v2.packed import Bytes, Halfwords
+    from arrow_quant_v2.packed import Bytes, Floats, Halfwords, Layout
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +30,37 @@ class QuantizedRows:
     zero_points: Bytes | None
     row_scales: Halfwords
     sums: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, codes: Tensor, scales: Tensor, zero_points: Tensor, row_scales: Tensor, sums: Tensor) -> QuantizedRows:
+        """The same from tensors as the operators give them: packed codes, and empty zero points where symmetric."""
+        return cls(
+            codes=codes.numpy(),
+            scales=scales.numpy(),
+            zero_points=zero_points.numpy() if zero_points.numel() else None,
+            row_scales=row_scales.view(torch.uint16).numpy(),
+            sums=sums.numpy(),
+        )
+
+    def packed(
+        self, name: str, dtype: str, layout: Layout, *, rotation: int | None = None, equalization: Floats | None = None
+    ) -> PackedTensor:
+        """All rows of a tensor, as they are stored.
+
+        Raises:
+            QuantizationError: they do not fit the layout.
+        """
+        return PackedTensor(
+            name=name,
+            dtype=dtype,
+            layout=layout,
+            codes=self.codes,
+            scales=self.scales,
+            zero_points=self.zero_points,
+            row_scales=self.row_scales,
+            rotation=rotation,
+            equalization=equalization,
+        )
 
 
 def joined(parts: Sequence[QuantizedRows]) -> QuantizedRows:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, QuantizationError, ValidationError
     from arrow_quant_v2.packed import PackedTensor
     from arrow_quant_v2.quantizers.gptq import GPTQCalibrator
+    from arrow_quant_v2.quantizers.spatial import SpatialQuantizer
+    from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
 __version__ = "2.0.0.dev0"
 
@@ -22,6 +24,8 @@ _ROOMS = {
     "Decision": "decisions",
     "GPTQCalibrator": "quantizers.gptq",
     "PackedTensor": "packed",
+    "SpatialQuantizer": "quantizers.spatial",
+    "TimeAwareQuantizer": "quantizers.time_aware",
     "ArrowQuantError": "errors",
     "ConfigurationError": "errors",
     "QuantizationError": "errors",
@@ -38,6 +42,8 @@ __all__ = [
     "GPTQCalibrator",
     "PackedTensor",
     "QuantizationError",
+    "SpatialQuantizer",
+    "TimeAwareQuantizer",
     "ValidationError",
     "__version__",
 ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from small_models import Run, content_of, layers, run_command, run_python, save_model
 
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig, __version__, cli_progress
-from arrow_quant_v2.cli_progress import fitted, told_progress
+from arrow_quant_v2.cli_progress import fitted, percent, told_progress
 from arrow_quant_v2.cli_tables import table_lines
 
 if TYPE_CHECKING:
@@ -377,3 +377,7 @@ def test_a_long_message_loses_its_middle() -> None:
     assert fitted("3/9 abcdefghij, 5 s left", 24) == "3/9 abcdefghij, 5 s left"
     assert fitted("3/9 abcdefghij, 5 s left", 20) == "3/9 \u2026efghij, 5 s left"[:4] + "\u2026fghij, 5 s left"
     assert fitted("3/9 abcdefghij", 3) == "3/9 abcdefghij"
+
+
+def test_a_hundred_percent_is_only_told_at_the_end() -> None:
+    assert [percent(fraction) for fraction in (0.0, 0.5, 0.9999, 1.0)] == [0, 50, 99, 100]

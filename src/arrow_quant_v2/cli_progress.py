@@ -30,7 +30,14 @@ def told_progress(*, quiet: bool) -> Iterator[Callable[[str, float], object] | N
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("starting", total=1.0)
             room = console.width - BAR - len(" 100% ")
-            yield lambda message, fraction: bar.update(task, description=fitted(message, room), completed=fraction)
+            yield lambda message, fraction: bar.update(
+                task, description=fitted(message, room), completed=percent(fraction) / 100
+            )
+
+
+def percent(fraction: float) -> int:
+    """Whole percents that are done: 100 at the end, not before."""
+    return int(100 * fraction)
 
 
 def fitted(message: str, room: int) -> str:
@@ -49,6 +56,6 @@ def _lines() -> Callable[[str, float], None]:
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES or fraction >= 1.0:
             last = now
-            sys.stderr.write(f"{fraction:4.0%} {message}\n")
+            sys.stderr.write(f"{percent(fraction):3d}% {message}\n")
 
     return tell

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.sources.folder import Model
     from arrow_quant_v2.workfolder import WorkFolder
 
-OWN_FILE_BYTES = 32 * 2**20  # a larger layer is a file of its own, smaller ones share one
+OWN_FILE_BYTES = 4 * 2**20  # a layer as large as this is a file of its own, which costs no second copy of it
+SHARED_FILE_BYTES = 32 * 2**20  # of a file of smaller layers
 CONFIG = "config.json"
 
 
@@ -67,14 +68,18 @@ def content_hash(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> st
 
 
 def file_groups(plans: Sequence[LayerPlan]) -> list[list[int]]:
-    """Which layers share a file, by their numbers: neighbours, until they pass OWN_FILE_BYTES together."""
+    """Which layers share a file, by their numbers: none with a large one, small ones until they fill a file."""
     groups: list[list[int]] = []
-    size = 0
+    shared: list[int] = []
+    size = SHARED_FILE_BYTES
     for index, plan in enumerate(plans):
-        if not groups or size + plan.stored_bytes > OWN_FILE_BYTES:
-            groups.append([])
+        if plan.stored_bytes >= OWN_FILE_BYTES:
+            groups.append([index])
+            continue
+        if size + plan.stored_bytes > SHARED_FILE_BYTES:
+            groups.append(shared := [])
             size = 0
-        groups[-1].append(index)
+        shared.append(index)
         size += plan.stored_bytes
     return groups
 

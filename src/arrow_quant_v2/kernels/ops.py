@@ -48,7 +48,7 @@ Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("arrow_quant", "DEF")
 
 
-def _operator(schema: str) -> Callable[[Implementation], Implementation]:
+def operator(schema: str) -> Callable[[Implementation], Implementation]:
     """Declare an op; what is decorated is its meaning on every device, and becomes the op itself."""
     name = schema[: schema.index("(")]
 
@@ -61,7 +61,7 @@ def _operator(schema: str) -> Callable[[Implementation], Implementation]:
     return declare
 
 
-def _shapes_of(name: str) -> Callable[[Implementation], Implementation]:
+def shapes_of(name: str) -> Callable[[Implementation], Implementation]:
     """State the shapes of an op's results, for torch.compile."""
     declare: Callable[[Implementation], Implementation] = torch.library.register_fake(
         f"arrow_quant::{name}", lib=_LIBRARY
@@ -69,12 +69,17 @@ def _shapes_of(name: str) -> Callable[[Implementation], Implementation]:
     return declare
 
 
+def register_gradient(name: str, backward: Callable[..., Any], remember: Callable[..., None]) -> None:
+    """State the gradient of an op, whichever kernel computes it."""
+    torch.library.register_autograd(f"arrow_quant::{name}", backward, setup_context=remember, lib=_LIBRARY)
+
+
 def register_kernel(name: str, device: str, kernel: Callable[..., Any]) -> None:
     """Let the dispatcher use this kernel for tensors of the device, "CPU" or "CUDA"."""
     _LIBRARY.impl(name, kernel, device)
 
 
-@_operator("pack(Tensor codes, int bits) -> Tensor")
+@operator("pack(Tensor codes, int bits) -> Tensor")
 def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, columns) uint8 codes -> (rows, ceil(columns * bits / 8)) uint8; code 0 in the lowest bits of byte 0.
 
@@ -85,12 +90,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return reference.pack(codes, bits)
 
 
-@_shapes_of("pack")
+@shapes_of("pack")
 def _(codes: Tensor, bits: int) -> Tensor:
     return codes.new_empty((codes.shape[0], reference.row_bytes(codes.shape[1], bits)))
 
 
-@_operator("unpack(Tensor packed, int bits, int columns) -> Tensor")
+@operator("unpack(Tensor packed, int bits, int columns) -> Tensor")
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """(rows, row_bytes) uint8 -> (rows, columns) uint8 codes, the inverse of `pack`.
 
@@ -101,12 +106,12 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     return reference.unpack(packed, bits, columns)
 
 
-@_shapes_of("unpack")
+@shapes_of("unpack")
 def _(packed: Tensor, bits: int, columns: int) -> Tensor:  # noqa: ARG001 - a shape needs no width
     return packed.new_empty((packed.shape[0], columns))
 
 
-@_operator(DEQUANTIZE_SCHEMA)
+@operator(DEQUANTIZE_SCHEMA)
 def dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -129,7 +134,7 @@ def dequantize(
     return reference.dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
 
 
-@_shapes_of("dequantize")
+@shapes_of("dequantize")
 def _(
     codes: Tensor,
     scales: Tensor,  # noqa: ARG001
@@ -143,7 +148,7 @@ def _(
     return codes.new_empty((codes.shape[0], columns), dtype=dtype)
 
 
-@_operator(DEQUANTIZE_R2Q_SCHEMA)
+@operator(DEQUANTIZE_R2Q_SCHEMA)
 def dequantize_r2q(
     codes: Tensor,
     scales: Tensor,
@@ -167,7 +172,7 @@ def dequantize_r2q(
     return reference.dequantize_r2q(codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
 
 
-@_shapes_of("dequantize_r2q")
+@shapes_of("dequantize_r2q")
 def _(
     codes: Tensor,
     scales: Tensor,  # noqa: ARG001
@@ -181,7 +186,7 @@ def _(
     return codes.new_empty((codes.shape[0], columns), dtype=dtype)
 
 
-@_operator("hadamard(Tensor x, int block) -> Tensor")
+@operator("hadamard(Tensor x, int block) -> Tensor")
 def hadamard(x: Tensor, block: int) -> Tensor:
     """(..., columns) float32 -> the same: each block of the last axis times Sylvester's matrix / sqrt(block).
 
@@ -195,12 +200,23 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     return reference.hadamard(x, block)
 
 
-@_shapes_of("hadamard")
+@shapes_of("hadamard")
 def _(x: Tensor, block: int) -> Tensor:  # noqa: ARG001
     return x.new_empty(x.shape)
 
 
-@_operator(QUANTIZE_SCHEMA)
+def _remember_block(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:  # noqa: ARG001
+    ctx.block = inputs[1]
+
+
+def _turned_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return hadamard(grad, ctx.block), None
+
+
+register_gradient("hadamard", _turned_gradient, _remember_block)
+
+
+@operator(QUANTIZE_SCHEMA)
 def quantize(
     weight: Tensor,
     bits: int,
@@ -226,7 +242,7 @@ def quantize(
     return reference.quantize(weight, bits, group_size, symmetric, stretches, importance)
 
 
-@_shapes_of("quantize")
+@shapes_of("quantize")
 def _(
     weight: Tensor,
     bits: int,
@@ -238,7 +254,7 @@ def _(
     return empty_result(weight, bits, group_size, symmetric=symmetric)
 
 
-@_operator(FIT_GRID_SCHEMA)
+@operator(FIT_GRID_SCHEMA)
 def fit_grid(
     weight: Tensor,
     bits: int,
@@ -260,7 +276,7 @@ def fit_grid(
     return fit.step.clone(), fit.full.clone(), fit.mean_q.clone(), fit.mean_w.clone()  # no two may share memory
 
 
-@_shapes_of("fit_grid")
+@shapes_of("fit_grid")
 def _(
     weight: Tensor,
     bits: int,  # noqa: ARG001
@@ -282,7 +298,7 @@ def empty_fit(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor, 
     return room(), room(), room(), room()
 
 
-@_operator(QUANTIZE_COLUMNS_SCHEMA)
+@operator(QUANTIZE_COLUMNS_SCHEMA)
 def quantize_columns(
     block: Tensor, upper: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
@@ -301,7 +317,7 @@ def quantize_columns(
     return reference.quantize_columns(block, upper, scale, inverse, zero, bits)
 
 
-@_shapes_of("quantize_columns")
+@shapes_of("quantize_columns")
 def _(
     block: Tensor,
     upper: Tensor,  # noqa: ARG001
@@ -318,7 +334,7 @@ def empty_columns(block: Tensor) -> tuple[Tensor, Tensor]:
     return block.new_empty(block.shape, dtype=torch.uint8), block.new_empty(block.shape)
 
 
-@_operator(QUANTIZE_COLUMNS_R2Q_SCHEMA)
+@operator(QUANTIZE_COLUMNS_R2Q_SCHEMA)
 def quantize_columns_r2q(
     block: Tensor, upper: Tensor, mu: Tensor, a1: Tensor, a2: Tensor, inverse: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
@@ -335,7 +351,7 @@ def quantize_columns_r2q(
     return reference.quantize_columns_r2q(block, upper, mu, a1, a2, inverse, bits)
 
 
-@_shapes_of("quantize_columns_r2q")
+@shapes_of("quantize_columns_r2q")
 def _(
     block: Tensor,
     upper: Tensor,  # noqa: ARG001

@@ -1,0 +1,200 @@
+"""Inputs times packed weights, declared once: schema, shapes, meaning, gradient; knows nothing of modules or devices.
+
+What is registered here is the meaning in plain torch, which runs everywhere; device kernels register beside it. They
+add up in another order, and are held to the meaning by its rounding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.kernels import ops
+from arrow_quant_v2.packed import GRIDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WEIGHT = "Tensor codes, Tensor scales, Tensor zero_points, Tensor row_scales, Tensor? bias"
+FORMAT = "int bits, int group_size, str grid"
+LINEAR_SCHEMA = f"linear(Tensor x, {WEIGHT}, {FORMAT}) -> Tensor"
+LINEAR_DYNAMIC_SCHEMA = f"linear_dynamic(Tensor x, {WEIGHT}, {FORMAT}) -> Tensor"
+LINEAR_STATIC_SCHEMA = f"linear_static(Tensor x, {WEIGHT}, {FORMAT}, float scale, int zero_point) -> Tensor"
+LARGEST = 127  # of a signed activation
+TOP = 255  # of an unsigned one
+
+
+@ops.operator(LINEAR_SCHEMA)
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    grid: str,
+) -> Tensor:
+    """Give x W^T + bias (..., rows), added up in float32, of x (..., columns) float32, bfloat16 or float16.
+
+    The result has the dtype of x. W (rows, columns) is what `dequantize`, or `dequantize_r2q` for grid "r2q", makes of
+    codes, scales, zero_points and row_scales; bias (rows,) is of any floating dtype. Only x has a gradient.
+
+    Raises:
+        QuantizationError: a width, shape or dtype is not one of these.
+    """
+    check_linear("linear", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    return _product(x, weight_of(codes, scales, zero_points, row_scales, x.shape[-1], bits, group_size, grid), bias)
+
+
+@ops.operator(LINEAR_DYNAMIC_SCHEMA)
+def linear_dynamic(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    grid: str,
+) -> Tensor:
+    """As `linear`, of x with every `group_size` columns of a row rounded to 8 bits: see `rounded_by_group`.
+
+    Raises:
+        QuantizationError: as `linear`.
+    """
+    check_linear("linear_dynamic", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    weight = weight_of(codes, scales, zero_points, row_scales, x.shape[-1], bits, group_size, grid)
+    return _product(rounded_by_group(x, group_size), weight, bias).to(x.dtype)
+
+
+@ops.operator(LINEAR_STATIC_SCHEMA)
+def linear_static(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    grid: str,
+    scale: float,
+    zero_point: int,
+) -> Tensor:
+    """As `linear`, of x rounded to 8 bits with one scale and zero point: see `rounded_by_scale`.
+
+    Raises:
+        QuantizationError: as `linear`, or the scale is not above 0, or the zero point is not from 0 to 255.
+    """
+    check_linear("linear_static", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    check_static(scale, zero_point)
+    weight = weight_of(codes, scales, zero_points, row_scales, x.shape[-1], bits, group_size, grid)
+    return _product(rounded_by_scale(x, scale, zero_point), weight, bias).to(x.dtype)
+
+
+def weight_of(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    columns: int,
+    bits: int,
+    group_size: int,
+    grid: str,
+) -> Tensor:
+    """The weight (rows, columns) float32 that the codes stand for."""
+    dequantize = ops.dequantize_r2q if grid == "r2q" else ops.dequantize
+    weight: Tensor = dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, torch.float32)
+    return weight
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def rounded_by_group(x: Tensor, group_size: int) -> Tensor:
+    """Round x (..., columns), as float32 of its shape: round(x / s) s with s = absmax / 127 of each group of a row.
+
+    As llama.cpp rounds activations (its Q8_0 has groups of 32). A group of zeros stays so.
+    """
+    columns = x.shape[-1]
+    group = min(group_size, columns)
+    grouped = functional.pad(x.float(), (0, -columns % group)).unflatten(-1, (-1, group))  # (..., groups, group)
+    step = grouped.abs().amax(dim=-1, keepdim=True) / LARGEST
+    whole = torch.where(step > 0, grouped / step, 0.0).round()
+    rounded: Tensor = (whole * step).flatten(-2)[..., :columns]
+    return rounded
+
+
+def rounded_by_scale(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Give, of x, float32 of its shape: (q - zero_point) scale with q = clip(round(x / scale) + zero_point, 0, 255)."""
+    whole = (x.float() / scale).round() + zero_point
+    return (whole.clamp(0, TOP) - zero_point) * scale
+
+
+def check_linear(
+    op: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    grid: str,
+) -> None:
+    """Refuse what no kernel takes.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or grid is not one of those that `linear` names.
+    """
+    if grid not in GRIDS:
+        raise QuantizationError(f"{op}: grid {grid!r}; allowed are {', '.join(GRIDS)}")
+    if x.dim() < 1 or x.dtype not in ops.FLOATS:
+        raise QuantizationError(f"{op}: x is {x.dtype} {tuple(x.shape)}; float32, bfloat16 or float16 (..., columns)")
+    name = "dequantize_r2q" if grid == "r2q" else "dequantize"
+    ops.check_dequantize(name, codes, scales, zero_points, row_scales, bits, x.shape[-1], group_size, torch.float32)
+    if bias is not None and (bias.shape != codes.shape[:1] or not bias.is_floating_point()):
+        raise QuantizationError(f"{op}: bias is {bias.dtype} {tuple(bias.shape)}; the weight has {len(codes)} rows")
+
+
+def check_static(scale: float, zero_point: int) -> None:
+    """Refuse activation parameters that mean nothing.
+
+    Raises:
+        QuantizationError: the scale is not above 0, or the zero point is not from 0 to 255.
+    """
+    if not scale > 0 or not 0 <= zero_point <= TOP:
+        raise QuantizationError(f"linear_static: scale {scale}, zero point {zero_point}; above 0, and from 0 to {TOP}")
+
+
+def _shapes(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _remember(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[1:5])
+    ctx.columns, ctx.format, ctx.further = inputs[0].shape[-1], inputs[6:9], len(inputs) - 1
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x alone, as if x had not been rounded (straight through: Bengio et al., 2013, arXiv 1308.3432)."""
+    nothing: tuple[None, ...] = (None,) * ctx.further
+    if not ctx.needs_input_grad[0]:
+        return None, *nothing
+    codes, scales, zero_points, row_scales = ctx.saved_tensors
+    weight = weight_of(codes, scales, zero_points, row_scales, ctx.columns, *ctx.format)
+    return (grad.float() @ weight).to(grad.dtype), *nothing
+
+
+for _name in ("linear", "linear_dynamic", "linear_static"):
+    ops.shapes_of(_name)(_shapes)
+    ops.register_gradient(_name, _gradient, _remember)

@@ -362,7 +362,7 @@ def test_without_a_terminal_a_line_comes_every_five_seconds(
         report("12/12 layer", 1.0)
     assert lines(capsys.readouterr().err) == [
         "  0% 0/12 layer",
-        " 42% 5/12 layer",
+        " 41% 5/12 layer",
         " 83% 10/12 layer",
         "100% 12/12 layer",
     ]

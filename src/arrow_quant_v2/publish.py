@@ -71,12 +71,12 @@ def file_groups(plans: Sequence[LayerPlan]) -> list[list[int]]:
     """Which layers share a file, by their numbers: none with a large one, small ones until they fill a file."""
     groups: list[list[int]] = []
     shared: list[int] = []
-    size = SHARED_FILE_BYTES
+    size = 0
     for index, plan in enumerate(plans):
         if plan.stored_bytes >= OWN_FILE_BYTES:
             groups.append([index])
             continue
-        if size + plan.stored_bytes > SHARED_FILE_BYTES:
+        if not shared or size + plan.stored_bytes > SHARED_FILE_BYTES:
             groups.append(shared := [])
             size = 0
         shared.append(index)

@@ -230,8 +230,24 @@ def wanted_library() -> ctypes.CDLL | None:
     return None if path is None else load_library(path)
 
 
+def _register_cuda() -> None:
+    """Let the dispatcher use the Triton kernel for CUDA tensors; without Triton, with a warning, the reference."""
+    try:
+        from arrow_quant_v2.kernels import triton_cuda  # noqa: PLC0415 - takes a second, and a GPU
+    except ImportError:
+        warnings.warn(
+            "Triton is not installed: the PyTorch reference runs on the GPU, with the same results but slower;"
+            " pip install triton",
+            stacklevel=2,
+        )
+    else:
+        triton_cuda.register()
+
+
 @cache
 def _activate() -> str:
+    if torch.cuda.is_available() and os.environ.get("ARROW_QUANT_KERNELS") != "reference":
+        _register_cuda()
     library = wanted_library()
     if library is None:
         return "reference"
@@ -240,7 +256,9 @@ def _activate() -> str:
 
 
 def activate() -> str:
-    """Register the C++ kernels, the first time that it is called; the name of what was chosen then.
+    """Register the C++ kernels, and Triton's where there is a GPU, the first time that it is called.
+
+    The result is the name of what was chosen for the CPU.
 
     Raises:
         ConfigurationError: ARROW_QUANT_KERNELS or ARROW_QUANT_ISA has a value that is not allowed.

@@ -126,17 +126,29 @@ def rounded_by_group(x: Tensor, group_size: int) -> Tensor:
     """
     columns = x.shape[-1]
     group = min(group_size, columns)
-    grouped = functional.pad(x.float(), (0, -columns % group)).unflatten(-1, (-1, group))  # (..., groups, group)
-    step = grouped.abs().amax(dim=-1, keepdim=True) / LARGEST
-    whole = torch.where(step > 0, grouped / step, 0.0).round()
-    rounded: Tensor = (whole * step).flatten(-2)[..., :columns]
-    return rounded
+    whole, step = whole_by_group(x.reshape(-1, columns), group)
+    padded = functional.pad(whole, (0, -columns % group)).unflatten(1, (-1, group))
+    rounded: Tensor = (padded * step[..., None]).flatten(1)[:, :columns]
+    return rounded.reshape(x.shape)
+
+
+def whole_by_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The whole numbers round(x / s) (rows, columns) of x of that shape, and the steps s (rows, groups), float32."""
+    columns = x.shape[1]
+    grouped = functional.pad(x.float(), (0, -columns % group)).unflatten(1, (-1, group))  # (rows, groups, group)
+    step = grouped.abs().amax(dim=-1) / LARGEST
+    whole = torch.where(step[..., None] > 0, grouped / step[..., None], 0.0).round()
+    return whole.flatten(1)[:, :columns], step
 
 
 def rounded_by_scale(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Give, of x, float32 of its shape: (q - zero_point) scale with q = clip(round(x / scale) + zero_point, 0, 255)."""
-    whole = (x.float() / scale).round() + zero_point
-    return (whole.clamp(0, TOP) - zero_point) * scale
+    """Round x, as float32 of its shape: (q - zero_point) scale with q = clip(round(x / scale) + zero_point, 0, 255)."""
+    return (whole_by_scale(x, scale, zero_point) - zero_point) * scale
+
+
+def whole_by_scale(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """The whole numbers q = clip(round(x / scale) + zero_point, 0, 255) of x, float32 of its shape."""
+    return ((x.float() / scale).round() + zero_point).clamp(0, TOP)
 
 
 def check_linear(

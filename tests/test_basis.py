@@ -15,7 +15,7 @@ from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 from arrow_quant_v2.quantizers.basis import Basis, rotation_block
 from arrow_quant_v2.quantizers.spatial import LARGEST_SCALE, SpatialQuantizer
 from arrow_quant_v2.quantizers.time_aware import SMALLEST_SCALE, TimeAwareQuantizer, bias_correction
-from arrow_quant_v2.timestep import TimeGroups
+from arrow_quant_v2.time_groups import TimeGroups
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ from arrow_quant_v2.packed import TensorInfo
 from arrow_quant_v2.plan import Calibrated, plan_model
 from arrow_quant_v2.quantizers.calibrated import Freedom
 from arrow_quant_v2.sequential import CalibratedLayer, Fitting, fit_in_sequence
-from arrow_quant_v2.timestep import TimeGroups
+from arrow_quant_v2.time_groups import TimeGroups
 
 sys.path.append(str(Path(__file__).parent / "calibration"))
 

@@ -23,7 +23,7 @@ from arrow_quant_v2.calibration.samples import Asked, gather
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.sources.files import read_json
-from arrow_quant_v2.timestep import uniform_groups
+from arrow_quant_v2.time_groups import uniform_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
-    from arrow_quant_v2.timestep import TimeGroups
+    from arrow_quant_v2.time_groups import TimeGroups
 
     Provider = Callable[[nn.Module], Iterable[tuple[Any, float]]]
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.quantizers.calibrated import Fitted
     from arrow_quant_v2.quantizers.time_aware import TimeGroupParameters
-    from arrow_quant_v2.timestep import TimeGroups
+    from arrow_quant_v2.time_groups import TimeGroups
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.preparation import Prepared, Provider
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
-    from arrow_quant_v2.timestep import TimeGroups
+    from arrow_quant_v2.time_groups import TimeGroups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from arrow_quant_v2.calibration.observe import SAMPLES_AT_ONCE, observe, strata
 from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels.cpu import threads_per_call
-from arrow_quant_v2.timestep import TimeGroups, uniform_groups
+from arrow_quant_v2.time_groups import TimeGroups, uniform_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from arrow_quant_v2.calibration.observe import strata
 from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.calibration.stats import PROBES, PROBES_PER_CALL, InputStats, Seen, moments_of
 from arrow_quant_v2.errors import QuantizationError
-from arrow_quant_v2.timestep import TimeGroups
+from arrow_quant_v2.time_groups import TimeGroups
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

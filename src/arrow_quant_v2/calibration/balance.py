@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from arrow_quant_v2.engines.one_core import each_on_one_core
-from arrow_quant_v2.timestep import balanced_groups
+from arrow_quant_v2.time_groups import balanced_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from arrow_quant_v2.calibration.sample import Sample
-    from arrow_quant_v2.timestep import TimeGroups
+    from arrow_quant_v2.time_groups import TimeGroups
 
 SMALLEST = 1e-12
 PRODUCTS = {nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}

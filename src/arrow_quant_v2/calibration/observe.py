@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.calibration.sample import Sample
     from arrow_quant_v2.calibration.stats import Seen
-    from arrow_quant_v2.timestep import TimeGroups
+    from arrow_quant_v2.time_groups import TimeGroups
 
 SAMPLES_AT_ONCE = 8  # whose inputs are in memory together; part of the result, so it never follows the machine
 ROOM = 512 * 2**20  # bytes of them at most, where all inputs of a block are seen at once

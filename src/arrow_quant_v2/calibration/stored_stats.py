@@ -25,7 +25,7 @@ from arrow_quant_v2.errors import ChecksumError, ConfigurationError, SchemaVersi
 from arrow_quant_v2.sources.files import JSON_LIMIT, ByteFile, parse_object
 from arrow_quant_v2.sources.safetensors import SafetensorsSource
 from arrow_quant_v2.store.crc32 import crc32
-from arrow_quant_v2.timestep import TimeGroups
+from arrow_quant_v2.time_groups import TimeGroups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.timestep import TimeGroups, balanced_groups, uniform_groups
+from arrow_quant_v2.time_groups import TimeGroups, balanced_groups, uniform_groups
 
 timesteps = st.lists(st.floats(0.0, 1000.0), min_size=1, max_size=50)
 counts = st.integers(1, 12)

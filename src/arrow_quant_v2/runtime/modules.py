@@ -1,0 +1,184 @@
+"""Layers of torch that run on a packed weight; they know neither files nor models.
+
+A layer becomes one of these in place, by `run_packed`: it keeps its class's attributes, its bias, its hooks and its
+place in every module that holds it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.kernels import linear
+
+if TYPE_CHECKING:
+    from arrow_quant_v2.runtime.clock import Clock
+    from arrow_quant_v2.runtime.packed_weight import PackedWeight
+
+Activations: TypeAlias = Literal["dynamic", "static"]
+CHECKED_CALLS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticRanges:
+    """8-bit parameters of a layer's inputs, of each time group: x ~ scale (code - zero_point), code 0 to 255.
+
+    Where the time is not known, `whole` has those of the range that covers all groups.
+    """
+
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+
+    def of(self, group: int | None) -> tuple[float, int]:
+        """Scale and zero point of a group."""
+        return self.whole if group is None else (self.scales[group], self.zero_points[group])
+
+    @property
+    def whole(self) -> tuple[float, int]:
+        """Scale and zero point that cover every group."""
+        pairs = list(zip(self.scales, self.zero_points, strict=True))
+        low = min(-zero * scale for scale, zero in pairs)
+        high = max((linear.TOP - zero) * scale for scale, zero in pairs)
+        scale = (high - low) / linear.TOP
+        return scale, min(linear.TOP, max(0, round(-low / scale)))
+
+
+class PackedLayer(nn.Module):
+    """What the layers below share: a packed weight in the place of the parameter, and a look at the first outputs.
+
+    A layer whose outputs are not finite although its inputs are is named in a warning, in its first two calls.
+    """
+
+    weight: Any  # PackedWeight
+    bias: Any  # a Tensor, or None
+    checks_left = CHECKED_CALLS
+    _is_hf_initialized = True  # transformers shall not draw new values for it
+
+    def checked(self, x: Tensor, out: Tensor) -> Tensor:
+        """Give `out` again, looked at in the first calls."""
+        if not torch.compiler.is_compiling() and self.checks_left:
+            self.checks_left -= 1
+            if not out.isfinite().all() and (not x.is_floating_point() or x.isfinite().all()):
+                warnings.warn(
+                    f"{self.weight.name}: its outputs in {out.dtype} are not finite although its inputs are, the first"
+                    " layer of which this is so; run the model in bfloat16 or float32, or quantize it again",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return out
+
+    def bias_as(self, x: Tensor) -> Tensor | None:
+        """The bias in the dtype of the inputs."""
+        bias: Tensor | None = self.bias
+        return None if bias is None else bias.to(x.dtype)
+
+
+class QuantizedLinear(PackedLayer, nn.Linear):
+    """x W^T + bias from codes, in the dtype of x; on inputs rounded to 8 bits where `activations` says so.
+
+    "dynamic" rounds every group of a row by its own largest value (see kernels/linear.py). "static" rounds by the
+    `ranges` of the time group that `clock` is in. `corrections` (groups, out), if there are any, are added to the
+    outputs in each time group, nothing where the time is not known.
+    """
+
+    activations: Activations | None = None
+    ranges: StaticRanges | None = None
+    clock: Clock | None = None
+    corrections: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        out = self.product(x)
+        if self.corrections is not None and self.clock is not None:
+            group = self.clock.now()
+            out = out if group is None else out + self.corrections[group].to(out.dtype)
+        return self.checked(x, out)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), before corrections."""
+        weight: PackedWeight = self.weight
+        if self.activations == "dynamic":
+            result: Tensor = linear.linear_dynamic(weight.changed(x), *weight.arguments(self.bias))
+            return result.to(x.dtype)
+        if self.activations == "static" and self.ranges is not None:
+            return self._static(x, *self.ranges.of(None if self.clock is None else self.clock.now()))
+        return weight.product(x, self.bias)
+
+    def _static(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Ranges are those of x itself, so that x is rounded before its channels are turned."""
+        weight: PackedWeight = self.weight
+        if weight.rotation is None and weight.equalization is None:
+            arguments = (x, *weight.arguments(self.bias), scale, zero_point)
+            result: Tensor = linear.linear_static(*arguments)
+            return result
+        return weight.product(linear.rounded_by_scale(x, scale, zero_point), self.bias).to(x.dtype)
+
+
+class _QuantizedConv(PackedLayer):
+    """A convolution whose weight is dequantized for each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the convolution of the original basis: padding, dilation and groups are those of the layer."""
+        layer = cast("Any", self)
+        out: Tensor = layer._conv_forward(x, self.weight.dequantized(x.dtype), self.bias_as(x))  # noqa: SLF001
+        return self.checked(x, out)
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """Conv1d from codes: (batch, in, length)."""
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """Conv2d from codes: (batch, in, height, width)."""
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """Conv3d from codes: (batch, in, depth, height, width)."""
+
+
+class QuantizedEmbedding(PackedLayer, nn.Embedding):
+    """Rows of a packed table; only those that are asked for are dequantized."""
+
+    bias = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integers (...) -> (..., embedding_dim) in the dtype that the model was cast to."""
+        return self.checked(ids, self.weight.looked_up(ids))
+
+
+KINDS: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.Embedding: QuantizedEmbedding,
+}
+
+
+def can_run_packed(layer: nn.Module) -> bool:
+    """Whether there is a packed layer for exactly this class; a class that computes otherwise has none."""
+    plain = type(layer) in KINDS and "forward" not in vars(layer) and not hasattr(layer, "parametrizations")
+    return plain and getattr(layer, "max_norm", None) is None  # which writes into the table
+
+
+def run_packed(layer: nn.Module, weight: PackedWeight) -> PackedLayer:
+    """Turn a layer of torch into one that runs on a packed weight, in place.
+
+    Raises:
+        QuantizationError: there is none for its class, or the weight has another shape.
+    """
+    if not can_run_packed(layer):
+        known = ", ".join(kind.__name__ for kind in KINDS)
+        raise QuantizationError(f"{weight.name}: {type(layer).__name__} cannot run packed; {known} itself can")
+    expected = getattr(layer.weight, "shape", None)
+    if weight.shape != expected:
+        raise QuantizationError(f"{weight.name}: is {tuple(weight.shape)}; the layer's weight is {expected}")
+    layer.__class__ = KINDS[type(layer)]
+    del layer.weight
+    layer.weight = weight
+    return cast("PackedLayer", layer)

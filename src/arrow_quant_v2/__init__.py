@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from arrow_quant_v2.api import ArrowQuantizer, ArrowQuantV2
     from arrow_quant_v2.config import DiffusionQuantConfig
-    from arrow_quant_v2.decisions import Decision
     from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, QuantizationError, ValidationError
     from arrow_quant_v2.packed import PackedTensor
     from arrow_quant_v2.quantizers.gptq import GPTQCalibrator
     from arrow_quant_v2.quantizers.spatial import SpatialQuantizer
     from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
+    from arrow_quant_v2.runtime.clock import timestep
+    from arrow_quant_v2.runtime.load import load, load_pipeline
 
 __version__ = "2.0.0.dev0"
 
@@ -21,7 +22,6 @@ _ROOMS = {
     "ArrowQuantV2": "api",
     "ArrowQuantizer": "api",
     "DiffusionQuantConfig": "config",
-    "Decision": "decisions",
     "GPTQCalibrator": "quantizers.gptq",
     "PackedTensor": "packed",
     "SpatialQuantizer": "quantizers.spatial",
@@ -30,6 +30,9 @@ _ROOMS = {
     "ConfigurationError": "errors",
     "QuantizationError": "errors",
     "ValidationError": "errors",
+    "load": "runtime.load",
+    "load_pipeline": "runtime.load",
+    "timestep": "runtime.clock",
 }
 
 __all__ = [
@@ -37,7 +40,6 @@ __all__ = [
     "ArrowQuantV2",
     "ArrowQuantizer",
     "ConfigurationError",
-    "Decision",
     "DiffusionQuantConfig",
     "GPTQCalibrator",
     "PackedTensor",
@@ -46,6 +48,9 @@ __all__ = [
     "TimeAwareQuantizer",
     "ValidationError",
     "__version__",
+    "load",
+    "load_pipeline",
+    "timestep",
 ]
 
 

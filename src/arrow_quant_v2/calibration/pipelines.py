@@ -46,7 +46,7 @@ def open_pipeline(path: Path | str, component: str | None = None, modality: Moda
     """
     with open_model(path, component) as model:
         index = read_json(model.root / PIPELINE) if model.component else {}
-        module = _meta_module(model, index)
+        module = build_denoiser(model)
         names = _fill(module, model.source)
         return Runnable(
             module=module.eval().requires_grad_(requires_grad=False),
@@ -90,10 +90,16 @@ class _EmptyOnMeta(TorchFunctionMode):
         return function(*arguments, **chosen)
 
 
-def _meta_module(model: Model, index: Mapping[str, Any]) -> nn.Module:
-    """The module that config.json describes, without memory for its weights."""
+def build_denoiser(model: Model) -> nn.Module:
+    """The module that config.json describes, without memory for its weights, its other buffers computed.
+
+    Raises:
+        SourceError: it is no class of diffusers, or cannot be built from its config.
+        QuantizationError: diffusers is not installed.
+    """
     path = model.folder / "config.json"
     config = read_json(path)
+    index = read_json(model.root / PIPELINE) if model.component else {}
     library = (index.get(model.component) or ["diffusers"])[0]
     if library != "diffusers":
         raise SourceError(
@@ -130,7 +136,7 @@ def _fill(module: nn.Module, source: Source) -> dict[str, str]:
     """Assign the weights of the source to the module, as float32: name in the files -> name in the module."""
     wanted = module.state_dict()
     shapes = {info.name: tuple(info.shape) for info in source.tensors}
-    names = {name: found for name in shapes if (found := _parameter(name, wanted)) is not None}
+    names = names_in(module, shapes)
     if missing := sorted(set(wanted) - set(names.values())):
         raise SourceError(
             f"{source.location}: lacks {len(missing)} tensors of {type(module).__name__}, the first is {missing[0]};"
@@ -145,6 +151,12 @@ def _fill(module: nn.Module, source: Source) -> dict[str, str]:
     weights = {parameter: _read(source, name, shapes[name]) for name, parameter in names.items()}
     module.load_state_dict(weights, assign=True)
     return names
+
+
+def names_in(module: nn.Module, files: Iterable[str]) -> dict[str, str]:
+    """Name in the files -> name in the module, for every tensor that has a place."""
+    wanted = module.state_dict()
+    return {name: found for name in files if (found := _parameter(name, wanted)) is not None}
 
 
 def _parameter(name: str, wanted: Collection[str]) -> str | None:

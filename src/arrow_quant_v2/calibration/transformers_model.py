@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,19 +50,64 @@ def open_transformers(
         ConfigurationError: transformers is not installed; or `mask_token` is no token of this model.
         SourceError: transformers does not know the model, or its tensors are not those that the class needs.
     """
-    transformers = _transformers()
-    config = _config(transformers, model.folder)
-    module = _fitting(transformers, config, model)
-    names = _names(module, (info.name for info in model.source.tensors))
+    built = build_transformers(model)
+    module, names = built.module, built.names
+    module.config.use_cache = False  # of keys and values of earlier tokens, which nobody asks for
     weights = _fill(module, names, model.source, on_demand=on_demand)
-    tokenizer = _tokenizer(transformers, model.folder)
-    mask = _mask_token(module, config, tokenizer, mask_token)
+    tokenizer = tokenizer_of(model.folder)
+    mask = mask_token_of(module, tokenizer, mask_token)
     return Runnable(
         module=module, modality=modality, names=names, tokenizer=tokenizer, mask_token=mask, on_demand=weights
     )
 
 
-def _transformers() -> Any:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Built:
+    """A module whose parameters have no values yet, and what is to become of the tensors in the files.
+
+    names   name in the files -> name in the module
+    """
+
+    module: Any
+    names: dict[str, str]
+
+    @property
+    def missing(self) -> list[str]:
+        """Parameters that no tensor is for, not even by a tie."""
+        return _missing(self.module, self.names)
+
+    @property
+    def ties(self) -> list[tuple[str, str]]:
+        """Pairs of parameters of which the files need hold only one."""
+        return _ties(self.module)
+
+    def set_buffers(self, location: str) -> None:
+        """Compute the buffers that no file holds, such as positions.
+
+        Raises:
+            SourceError: transformers does not compute one of them.
+        """
+        _set_buffers(self.module, location)
+
+
+def build_transformers(model: Model) -> Built:
+    """The module on torch's meta device, of the class that config.json and the tensors ask for.
+
+    Raises:
+        ConfigurationError: transformers is not installed.
+        SourceError: transformers does not know the model.
+    """
+    transformers = installed_transformers()
+    module = _fitting(transformers, _config(transformers, model.folder), model)
+    return Built(module=module, names=_names(module, (info.name for info in model.source.tensors)))
+
+
+def installed_transformers() -> Any:
+    """The package, imported.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
@@ -87,7 +133,6 @@ def _config(transformers: Any, folder: Path) -> Any:
             f" ({_first_line(error)}); code that comes with a model is never run: update transformers, or quantize"
             " without calibration"
         ) from error
-    config.use_cache = False  # of keys and values of earlier tokens, which nobody asks for
     config._attn_implementation = None  # noqa: SLF001 - it may name a kernel on the hub, which would be fetched and run
     return config
 
@@ -260,12 +305,18 @@ def _listed(names: list[str]) -> str:
 # Its tokens
 
 
-def _tokenizer(transformers: Any, folder: Path) -> Any:
-    """The tokenizer; None where no vocabulary lies in the folder, for then transformers would make one up."""
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer; None where no vocabulary lies in the folder, for then transformers would make one up.
+
+    Raises:
+        SourceError: its files are damaged.
+    """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return installed_transformers().AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         raise SourceError(
             f"{folder}: its tokenizer cannot be opened ({_first_line(error)}); repair it, or remove its files and give"
@@ -273,14 +324,17 @@ def _tokenizer(transformers: Any, folder: Path) -> Any:
         ) from error
 
 
-def _mask_token(module: Any, config: Any, tokenizer: Any, asked: int | None) -> int | None:
+def mask_token_of(module: Any, tokenizer: Any, asked: int | None) -> int | None:
     """The id of the hidden token; None where the model gives no logits over its vocabulary, for then nothing is hidden.
 
     What was asked for counts most, then what the tokenizer says, then config.json.
+
+    Raises:
+        ConfigurationError: it is no token of this model.
     """
     name = type(module).__name__
     head = module.get_output_embeddings()
-    stated = (asked, getattr(tokenizer, "mask_token_id", None), getattr(config, "mask_token_id", None))
+    stated = (asked, getattr(tokenizer, "mask_token_id", None), getattr(module.config, "mask_token_id", None))
     token = next((id_ for id_ in stated if id_ is not None), None)
     if asked is not None and head is None:
         raise ConfigurationError(f"mask_token is {asked}, but {name} gives no logits over tokens; leave it out")

@@ -18,7 +18,7 @@ from arrow_quant_v2.kernels.tensors import shared_tensor
 from arrow_quant_v2.packed import PackedTensor
 from arrow_quant_v2.runtime.clock import Clock
 from arrow_quant_v2.runtime.modules import QuantizedLinear, StaticRanges, can_run_packed, run_packed
-from arrow_quant_v2.runtime.packed_weight import FLOATS, PackedWeight
+from arrow_quant_v2.runtime.packed_weight import EXPERT_AXES, FLOATS, PackedWeight
 from arrow_quant_v2.store.record import RawTensor
 from arrow_quant_v2.time_groups import TimeGroups
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from arrow_quant_v2.store.record import Payload, Structure
 
 NAMED = 5  # names in a message
-EXPERT_AXIS = 2
 ACTIVATIONS = (None, "dynamic", "static")
 
 
@@ -93,6 +92,7 @@ def fill(
     for name in set(zeros) - set(places):
         _put(module, name, nn.Parameter(torch.zeros(_held(module, name).shape, dtype=wanted, device=device)))
     clock = work.time(activations, mask_token)
+    work.run_experts_alone()
     _refuse_unset(module, stored)
     return Filled(packed=tuple(work.packed), decisions=tuple(work.told()), clock=clock)
 
@@ -238,6 +238,15 @@ class _Filling:
             because=f"{owner} computes with {place} in its own way, so the weight is dequantized in memory",
         )
 
+    def run_experts_alone(self) -> None:
+        """Let transformers run one expert after the other: its other ways take a whole stack at once."""
+        stacks = any(
+            len(part.shape) == EXPERT_AXES for part in self._module.modules() if isinstance(part, PackedWeight)
+        )
+        choose = getattr(self._module, "set_experts_implementation", None)
+        if stacks and choose is not None:
+            choose("eager")
+
     def told(self) -> Iterable[Decision]:
         """The decisions, of which the user is warned."""
         if self._decisions:
@@ -271,7 +280,7 @@ class _Filling:
 
 def _takes_packed(owner: nn.Module, packed: PackedWeight) -> bool:
     """Whether a module that computes in its own way may find codes where its parameter was."""
-    experts = len(packed.shape) == EXPERT_AXIS + 1 and packed.codes.shape[0] == packed.shape[0] * packed.shape[1]
+    experts = len(packed.shape) == EXPERT_AXES and packed.codes.shape[0] == packed.shape[0] * packed.shape[1]
     return experts or (isinstance(owner, nn.Embedding) and owner.max_norm is None)
 
 

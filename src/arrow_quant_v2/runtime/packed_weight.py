@@ -40,8 +40,8 @@ class PackedWeight(nn.Module):
     They are those of PackedTensor, may lie in a read-only map of a file, and keep their dtypes whatever the model is
     cast to; the values have the dtype that the model was cast to. Two modules that hold the same PackedWeight are tied,
     also after a move or a copy. To torch it is a tensor of `shape`: `functional.linear` and `functional.embedding` use
-    the codes, every other function is given `dequantized()`, an index into the first axis of three dequantizes that
-    expert alone, and what would write into it is refused. Values have no gradient.
+    the codes, every other function is given `dequantized()`, an index into the first axis of three gives that
+    expert alone, packed, and what would write into it is refused. Values have no gradient.
     """
 
     codes: Tensor
@@ -123,17 +123,24 @@ class PackedWeight(nn.Module):
         """The values in float32."""
         return self.dequantized(torch.float32)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """Of three axes one expert (out, in), dequantized alone; otherwise what the whole tensor has there."""
+    def __getitem__(self, index: Any) -> Any:
+        """Of three axes one expert (out, in), which shares the codes; otherwise what the values have there."""
         one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and index.dtype != torch.bool)
         if len(self.shape) != EXPERT_AXES or not one:
             return self.dequantized()[index]
-        at = int(index)
-        if not -self.shape[0] <= at < self.shape[0]:
-            raise IndexError(f"{self.name}: expert {at} of {self.shape[0]}")
-        rows = self.codes.shape[0] // self.shape[0]
-        start = at % self.shape[0] * rows
-        return self.rows(slice(start, start + rows)).reshape(self.shape[1:])
+        if not -self.shape[0] <= int(index) < self.shape[0]:
+            raise IndexError(f"{self.name}: expert {int(index)} of {self.shape[0]}")
+        return self._expert(int(index) % self.shape[0])
+
+    def _expert(self, number: int) -> PackedWeight:
+        """A view on the rows of one expert."""
+        count = self.codes.shape[0] // self.shape[0]
+        rows = slice(number * count, (number + 1) * count)
+        view = PackedWeight.__new__(PackedWeight)
+        parts = ("codes", "scales", "zero_points", "row_scales")
+        buffers = self._buffers | {name: getattr(self, name)[rows] for name in parts}
+        view.__dict__ = self.__dict__ | {"shape": self.shape[1:], "_buffers": buffers}
+        return view
 
     def __getattr__(self, name: str) -> Any:
         """Everything else that a tensor has, of the values."""

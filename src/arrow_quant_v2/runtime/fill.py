@@ -271,7 +271,7 @@ class _Filling:
             if groups is not None and (layer.ranges is not None or biases is not None):
                 layer.clock = clocks.setdefault(groups, Clock(groups, mask_token))
             if biases is not None:
-                layer.register_buffer("corrections", biases.to(self._device), persistent=True)
+                layer.corrections = biases.to(self._device)
         for clock in clocks.values():
             self._module.register_forward_pre_hook(clock.starts, with_kwargs=True)
             self._module.register_forward_hook(clock.ends, always_call=True)

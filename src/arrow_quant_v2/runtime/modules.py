@@ -89,7 +89,7 @@ class QuantizedLinear(PackedLayer, nn.Linear):
     activations: Activations | None = None
     ranges: StaticRanges | None = None
     clock: Clock | None = None
-    corrections: Tensor | None = None
+    corrections: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -103,20 +103,18 @@ class QuantizedLinear(PackedLayer, nn.Linear):
         """(..., in) -> (..., out), before corrections."""
         weight: PackedWeight = self.weight
         if self.activations == "dynamic":
-            result: Tensor = linear.linear_dynamic(weight.changed(x), *weight.arguments(self.bias))
-            return result.to(x.dtype)
+            return weight.product(x, self.bias, linear.linear_dynamic)
         if self.activations == "static" and self.ranges is not None:
             return self._static(x, *self.ranges.of(None if self.clock is None else self.clock.now()))
         return weight.product(x, self.bias)
 
     def _static(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
-        """Ranges are those of x itself, so that x is rounded before its channels are turned."""
+        """Ranges are those of x itself, so x is rounded before its channels are turned; its gradient is not."""
         weight: PackedWeight = self.weight
         if weight.rotation is None and weight.equalization is None:
-            arguments = (x, *weight.arguments(self.bias), scale, zero_point)
-            result: Tensor = linear.linear_static(*arguments)
-            return result
-        return weight.product(linear.rounded_by_scale(x, scale, zero_point), self.bias).to(x.dtype)
+            return weight.product(x, self.bias, linear.linear_static, scale, zero_point)
+        rounded = linear.rounded_by_scale(x.detach(), scale, zero_point)
+        return weight.product(rounded + (x - x.detach()), self.bias).to(x.dtype)
 
 
 class _QuantizedConv(PackedLayer):
@@ -181,4 +179,6 @@ def run_packed(layer: nn.Module, weight: PackedWeight) -> PackedLayer:
     layer.__class__ = KINDS[type(layer)]
     del layer.weight
     layer.weight = weight
+    if isinstance(layer, nn.Linear):
+        layer.register_buffer("corrections", None)
     return cast("PackedLayer", layer)

@@ -212,15 +212,17 @@ class PackedWeight(nn.Module):
             changed = ops.hadamard(changed * self.signs, self.rotation)
         return changed
 
-    def arguments(self, bias: Tensor | None) -> tuple[Any, ...]:
-        """What the operators of kernels/linear.py take after x."""
-        parts = (self.codes, self.scales, self.zero_points, self.row_scales)
-        return (*parts, bias, self.bits, self.group_size, self.grid)
+    def product(
+        self, x: Tensor, bias: Tensor | None = None, op: Callable[..., Tensor] = linear.linear, *further: Any
+    ) -> Tensor:
+        """Give x W^T + bias (..., rows) of x (..., columns), in the dtype of x, by `op` of kernels/linear.py.
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Give x W^T + bias (..., rows) of x (..., columns), in the dtype of x."""
-        result: Tensor = linear.linear(self.changed(x), *self.arguments(bias))
-        return result.to(x.dtype)
+        The operators give x alone a gradient, so a bias that is trained is added after them.
+        """
+        trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        parts = (self.codes, self.scales, self.zero_points, self.row_scales, None if trained else bias)
+        out = op(self.changed(x), *parts, self.bits, self.group_size, self.grid, *further).to(x.dtype)
+        return out + bias.to(x.dtype) if trained and bias is not None else out
 
     def looked_up(self, ids: Tensor) -> Tensor:
         """The rows of these ids (...), (..., columns); no others are dequantized."""

@@ -83,6 +83,7 @@ def fill(
     places = _places(module, stored, names, unused)
     _tie(module, places, ties)
     _refuse_missing(module, places, stored, zeros)
+    _refuse_uncomputed(module, stored)
     _refuse_settings(activations, dtype)
     wanted = dtype or most_common_dtype(stored)
     work = _Filling(module, stored, torch.device(device), wanted)
@@ -93,7 +94,6 @@ def fill(
         _put(module, name, nn.Parameter(torch.zeros(_held(module, name).shape, dtype=wanted, device=device)))
     clock = work.time(activations, mask_token)
     work.run_experts_alone()
-    _refuse_unset(module, stored)
     return Filled(packed=tuple(work.packed), decisions=tuple(work.told()), clock=clock)
 
 
@@ -160,10 +160,10 @@ def _refuse_settings(activations: str | None, dtype: torch.dtype | None) -> None
         raise ConfigurationError(f"dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}, or None")
 
 
-def _refuse_unset(module: nn.Module, stored: StoredModel) -> None:
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    if unset := [name for name, tensor in tensors if tensor.is_meta]:
-        raise _mismatch(module, stored, f"{listed(unset)} are neither in the file nor computed")
+def _refuse_uncomputed(module: nn.Module, stored: StoredModel) -> None:
+    held = _tensors(module)
+    if uncomputed := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in held]:
+        raise _mismatch(module, stored, f"{listed(uncomputed)} are neither in the file nor computed")
 
 
 def _mismatch(module: nn.Module, stored: StoredModel, what: str) -> SourceError:
@@ -252,8 +252,8 @@ class _Filling:
         if self._decisions:
             first = self._decisions[0]
             warnings.warn(
-                f"{self._stored.path}: {len(self._decisions)} weights do not run as they are stored, the first is"
-                f" {first.layer_name}, {first}",
+                f"{self._stored.path}: {len(self._decisions)} weights are dequantized or run otherwise than asked, the"
+                f" first is {first.layer_name}, {first}",
                 stacklevel=4,
             )
         return self._decisions

@@ -158,6 +158,14 @@ def test_classes_that_compute_otherwise_are_refused() -> None:
         run_packed(nn.Linear(64, 47), weight)
 
 
+def test_another_layer_of_the_same_class_is_that_of_torch() -> None:
+    for layer, x in ((nn.Linear(64, 48), normal(5, 64)), (nn.Conv1d(32, 48, 3), normal(2, 32, 9))):
+        _, runs = both(layer)
+        other: Any = type(runs)(*(64, 48) if isinstance(layer, nn.Linear) else (32, 48, 3))
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(other(x), layer(x))
+
+
 def test_it_says_what_it_holds() -> None:
     _, layer = both(nn.Linear(64, 48), **TURNED)
     assert isinstance(layer, QuantizedLinear)

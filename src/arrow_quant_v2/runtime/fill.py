@@ -210,7 +210,7 @@ class _Filling:
             layer = run_packed(owner, packed)
             if isinstance(layer, QuantizedLinear):
                 self._timed.append((layer, self._stored.chunks(packed.name)[0].time_aware_quant))
-        elif leaf in owner._modules or not _takes_packed(owner, packed):  # noqa: SLF001
+        elif leaf in owner._modules or not _takes_packed(owner, leaf, packed):  # noqa: SLF001
             return owner._modules.get(leaf) is packed  # noqa: SLF001 - the same layer by another name
         else:
             delattr(owner, leaf)
@@ -278,10 +278,12 @@ class _Filling:
         return next(iter(clocks.values()), None)
 
 
-def _takes_packed(owner: nn.Module, packed: PackedWeight) -> bool:
+def _takes_packed(owner: nn.Module, leaf: str, packed: PackedWeight) -> bool:
     """Whether a module that computes in its own way may find codes where its parameter was."""
-    experts = len(packed.shape) == EXPERT_AXES and packed.codes.shape[0] == packed.shape[0] * packed.shape[1]
-    return experts or (isinstance(owner, nn.Embedding) and owner.max_norm is None)
+    rows = packed.codes.shape[0]
+    experts = len(packed.shape) == EXPERT_AXES and rows == packed.shape[0] * packed.shape[1] > packed.shape[1]
+    table = isinstance(owner, nn.Embedding) and owner.max_norm is None
+    return isinstance(getattr(owner, leaf), nn.Parameter) and (experts or table)
 
 
 def _kept(payload: tuple[Payload, ...], shape: tuple[int, ...]) -> Tensor:

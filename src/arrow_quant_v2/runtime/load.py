@@ -103,16 +103,20 @@ def load_pipeline(
     with open_model(root, component_of(root)) as model:
         name, wanted = model.component, dtype or most_common_dtype(_stored(model))
     denoiser = load(root, device, wanted, activations, component=name)
+    settings = {_dtype_argument(diffusers): wanted, "local_files_only": True, "trust_remote_code": False}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            root, torch_dtype=wanted, local_files_only=True, trust_remote_code=False, **{name: denoiser} | components
-        )
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(root, **settings, **{name: denoiser} | components)
     except (ValueError, OSError, TypeError, AttributeError, ImportError, KeyError) as error:
         raise SourceError(
             f"{root}: diffusers {diffusers.__version__} cannot load the pipeline around its {name}"
             f" ({type(error).__name__}: {error}); load the {name} alone with load, or give what is missing by its name"
         ) from error
     return pipeline.to(device)
+
+
+def _dtype_argument(diffusers: Any) -> str:
+    """How this version calls the dtype of a pipeline."""
+    return "dtype" if hasattr(diffusers.utils.deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 def component_of(root: Path) -> str | None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels import linear
+from arrow_quant_v2.runtime.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from arrow_quant_v2.runtime.clock import Clock
-    from arrow_quant_v2.runtime.packed_weight import PackedWeight
 
 Activations: TypeAlias = Literal["dynamic", "static"]
 CHECKED_CALLS = 2
@@ -51,7 +51,8 @@ class StaticRanges:
 class PackedLayer(nn.Module):
     """What the layers below share: a packed weight in the place of the parameter, and a look at the first outputs.
 
-    A layer whose outputs are not finite although its inputs are is named in a warning, in its first two calls.
+    With a parameter in its place, as where peft makes another layer of the same class, they are the layers of torch. A
+    layer whose outputs are not finite although its inputs are is named in a warning, in its first two calls.
     """
 
     weight: Any  # PackedWeight
@@ -93,6 +94,8 @@ class QuantizedLinear(PackedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if not isinstance(self.weight, PackedWeight):
+            return super().forward(x)
         out = self.product(x)
         if self.corrections is not None and self.clock is not None:
             group = self.clock.now()
@@ -123,6 +126,9 @@ class _QuantizedConv(PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """As the convolution of the original basis: padding, dilation and groups are those of the layer."""
         layer = cast("Any", self)
+        if not isinstance(self.weight, PackedWeight):
+            plain: Tensor = cast("Any", super()).forward(x)
+            return plain
         out: Tensor = layer._conv_forward(x, self.weight.dequantized(x.dtype), self.bias_as(x))  # noqa: SLF001
         return self.checked(x, out)
 
@@ -146,6 +152,8 @@ class QuantizedEmbedding(PackedLayer, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integers (...) -> (..., embedding_dim) in the dtype that the model was cast to."""
+        if not isinstance(self.weight, PackedWeight):
+            return super().forward(ids)
         return self.checked(ids, self.weight.looked_up(ids))
 
 

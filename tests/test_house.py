@@ -15,9 +15,9 @@ FILES = sorted(HOUSE.rglob("*.py"))
 # From top to bottom: a room imports only rooms above it.
 ORDER = (
     "errors", "decisions", "packed", "config", "progress", "time_groups", "kernels", "engines", "store", "sources",
-    "calibration", "runtime", "plan", "quantizers", "one_tensor", "validation", "sequential", "layers", "budget", "workfolder",
-    "publish", "export", "doctor", "preparation", "forecast", "calibrated_run", "stats_reuse", "stats_run",
-    "orchestrator", "results", "api", "cli_progress",
+    "calibration", "runtime", "plan", "quantizers", "one_tensor", "validation", "sequential", "layers", "budget",
+    "workfolder", "publish", "export", "doctor", "preparation", "forecast", "calibrated_run", "stats_reuse",
+    "stats_run", "orchestrator", "results", "api", "cli_progress",
     "cli_tables", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}

@@ -97,6 +97,7 @@ def fit(
         "values": lambda plan: original[plan.tensor.name],
         "finished": finished,
         "keep": kept,
+        "strength": 0.5,
     }
     with walking(module, samples(), parameters) as walk:
         fit_in_sequence(walk, Fitting(**(settings | asked)))
@@ -171,6 +172,22 @@ def test_outputs_are_closer_than_without_calibration(fitted: Any) -> None:
     x = inputs(99) * 3.0
     errors = [float((module(x) - original(x)).square().sum()) for module in (fitted[0], plain)]
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_weights_that_make_up_for_earlier_layers_bring_outputs_closer() -> None:
+    """On inputs that were not seen. Nothing precedes the first input, so its layers are the same."""
+    original = made(Model)
+    x = torch.cat([inputs(seed) * 3.0 for seed in range(90, 99)])
+    errors, first = [], []
+    for strength in (0.0, 0.5, 1.0):
+        module = made(Model)
+        layers = fit(module, Kept(), bits=2, strength=strength)
+        errors.append(float((module(x) - original(x)).square().sum()))
+        first.append(dequantized(layers[LAYERS[0]].packed))
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < errors[0]
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[0], first[2])
 
 
 def test_each_layer_comes_with_what_a_report_needs(fitted: Any) -> None:

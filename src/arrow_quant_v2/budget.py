@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +31,7 @@ SLICES_PER_WORKER = 2
 RESULTS_AHEAD = 16 * 2**20  # what workers may get done, given room, while a layer is written
 NATIVE = ("float32", "bfloat16", "float16")  # the others are widened to float32 first
 COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
-MOMENTS = 8  # matrices as large as H at once: H, and in each of two bases H, its factor and what they are made with
+MOMENTS = 9  # matrices as large as H at once: H, D, and in each of two bases H, its factor and what they are made with
 EQUALIZED_MOMENTS = 6  # more where channels may be equalized in three ways
 ROWS_AT_ONCE = 8 * 2048  # of inputs, in the samples that are seen together
 RUNNING = 400 * 2**20  # transformers or diffusers, and what one call of a model leaves with torch
@@ -87,7 +89,8 @@ def plan_budget(plans: Sequence[LayerPlan], config: DiffusionQuantConfig) -> Bud
 def calibration_bytes(plans: Sequence[LayerPlan], names: frozenset[str], *, equalized: bool) -> int:
     """No more than this is taken while the layers of these names are fitted; 0 where there are none.
 
-    The whole model lies in memory in float32, and beside it inputs of the widest layer twice, as they are seen and as
+    The whole model lies in memory in float32, and beside it the weights of one block as they were, and for a moment as
+    they are; inputs of the widest layer four times, of the quantized and of the original model, as they are seen and as
     they are added up; H in every basis; the largest layer as it is fitted; and what finished blocks gave.
     """
     fitted = [plan for plan in plans if plan.tensor.name in names and plan.layout is not None]
@@ -96,8 +99,17 @@ def calibration_bytes(plans: Sequence[LayerPlan], names: frozenset[str], *, equa
     widest = max(plan.layout.columns for plan in fitted if plan.layout is not None)
     largest = max(plan.tensor.numel for plan in fitted)
     moments = MOMENTS + EQUALIZED_MOMENTS * equalized
-    floats = sum(plan.tensor.numel for plan in plans) + 2 * ROWS_AT_ONCE * widest + moments * widest**2 + 8 * largest
+    blocks: Counter[str] = Counter()
+    for plan in fitted:
+        blocks[_likely_block(plan.tensor.name)] += plan.tensor.numel
+    weights = sum(plan.tensor.numel for plan in plans) + 2 * max(blocks.values()) + 8 * largest
+    floats = weights + 4 * ROWS_AT_ONCE * widest + moments * widest**2
     return resident_bytes() + LIBRARIES + RUNNING + OUTPUTS + 4 * floats
+
+
+def _likely_block(name: str) -> str:
+    """A name up to its first number: blocks.3.attention.query -> blocks.3; the whole name where it has none."""
+    return re.sub(r"(\.\d+)\..*", r"\1", name, count=1)
 
 
 def _budget(plans: Sequence[LayerPlan], workers: int, slice_bytes: int, ahead: int) -> Budget:

@@ -101,7 +101,7 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
         plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method))
         keeper = Keeper(run, plans, names)
         fitting = _fitting(run, plans, module_names, keeper)
-        seconds = seconds_to_fit(walk, fitting.plans, reading)
+        seconds = seconds_to_fit(walk, fitting.plans, reading, beside=fitting.strength > 0.0)
         run.progress.begin(sum(effort(plan, names) for plan in plans))
         run.progress.tell(f"{_announcement(walk, run, len(names))}, about {duration(seconds)}")
         fit_in_sequence(walk, fitting)
@@ -155,6 +155,7 @@ def _fitting(
         finished=keeper.finished,
         keep=keeper.keep,
         holding=run.prepared.runnable.holding,
+        strength=run.config.error_correction,
     )
 
 

@@ -123,6 +123,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     mask_token            id of the token that hides another one; None: the tokenizer or config.json tells
     enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
     grid_refits           how often the grid of a group is fitted again to the codes it got
+    error_correction      how much of what quantized layers did to its inputs a weight makes up for, 0 (none) to 1
     seed                  of every random choice of calibration
     time_groups           "uniform": equally many steps in each; "balanced": an equal share of the stats' change
     symmetric             no zero points
@@ -160,6 +161,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     mask_token: int | None = Field(default=None, ge=0, description="the id of a token, 0 or more, or None")
     enable_rotation: bool = Field(default=True, description="True or False")
     grid_refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
+    error_correction: float = Field(default=0.5, ge=0, le=1, description="a number from 0 to 1")
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     time_groups: Grouping = Field(default="uniform", description="uniform or balanced")
     symmetric: bool = Field(default=False, description="True or False")

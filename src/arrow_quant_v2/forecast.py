@@ -29,21 +29,21 @@ BASES = 2  # that H is looked at in
 FACTORS = 3  # of H: one for each basis, and the best one again where H is large
 
 
-def seconds_to_fit(walk: Walk, plans: Mapping[str, LayerPlan], reading: float) -> float:
+def seconds_to_fit(walk: Walk, plans: Mapping[str, LayerPlan], reading: float, *, beside: bool = False) -> float:
     """Seconds for all blocks of the walk: calls of the model, what is made of H, the column loops; `reading` more.
 
-    `plans` are by the module's own names of the weights.
+    `plans` are by the module's own names of the weights; `beside`: the original blocks run too, and D is added up.
     """
     layers = [plans[layer] for block in walk.blocks for inputs in block.inputs for layer in inputs]
     spec = next((plan.spec for plan in layers if plan.spec is not None), None)
     if spec is None:
         return reading
     weights = sum(plan.tensor.numel for plan in layers)
-    rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples)
+    rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples) * (3 if beside else 1)  # H is half of a matrix
     products = sum(_products(block, plans, rows) for block in walk.blocks)
     per_weight, per_product = each_on_one_core(_timed, [spec])[0]
     cores = threads_per_call.get() or torch.get_num_threads()
-    return reading + (_calls(walk) + weights * per_weight + products * per_product) / cores
+    return reading + ((2 if beside else 1) * _calls(walk) + weights * per_weight + products * per_product) / cores
 
 
 def _calls(walk: Walk) -> float:

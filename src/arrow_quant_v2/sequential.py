@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from arrow_quant_v2.calibration.drift import Drift, Originals
 from arrow_quant_v2.calibration.observe import observe, strata
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.quantizers.calibrated import Freedom, Sight, Weight, fit_together, output_error
+from arrow_quant_v2.quantizers.correction import corrected
 from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from arrow_quant_v2.calibration.blocks import Walk
+    from arrow_quant_v2.calibration.observe import Strata
     from arrow_quant_v2.calibration.stats import InputStats
     from arrow_quant_v2.decisions import Decision, Kind
     from arrow_quant_v2.packed import PackedTensor, WeightError
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 class CalibratedLayer:
     """One layer as calibration left it.
 
-    output_error  ||dW x||^2 / ||W x||^2 over inputs x of each time group
+    output_error  ||dW x||^2 / ||W x||^2 over inputs x of each time group, W as it is after it was corrected
     activations   8-bit parameters of its inputs in each time group; None: time-aware quantization is off
     spread        mean, std, min and max of its inputs in each time group
     """
@@ -59,6 +62,7 @@ class Fitting:
     finished  a plan -> the weight that an earlier run made of it, or None
     keep      takes each layer as it is done
     holding   keeps a part's weights in memory
+    strength  how much of the drift of its inputs a weight makes up for, 0 to 1
     """
 
     plans: Mapping[str, LayerPlan]
@@ -70,6 +74,7 @@ class Fitting:
     finished: Callable[[LayerPlan], torch.Tensor | None]
     keep: Callable[[CalibratedLayer], None]
     holding: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
+    strength: float = 0.0
 
 
 def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
@@ -84,13 +89,27 @@ def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
     parts = strata(walk.samples, ask.groups)
     for number, block in enumerate(walk.blocks):
         with ask.holding(block.module):
-            for layers in block.inputs:
-                stats = None if _restored(walk, layers, ask) else observe(walk, number, layers, parts)
-                if stats is not None:
-                    _fit(walk, stats, layers, ask)
-            if block is not walk.blocks[-1]:
-                each_on_one_core(lambda sample: walk.finish(number, sample), range(len(walk.samples)))  # noqa: B023 - at once
-                walk.forget(number)
+            _fit_block(walk, number, parts, ask)
+
+
+def _fit_block(walk: Walk, number: int, parts: Strata, ask: Fitting) -> None:
+    """Fit all layers of a block, and run it on all samples; at first also with its original weights, for the drift."""
+    block, samples = walk.blocks[number], range(len(walk.samples))
+    last = block is walk.blocks[-1]
+    if ask.strength and not last:
+        each_on_one_core(lambda sample: walk.finish(number, walk.beside(sample)), samples)
+    originals = Originals(walk.parameters) if ask.strength else None
+    for place, layers in enumerate(block.inputs):
+        if originals is not None:
+            originals.remember(layers)
+        if not _restored(walk, layers, ask):
+            drift = Drift(originals) if originals is not None and (number or place) else None
+            stats = observe(walk, number, layers, parts, drift)
+            if stats is not None:
+                _fit(walk, stats, layers, ask, drift)
+    if not last:
+        each_on_one_core(lambda sample: walk.finish(number, sample), samples)
+        walk.forget(number)
 
 
 def _restored(walk: Walk, layers: tuple[str, ...], ask: Fitting) -> bool:
@@ -108,19 +127,27 @@ def _put(parameter: torch.Tensor, values: torch.Tensor) -> None:
         parameter.copy_(values.reshape(parameter.shape))
 
 
-def _fit(walk: Walk, stats: InputStats, layers: Sequence[str], ask: Fitting) -> None:
+def _fit(walk: Walk, stats: InputStats, layers: Sequence[str], ask: Fitting, drift: Drift | None) -> None:
     """Fit the layers that share one input, and put what they became into the model."""
-    for layer, values in fit_input(stats, layers, ask).items():
+    for layer, values in fit_input(stats, layers, ask, None if drift is None else drift.matrix).items():
         _put(walk.parameters[layer], values)
 
 
-def fit_input(stats: InputStats, layers: Sequence[str], ask: Fitting) -> dict[str, torch.Tensor]:
+def fit_input(
+    stats: InputStats, layers: Sequence[str], ask: Fitting, drift: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Fit layers that share one input and hand them on; the weight (rows, columns) that each of them became.
+
+    `drift` is D of that input (see calibration.drift); None: it has none, or it is not known.
 
     Raises:
         QuantizationError: a weight is not finite, or H has no Cholesky factor.
     """
     weights = [_weight(ask.plans[layer], ask) for layer in layers]
+    if drift is not None:
+        values = [weight.values for weight in weights]
+        wanted = corrected(values, stats.second.matrix, drift, stats.count, ask.strength)
+        weights = [replace(weight, wanted=one) for weight, one in zip(weights, wanted, strict=True)]
     sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
     fitted, trouble = _spatial_or_per_channel(weights, sight, ask.freedom)
     for layer, weight, one in zip(layers, weights, fitted, strict=True):
@@ -156,7 +183,7 @@ def _weight(plan: LayerPlan, ask: Fitting) -> Weight:
 def _layer(
     plan: LayerPlan, weight: Weight, fitted: Fitted, stats: InputStats, ask: Fitting, *, trouble: tuple[str, ...]
 ) -> CalibratedLayer:
-    errors = tuple(output_error(fitted.left, weight.values, stats.probes))
+    errors = tuple(output_error(fitted.left, weight.aim, stats.probes))
     spread = stats.spread()
     ranges: tuple[TimeGroupParameters, ...] | None = None
     try:

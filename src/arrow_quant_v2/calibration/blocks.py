@@ -90,7 +90,8 @@ def _is_list_of_blocks(part: nn.Module, watched: frozenset[str], name: str) -> b
 class Walk:
     """A model on its way through its blocks, for all samples at once.
 
-    Calls of different samples may run in different threads at the same time.
+    Calls of different samples may run in different threads at the same time. Samples are meant by their numbers;
+    `beside` gives each a second one, under which the outputs of its blocks are kept apart.
     """
 
     def __init__(
@@ -127,6 +128,10 @@ class Walk:
             if forward is not None:
                 block.module.forward = forward
         self._kept.close()
+
+    def beside(self, sample: int) -> int:
+        """Another number for the same sample: for what blocks give with other weights."""
+        return sample + len(self.samples)
 
     def watch(self, number: int, layers: Sequence[str], sample: int) -> Watch:
         """Run block `number` on one sample until all products with these layers were seen, and return them."""
@@ -172,6 +177,7 @@ class Walk:
         Raises:
             QuantizationError: that is not possible.
         """
+        number %= len(self.samples)
         sample = self.samples[number]
         try:
             with torch.no_grad():
@@ -214,8 +220,8 @@ class Walk:
         except KeyError as error:
             block = self.blocks[number]
             raise QuantizationError(
-                f"{block.name}: is called more than {call} times with calibration sample {sample}, but {block.calls}"
-                " times with the first one; give samples that the model treats alike"
+                f"{block.name}: is called more than {call} times with calibration sample {sample % len(self.samples)},"
+                f" but {block.calls} times with the first one; give samples that the model treats alike"
             ) from error
 
     def _enough(self) -> bool:

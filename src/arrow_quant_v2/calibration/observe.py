@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from arrow_quant_v2.calibration.blocks import Walk
+    from arrow_quant_v2.calibration.drift import Drift
     from arrow_quant_v2.calibration.sample import Sample
     from arrow_quant_v2.calibration.stats import Seen
     from arrow_quant_v2.time_groups import TimeGroups
@@ -52,9 +53,12 @@ def weights(sizes: Sequence[int]) -> tuple[float, ...]:
     return tuple(sum(sizes) / (seen_groups * size) if size else 0.0 for size in sizes)
 
 
-def observe(walk: Walk, block: int, layers: tuple[str, ...], parts: Strata) -> InputStats | None:
+def observe(
+    walk: Walk, block: int, layers: tuple[str, ...], parts: Strata, drift: Drift | None = None
+) -> InputStats | None:
     """The stats of the input that these layers share, or None where no sample gives them any but zeros.
 
+    With `drift`, the block also runs with its original weights, to see how far its input is from the original one.
     Samples run at the same time, one on each core, and are added up in their order.
 
     Raises:
@@ -65,6 +69,10 @@ def observe(walk: Walk, block: int, layers: tuple[str, ...], parts: Strata) -> I
         numbers = range(start, min(start + SAMPLES_AT_ONCE, len(parts.groups)))
         found = each_on_one_core(lambda number: _seen(walk, block, layers, number), numbers)
         stats = _added(stats, layers, dict(zip(numbers, found, strict=True)), parts)
+        if drift is not None:
+            with drift.originals.in_place():
+                beside = each_on_one_core(lambda number: _seen(walk, block, layers, number, beside=True), numbers)
+            drift.add(found, beside, [parts.weights[number] for number in numbers])
     return stats if stats is not None and stats.second.matrix.diagonal().any() else None
 
 
@@ -122,7 +130,7 @@ def _added(
     return stats
 
 
-def _seen(walk: Walk, block: int, layers: tuple[str, ...], number: int) -> list[Seen]:
+def _seen(walk: Walk, block: int, layers: tuple[str, ...], number: int, *, beside: bool = False) -> list[Seen]:
     """Nothing of products without tokens: experts that a sample does not need are given such."""
-    products = walk.watch(block, layers, number).products
+    products = walk.watch(block, layers, walk.beside(number) if beside else number).products
     return [seen(product, seed=number) for product in products if product.inputs.numel()]

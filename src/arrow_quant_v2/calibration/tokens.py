@@ -82,20 +82,21 @@ def vocabulary_of(runnable: Runnable) -> Vocabulary:
 
 
 def spread_lengths(vocabulary: Vocabulary, count: int, length: int | None, draw: torch.Generator) -> list[int]:
-    """Tokens between the special ones in `count` sequences: stratified from half of what fits `length` to all of it.
+    """Tokens between the special ones in `count` sequences: stratified from 3/4 of what fits `length` to all of it.
 
-    There are few different lengths, so that sequences can be shown together.
+    There are few different lengths, so that sequences can be shown together. Much shorter ones are worse: where a model
+    knows things of one size, what it writes into half of the room is no whole one.
     """
     whole = min(length or LENGTH, vocabulary.context or LENGTH)
     longest = max(1, whole - vocabulary.around)
     parts = chance.stratified(min(count, LENGTHS), draw)
-    return [max(1, round(longest * (1 + parts[i % len(parts)]) / 2)) for i in range(count)]
+    return [max(1, round(longest * (3 + parts[i % len(parts)]) / 4)) for i in range(count)]
 
 
 def mean_length(runnable: Runnable, length: int | None) -> int:
     """Tokens of a sequence of `spread_lengths`, on average."""
     vocabulary = vocabulary_of(runnable)
-    return max(1, 3 * min(length or LENGTH, vocabulary.context or LENGTH) // 4)
+    return max(1, 7 * min(length or LENGTH, vocabulary.context or LENGTH) // 8)
 
 
 def _of_tokenizer(tokenizer: Any, size: int) -> dict[str, Any]:

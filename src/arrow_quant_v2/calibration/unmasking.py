@@ -61,7 +61,7 @@ def own_trajectory(
     A call shows up to four states of one length and of nearly one time, and its timestep is their mean.
 
     Times are stratified over (0, 1]; of every four neighbouring strata one is on-policy. Each of the ceil(count / 4)
-    sequences is used four times. Lengths go from half of `length` to all of it.
+    sequences is used four times. Lengths go from 3/4 of `length` to all of it.
 
     Raises:
         QuantizationError: the model cannot be called, or gives no finite logits over its vocabulary.

@@ -53,12 +53,21 @@ class Freedom:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weight:
-    """A weight to be fitted: values (rows, columns) float32, the tensor that they are, and what is asked of it."""
+    """A weight to be fitted: values (rows, columns) float32, the tensor that they are, and what is asked of it.
+
+    `wanted` are other values that suit its inputs better (see quantizers.correction); None: there are none.
+    """
 
     values: Tensor
     info: TensorInfo
     layout: Layout
     spec: LayerSpec
+    wanted: Tensor | None = None
+
+    @property
+    def aim(self) -> Tensor:
+        """What the column loop comes near to."""
+        return self.values if self.wanted is None else self.wanted
 
     def some(self, count: int) -> Weight:
         """At most `count` of its rows, evenly spaced."""
@@ -67,12 +76,13 @@ class Weight:
             return self
         chosen = torch.linspace(0, rows - 1, count).long()
         layout = replace(self.layout, shape=(count, *self.layout.shape[self.layout.quant_axis or 0 :]), quant_axis=1)
-        return replace(self, values=self.values[chosen], layout=layout)
+        wanted = None if self.wanted is None else self.wanted[chosen]
+        return replace(self, values=self.values[chosen], layout=layout, wanted=wanted)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fitted:
-    """A weight quantized; `left` is W - Q (rows, columns) in the basis of the model."""
+    """A weight quantized; `left` is what was wanted - Q (rows, columns) in the basis of the model."""
 
     packed: PackedTensor
     basis: Basis
@@ -124,7 +134,7 @@ def _bases(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Ba
         found.append(Basis(channels=channels, rotation=block))
     if freedom.equalize:
         spatial = SpatialQuantizer(sight.absmax)
-        unfolded = [weight.values.reshape(len(weight.values), channels, -1) for weight in weights]
+        unfolded = [weight.aim.reshape(len(weight.aim), channels, -1) for weight in weights]
         found += [spatial.basis(unfolded, alpha) for alpha in ALPHAS]
     return found
 
@@ -145,7 +155,7 @@ class _Seen:
 
     def fitted(self, weight: Weight, refits: int) -> Fitted:
         factor = self.factors[weight.layout.group]
-        changed = (self.basis.weight(weight.values[rows]).contiguous() for rows in tiles(len(weight.values), AT_ONCE))
+        changed = (self.basis.weight(weight.aim[rows]).contiguous() for rows in tiles(len(weight.aim), AT_ONCE))
         rows = joined([gptq(part, weight.spec, factor, refits=refits) for part in changed])
         if not np.isfinite(rows.sums).all():
             raise not_finite(weight.values, weight.info.name, weight.info.shape)
@@ -159,7 +169,7 @@ class _Seen:
         )
         left = dequantized(packed)  # for the moment, Q
         error = _error(weight.values, left)
-        torch.sub(weight.values, left, out=left)
+        torch.sub(weight.aim, left, out=left)
         return Fitted(packed=packed, basis=self.basis, error=error, left=left)
 
 

@@ -72,7 +72,7 @@ def balanced_groups(timesteps: Sequence[float], changes: Sequence[float], count:
     for step, following in pairwise(steps):
         before += weight[step]
         if before * count >= total * len(edges) - 1e-9 * total and len(edges) < count:
-            edges.append((step + following) / 2.0)
+            edges.append(max((step + following) / 2.0, math.nextafter(step, math.inf)))
     return TimeGroups(edges=(*edges, max(steps[-1], math.nextafter(edges[-1], math.inf))))
 
 

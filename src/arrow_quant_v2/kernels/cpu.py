@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.kernels import ops, reference
+from arrow_quant_v2.kernels import linear_cpu, ops, reference
 from arrow_quant_v2.kernels.native import find_library, open_library
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def register(library: ctypes.CDLL) -> None:
     _register_dequantize("dequantize_r2q", library.aq_dequantize_r2q)
     _register_columns(library)
     _register_hadamard(library)
+    linear_cpu.register(library, _threads)
 
 
 def _register_codes(library: ctypes.CDLL) -> None:

@@ -43,6 +43,7 @@ namespace {
 
 constexpr int64_t CHUNK_VALUES = 1 << 16;      // below this a thread costs more than it saves
 constexpr int64_t MOST_CHUNK_VALUES = 1 << 18;  // the first row of a chunk is read from memory that nobody asked for before
+constexpr int64_t FAST_VALUES = 8;              // of a product, that take as long as one of other kernels
 constexpr int64_t CHUNKS_OF_A_THREAD = 8;       // so that none waits long for the others
 
 #if defined(__x86_64__)
@@ -117,7 +118,7 @@ int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 3; }
+AQ_EXPORT int aq_abi() { return 4; }
 
 AQ_EXPORT const char* aq_isa() { return chosen.load()->name; }
 
@@ -193,6 +194,27 @@ AQ_EXPORT void aq_quantize_columns_r2q(const float* block, const float* upper, c
 AQ_EXPORT void aq_hadamard(const float* from, float* to, int64_t rows, int64_t block, int threads) {
   expect_to_fill(to, rows * block * 4);
   over_rows(Hadamard{from, to, block}, chosen.load()->hadamard, rows, block, threads);
+}
+
+AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                         const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
+                         int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
+                         int threads) {
+  const int64_t groups = groups_of(columns, group);
+  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
+                      row_bytes_of(columns, bits), bits};
+  Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
+  std::vector<float> planes(std::min(count, MOST_DIRECT) * groups * ask.group_places()), sums(MOST_DIRECT * groups);
+  ask.planes = planes.data();
+  ask.sums = sums.data();
+  const int64_t x_bytes = columns * (dtype == FLOAT32 ? 4 : 2);
+  for (int64_t m = 0; m < count; m += MOST_DIRECT) {
+    ask.count = std::min(MOST_DIRECT, count - m);
+    ask.x = (const char*)x + m * x_bytes;
+    ask.y = y + m * rows;
+    chosen.load()->split(ask, 0, ask.count);
+    over_rows(ask, chosen.load()->product, rows, std::max<int64_t>(1, columns / FAST_VALUES), threads);
+  }
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

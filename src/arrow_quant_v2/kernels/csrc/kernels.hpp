@@ -5,6 +5,8 @@
 
 #define AQ_EXPORT extern "C" __attribute__((visibility("default")))
 
+constexpr int64_t MOST_DIRECT = 4;  // rows of x that a product from codes takes at a time
+
 enum Dtype : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // weight (rows, columns) row-major; group columns share one scale; the last group of a row may be shorter.
@@ -70,6 +72,29 @@ struct Dequantize {
   int bits;
 };
 
+// y = x W^T + bias, where `of` says what W is; its `weight` and `dtype` are unused.
+//
+// Inputs are split as the codes of sixteen bytes meet them. The bytes of a group are cut into blocks of sixteen, the last
+// one filled up with zeros; with n = 8 / bits codes to a byte, code k of byte i of a block meets place k * 16 + i of a
+// block of 16 n inputs: plane k of the block.
+struct Product {
+  Dequantize of;
+  bool residual;       // the r2q grid
+  int64_t rows;        // of W
+  const void* x;       // (count, columns)
+  Dtype dtype;         // of x
+  int64_t count;
+  float* planes;       // (count, groups, blocks, 16 n)
+  float* sums;         // (count, groups): of the inputs of a group
+  const float* bias;   // (rows,) or null
+  float* y;            // (count, rows)
+
+  int64_t codes_of_byte() const { return 8 / of.bits; }
+  int64_t group_bytes() const { return (of.group * of.bits + 7) / 8; }
+  int64_t blocks() const { return (group_bytes() + 15) / 16; }
+  int64_t group_places() const { return blocks() * 16 * codes_of_byte(); }
+};
+
 struct Repack {
   const uint8_t* from;
   uint8_t* to;
@@ -88,4 +113,6 @@ struct KernelTable {
   void (*dequantize_r2q)(const Dequantize&, int64_t first, int64_t last);
   void (*quantize_columns_r2q)(const ResidualColumns&, int64_t first, int64_t last);
   void (*hadamard)(const Hadamard&, int64_t first, int64_t last);
+  void (*split)(const Product&, int64_t first, int64_t last);    // rows of x
+  void (*product)(const Product&, int64_t first, int64_t last);  // rows of W, for at most MOST_DIRECT rows of x
 };

@@ -17,6 +17,7 @@
 
 // Else GCC, once there are many callers, calls what is one instruction.
 #define AQ_INLINE __attribute__((always_inline)) static inline
+#define AQ_INLINE_MEMBER __attribute__((always_inline)) inline
 
 namespace AQ_ISA {
 

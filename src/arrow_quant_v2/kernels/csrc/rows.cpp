@@ -27,14 +27,6 @@ constexpr float SMALLEST_ROW_SCALE = 0x1p-100f;
 constexpr float SMALLEST_STEP = 0x1p-126f;
 constexpr uint32_t LARGEST_BFLOAT16 = 0x7F7F0000;
 
-static Lanes load_as_float(const void* p, Dtype dtype, int64_t i) {
-  if (dtype == BFLOAT16) return load_bfloat16((const uint16_t*)p + i);
-  if (dtype == FLOAT16) return load_float16((const uint16_t*)p + i);
-  return load((const float*)p + i);
-}
-
-static int64_t item_bytes(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
-
 static float up_to_bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -609,7 +601,9 @@ void quantize_columns(const Columns& ask, int64_t first, int64_t last);  // colu
 void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last);  // residual.cpp
 void quantize_columns_r2q(const ResidualColumns& ask, int64_t first, int64_t last);
 void hadamard(const Hadamard& ask, int64_t first, int64_t last);
+void split(const Product& ask, int64_t first, int64_t last);  // linear.cpp
+void product(const Product& ask, int64_t first, int64_t last);
 const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
-                           dequantize_r2q, quantize_columns_r2q, hadamard};
+                           dequantize_r2q, quantize_columns_r2q, hadamard,   split,    product};
 
 }  // namespace AQ_ISA

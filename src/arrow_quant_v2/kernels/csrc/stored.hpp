@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.hpp"
 #include "lanes.hpp"
 
 namespace AQ_ISA {
@@ -36,6 +37,14 @@ static inline void unpack_row(const uint8_t* packed, uint8_t* bytes, int64_t col
   for (int64_t i = whole * per_byte; i < columns; i++)
     bytes[i] = (uint8_t)(packed[whole] >> bits * (i - whole * per_byte)) & ones;
 }
+
+static inline Lanes load_as_float(const void* p, Dtype dtype, int64_t i) {
+  if (dtype == BFLOAT16) return load_bfloat16((const uint16_t*)p + i);
+  if (dtype == FLOAT16) return load_float16((const uint16_t*)p + i);
+  return load((const float*)p + i);
+}
+
+static inline int64_t item_bytes(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 static inline void put(float* p, Lanes x) { store(p, x); }
 struct Bfloat16 {

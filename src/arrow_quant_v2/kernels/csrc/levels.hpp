@@ -1,0 +1,70 @@
+// What the codes of a row mean, group by group, in one form for both grids; knows nothing of inputs.
+#pragma once
+
+#include <vector>
+
+#include "kernels.hpp"
+#include "stored.hpp"
+
+namespace AQ_ISA {
+
+// weight = base + step * code, and jump more where the highest bit of the code is set.
+//
+//   affine  step = s, base = -s * zero, jump = 0
+//   r2q     step = 2 a2, base = mu - a1 - m a2, jump = 2 a1 - 2^(bits-1) step, m = 2^(bits-1) - 1
+struct RowLevels {
+  std::vector<float> base, step, jump, zero;  // (groups,); zero on the affine grid, jump on the other
+
+  explicit RowLevels(const Product& ask)
+      : base(ask.of.groups), step(ask.of.groups), jump(ask.of.groups), zero(ask.of.groups) {}
+
+  void read(const Product& ask, int64_t row) {
+    const uint8_t* zeros = ask.of.zero_points ? ask.of.zero_points + row * ask.of.groups : nullptr;
+    const float row_scale = from_bfloat16_bits(ask.of.row_scales[row]);
+    if (ask.residual)
+      read_residual(ask.of.scales + 2 * row * ask.of.groups, zeros, row_scale, ask.of.bits, ask.of.groups);
+    else
+      read_affine(ask.of.scales + row * ask.of.groups, zeros, row_scale, ask.of.bits, ask.of.groups);
+  }
+
+ private:
+  void read_affine(const uint8_t* scales, const uint8_t* zeros, float row_scale, int bits, int64_t groups) {
+    float *__restrict b = base.data(), *__restrict s = step.data(), *__restrict z = zero.data();
+    const float share = 1.0f / 65025.0f, unit = 1.0f / (float)(255 / ((1 << bits) - 1));
+    const float middle = (float)(1 << (bits - 1));
+    for (int64_t g = 0; g < groups; g++) s[g] = row_scale * ((float)(scales[g] * scales[g]) * share);
+    for (int64_t g = 0; g < groups; g++) z[g] = zeros ? (float)zeros[g] * unit : middle;
+    for (int64_t g = 0; g < groups; g++) b[g] = -(s[g] * z[g]);
+  }
+
+  void read_residual(const uint8_t* scales, const uint8_t* zeros, float row_scale, int bits, int64_t groups) {
+    float *__restrict b = base.data(), *__restrict s = step.data(), *__restrict j = jump.data();
+    const float half = (float)(1 << (bits - 1)), most = half - 1.0f, share = 1.0f / 65025.0f;
+    for (int64_t g = 0; g < groups; g++) {
+      const float a1 = row_scale * ((float)(scales[2 * g] * scales[2 * g]) * share);
+      const float a2 = row_scale * ((float)(scales[2 * g + 1] * scales[2 * g + 1]) * share);
+      const float mu = zeros ? (a1 + most * a2) * ((float)(255 - 2 * zeros[g]) * (1.0f / 255.0f)) : 0.0f;
+      b[g] = mu - a1 - most * a2;
+      s[g] = a2 + a2;
+      j[g] = a1 + a1 - half * s[g];
+    }
+  }
+};
+
+// The codes of one row, with as many bytes behind them as kernels read at a time.
+struct RowCodes {
+  static constexpr int64_t BEYOND = 64;
+  std::vector<uint8_t> copy;
+
+  explicit RowCodes(const Product& ask) : copy(ask.of.groups * ask.group_bytes() + 16 * ask.blocks() + BEYOND) {}
+
+  // Where they lie, or, near the end of all codes, a copy.
+  const uint8_t* at(const Product& ask, int64_t row) {
+    const uint8_t* from = ask.of.codes + row * ask.of.row_bytes;
+    if (row * ask.of.row_bytes + (int64_t)copy.size() <= ask.rows * ask.of.row_bytes) return from;
+    std::memcpy(copy.data(), from, ask.of.row_bytes);
+    return copy.data();
+  }
+};
+
+}  // namespace AQ_ISA

@@ -1,0 +1,148 @@
+"""Products with packed weights on the CPU: which C++ kernel, or torch product of tiles, takes which shape."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from arrow_quant_v2.kernels import linear as meaning
+from arrow_quant_v2.kernels import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOST_DIRECT = 4
+"""Rows of x up to which codes are multiplied as they are read; more are worth a tile of dequantized rows."""
+TILE_VALUES = 1 << 21
+"""Weights of one dequantized tile: 8 MB of float32, which stays in the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """What an op was given of W (rows, columns): codes, parameters, bias, and how they are to be read."""
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    row_scales: Tensor
+    bias: Tensor | None
+    columns: int
+    bits: int
+    group_size: int
+    grid: str
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.codes.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Columns per group, never more than there are."""
+        return min(self.group_size, self.columns)
+
+    @property
+    def groups_start_on_bytes(self) -> bool:
+        """Whether a kernel can read the groups of a row one by one."""
+        return self.group == self.columns or self.group * self.bits % 8 == 0
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop of W, (rows, columns) float32."""
+        return meaning.weight_of(
+            self.codes[start:stop],
+            self.scales[start:stop],
+            self.zero_points[start:stop],
+            self.row_scales[start:stop],
+            self.columns,
+            self.bits,
+            self.group,
+            self.grid,
+        )
+
+
+def by_tiles(x: Tensor, weight: Weight) -> Tensor:
+    """Give x W^T + bias of float32 x (count, columns), by torch's product with a tile of W at a time."""
+    y = x.new_empty((len(x), weight.rows))
+    step = max(1, TILE_VALUES // max(1, weight.columns))
+    for start in range(0, weight.rows, step):
+        stop = min(start + step, weight.rows)
+        torch.mm(x, weight.tile(start, stop).T, out=y[:, start:stop])
+    return y if weight.bias is None else y.add_(weight.bias.float())
+
+
+def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
+    """Let the dispatcher use these kernels for CPU tensors; `threads` tells how many a call may use."""
+
+    def exact(x: Tensor, weight: Weight) -> Tensor:
+        """Give x W^T + bias of x (count, columns) of any dtype, as float32 (count, rows)."""
+        if len(x) > MOST_DIRECT or not weight.groups_start_on_bytes:
+            return by_tiles(x.float(), weight)
+        return _direct(library, x.contiguous(), weight, threads())
+
+    def linear_cpp(
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        row_scales: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        group_size: int,
+        grid: str,
+    ) -> Tensor:
+        meaning.check_linear("linear", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+        weight = Weight(
+            codes=codes,
+            scales=scales,
+            zero_points=zero_points,
+            row_scales=row_scales,
+            bias=bias,
+            columns=x.shape[-1],
+            bits=bits,
+            group_size=group_size,
+            grid=grid,
+        )
+        if not x.numel() or not weight.rows:
+            return _empty_product(x, weight)
+        y = exact(x.reshape(-1, x.shape[-1]), weight)
+        return y.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
+
+    ops.register_kernel("linear", "CPU", linear_cpp)
+
+
+def _empty_product(x: Tensor, weight: Weight) -> Tensor:
+    """The result where x or W has no values: nothing, or the bias alone."""
+    nothing = x.new_zeros((weight.rows, weight.columns))
+    return functional.linear(x, nothing, None if weight.bias is None else weight.bias.to(x.dtype))
+
+
+def _direct(library: ctypes.CDLL, x: Tensor, weight: Weight, threads: int) -> Tensor:
+    y = torch.empty((len(x), weight.rows))
+    parts = (weight.codes, weight.scales, weight.zero_points, weight.row_scales)
+    kept = [part.contiguous() for part in parts]
+    bias = None if weight.bias is None else weight.bias.float().contiguous()
+    library.aq_linear(
+        *[_pointer(part) if part.numel() else None for part in kept],
+        ctypes.c_int64(weight.rows),
+        ctypes.c_int64(weight.columns),
+        weight.bits,
+        ctypes.c_int64(weight.group),
+        int(weight.grid == "r2q"),
+        _pointer(x),
+        DTYPES[x.dtype],
+        ctypes.c_int64(len(x)),
+        None if bias is None else _pointer(bias),
+        _pointer(y),
+        threads,
+    )
+    return y
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

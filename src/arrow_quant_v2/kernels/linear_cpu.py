@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_DIRECT = 4
 """Rows of x up to which codes are multiplied as they are read; more are worth a tile of dequantized rows."""
+MOST_IN_GROUP = 1 << 16
+"""Columns of a group whose whole numbers still fit in 32 bits."""
 TILE_VALUES = 1 << 21
 """Weights of one dequantized tile: 8 MB of float32, which stays in the cache."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weight:
+class Weight(NamedTuple):
     """What an op was given of W (rows, columns): codes, parameters, bias, and how they are to be read."""
 
     codes: Tensor
@@ -78,12 +80,7 @@ def by_tiles(x: Tensor, weight: Weight) -> Tensor:
 
 def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
     """Let the dispatcher use these kernels for CPU tensors; `threads` tells how many a call may use."""
-
-    def exact(x: Tensor, weight: Weight) -> Tensor:
-        """Give x W^T + bias of x (count, columns) of any dtype, as float32 (count, rows)."""
-        if len(x) > MOST_DIRECT or not weight.groups_start_on_bytes:
-            return by_tiles(x.float(), weight)
-        return _direct(library, x.contiguous(), weight, threads())
+    kernels = Kernels(library=library, threads=threads)
 
     def linear_cpp(
         x: Tensor,
@@ -97,23 +94,80 @@ def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
         grid: str,
     ) -> Tensor:
         meaning.check_linear("linear", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-        weight = Weight(
-            codes=codes,
-            scales=scales,
-            zero_points=zero_points,
-            row_scales=row_scales,
-            bias=bias,
-            columns=x.shape[-1],
-            bits=bits,
-            group_size=group_size,
-            grid=grid,
-        )
-        if not x.numel() or not weight.rows:
-            return _empty_product(x, weight)
-        y = exact(x.reshape(-1, x.shape[-1]), weight)
-        return y.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
+        weight = Weight(codes, scales, zero_points, row_scales, bias, x.shape[-1], bits, group_size, grid)
+        return _product(x, weight, kernels.exact)
 
-    ops.register_kernel("linear", "CPU", linear_cpp)
+    def linear_dynamic_cpp(
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        row_scales: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        group_size: int,
+        grid: str,
+    ) -> Tensor:
+        meaning.check_linear("linear_dynamic", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+        weight = Weight(codes, scales, zero_points, row_scales, bias, x.shape[-1], bits, group_size, grid)
+        return _product(x, weight, kernels.dynamic)
+
+    def linear_static_cpp(
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        zero_points: Tensor,
+        row_scales: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        group_size: int,
+        grid: str,
+        scale: float,
+        zero_point: int,
+    ) -> Tensor:
+        meaning.check_linear("linear_static", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+        meaning.check_static(scale, zero_point)
+        weight = Weight(codes, scales, zero_points, row_scales, bias, x.shape[-1], bits, group_size, grid)
+        return _product(x, weight, partial(kernels.static, scale=scale, zero_point=zero_point))
+
+    for kernel in (linear_cpp, linear_dynamic_cpp, linear_static_cpp):
+        ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The C++ library, and how many threads a call of it may use; x is (count, columns), results are float32."""
+
+    library: ctypes.CDLL
+    threads: Callable[[], int]
+
+    def exact(self, x: Tensor, weight: Weight) -> Tensor:
+        """Multiply x as it is."""
+        if len(x) > MOST_DIRECT or not weight.groups_start_on_bytes:
+            return by_tiles(x.float(), weight)
+        return _direct(self.library.aq_linear, x, weight, self.threads())
+
+    def dynamic(self, x: Tensor, weight: Weight) -> Tensor:
+        """Multiply x rounded by group."""
+        if len(x) > MOST_DIRECT or not weight.groups_start_on_bytes or weight.group > MOST_IN_GROUP:
+            return by_tiles(meaning.rounded_by_group(x, weight.group), weight)
+        return _direct(self.library.aq_linear_rounded, x, weight, ctypes.c_float(0.0), 0, self.threads())
+
+    def static(self, x: Tensor, weight: Weight, scale: float, zero_point: int) -> Tensor:
+        """Multiply x rounded with one scale."""
+        step = ctypes.c_float(scale)
+        fits = weight.groups_start_on_bytes and weight.group <= MOST_IN_GROUP and step.value > 0.0
+        if len(x) > MOST_DIRECT or not fits:
+            return by_tiles(meaning.rounded_by_scale(x, scale, zero_point), weight)
+        return _direct(self.library.aq_linear_rounded, x, weight, step, zero_point, self.threads())
+
+
+def _product(x: Tensor, weight: Weight, kernel: Callable[[Tensor, Weight], Tensor]) -> Tensor:
+    """(..., columns) to (..., rows) of the same dtype."""
+    if not x.numel() or not weight.rows:
+        return _empty_product(x, weight)
+    y = kernel(x.reshape(-1, weight.columns), weight)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
 
 
 def _empty_product(x: Tensor, weight: Weight) -> Tensor:
@@ -122,24 +176,25 @@ def _empty_product(x: Tensor, weight: Weight) -> Tensor:
     return functional.linear(x, nothing, None if weight.bias is None else weight.bias.to(x.dtype))
 
 
-def _direct(library: ctypes.CDLL, x: Tensor, weight: Weight, threads: int) -> Tensor:
-    y = torch.empty((len(x), weight.rows))
+def _direct(kernel: Callable[..., None], x: Tensor, weight: Weight, *further: Any) -> Tensor:
+    """Call a kernel that takes any number of rows of x."""
+    y, inputs = torch.empty((len(x), weight.rows)), x.contiguous()
     parts = (weight.codes, weight.scales, weight.zero_points, weight.row_scales)
     kept = [part.contiguous() for part in parts]
     bias = None if weight.bias is None else weight.bias.float().contiguous()
-    library.aq_linear(
+    kernel(
         *[_pointer(part) if part.numel() else None for part in kept],
         ctypes.c_int64(weight.rows),
         ctypes.c_int64(weight.columns),
         weight.bits,
         ctypes.c_int64(weight.group),
         int(weight.grid == "r2q"),
-        _pointer(x),
+        _pointer(inputs),
         DTYPES[x.dtype],
         ctypes.c_int64(len(x)),
         None if bias is None else _pointer(bias),
         _pointer(y),
-        threads,
+        *further,
     )
     return y
 

@@ -217,6 +217,31 @@ AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint
   }
 }
 
+// step is 0 where each group of a row has its own.
+AQ_EXPORT void aq_linear_rounded(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                                 const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
+                                 int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
+                                 float step, int zero, int threads) {
+  const int64_t groups = groups_of(columns, group);
+  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
+                      row_bytes_of(columns, bits), bits};
+  RoundedProduct ask{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
+                     step > 0.0f, step, (float)zero, nullptr, nullptr};
+  const int64_t most = MOST_DIRECT - (ask.inputs() - count);
+  std::vector<int8_t> places(MOST_DIRECT * ask.stream_places());
+  std::vector<float> steps(MOST_DIRECT * groups), sums(MOST_DIRECT * groups);
+  ask.places = places.data();
+  ask.steps = steps.data();
+  ask.sums = sums.data();
+  for (int64_t m = 0; m < count; m += most) {
+    ask.count = std::min(most, count - m);
+    ask.x = (const char*)x + m * columns * (dtype == FLOAT32 ? 4 : 2);
+    ask.y = y + m * rows;
+    chosen.load()->round_inputs(ask, 0, ask.inputs());
+    over_rows(ask, chosen.load()->rounded_product, rows, std::max<int64_t>(1, columns / FAST_VALUES), threads);
+  }
+}
+
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {
   const Repack ask{codes, packed, columns, row_bytes_of(columns, bits), bits};
   expect_to_fill(packed, rows * ask.row_bytes);

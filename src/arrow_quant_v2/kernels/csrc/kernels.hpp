@@ -95,6 +95,26 @@ struct Product {
   int64_t group_places() const { return blocks() * 16 * codes_of_byte(); }
 };
 
+// The same with x rounded to whole numbers q of 8 bits: x ~ step * q, and for a fixed step x ~ step * (q + correction).
+//
+// All groups of a row, each filled up to whole words of four bytes, make one stream of bytes, which is read a vector of V
+// bytes at a time: code k of byte i of a vector meets place k * V + i of V n inputs.
+struct RoundedProduct : Product {
+  bool fixed;         // one step for all, else absmax / 127 of each group of a row
+  float step;         // the fixed one
+  float zero;         // its zero point, 0 to 255
+  int8_t* places;     // (inputs, stream_places)
+  float* steps;       // (inputs, groups); `sums` are step * sum q
+
+  static constexpr float MIDDLE = 128.0f;  // q of a fixed step lies that much below what is stored for unsigned inputs
+  float correction() const { return fixed ? MIDDLE - zero : 0.0f; }
+  // Where there is a correction, a row of ones beyond those of x gives the sums of W's rows.
+  int64_t inputs() const { return count + (correction() != 0.0f); }
+  int64_t group_words() const { return (group_bytes() + 3) / 4; }
+  int64_t stream_bytes() const { return (of.groups * group_words() * 4 + 63) / 64 * 64; }
+  int64_t stream_places() const { return stream_bytes() * codes_of_byte(); }
+};
+
 struct Repack {
   const uint8_t* from;
   uint8_t* to;
@@ -115,4 +135,6 @@ struct KernelTable {
   void (*hadamard)(const Hadamard&, int64_t first, int64_t last);
   void (*split)(const Product&, int64_t first, int64_t last);    // rows of x
   void (*product)(const Product&, int64_t first, int64_t last);  // rows of W, for at most MOST_DIRECT rows of x
+  void (*round_inputs)(const RoundedProduct&, int64_t first, int64_t last);
+  void (*rounded_product)(const RoundedProduct&, int64_t first, int64_t last);
 };

@@ -23,16 +23,6 @@
 
 namespace AQ_ISA {
 
-// Any dtype to float32, also where the columns do not fill the lanes.
-static void read_floats(const void* x, Dtype dtype, int64_t start, int64_t n, float* to) {
-  const int64_t whole = n / LANES * LANES, size = item_bytes(dtype);
-  for (int64_t i = 0; i < whole; i += LANES) store(to + i, load_as_float(x, dtype, start + i));
-  if (whole == n) return;
-  alignas(64) char tail[LANES * 4] = {};
-  std::memcpy(tail, (const char*)x + (start + whole) * size, (n - whole) * size);
-  store(to + whole, load_as_float(tail, dtype, 0));
-}
-
 // One group of inputs to planes; `from` is filled up with zeros.
 static void split_group(const float* from, float* to, int64_t blocks, int64_t codes_of_byte) {
   for (int64_t b = 0; b < blocks; b++)

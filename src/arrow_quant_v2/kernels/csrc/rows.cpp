@@ -603,7 +603,10 @@ void quantize_columns_r2q(const ResidualColumns& ask, int64_t first, int64_t las
 void hadamard(const Hadamard& ask, int64_t first, int64_t last);
 void split(const Product& ask, int64_t first, int64_t last);  // linear.cpp
 void product(const Product& ask, int64_t first, int64_t last);
+void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last);  // linear_rounded.cpp
+void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last);
 const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
-                           dequantize_r2q, quantize_columns_r2q, hadamard,   split,    product};
+                           dequantize_r2q, quantize_columns_r2q, hadamard, split, product,
+                           round_inputs, rounded_product};
 
 }  // namespace AQ_ISA

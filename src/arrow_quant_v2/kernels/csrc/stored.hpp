@@ -46,6 +46,16 @@ static inline Lanes load_as_float(const void* p, Dtype dtype, int64_t i) {
 
 static inline int64_t item_bytes(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
+// Any dtype to float32, also where the columns do not fill the lanes.
+static inline void read_floats(const void* x, Dtype dtype, int64_t start, int64_t n, float* to) {
+  const int64_t whole = n / LANES * LANES, size = item_bytes(dtype);
+  for (int64_t i = 0; i < whole; i += LANES) store(to + i, load_as_float(x, dtype, start + i));
+  if (whole == n) return;
+  alignas(64) char tail[LANES * 4] = {};
+  std::memcpy(tail, (const char*)x + (start + whole) * size, (n - whole) * size);
+  store(to + whole, load_as_float(tail, dtype, 0));
+}
+
 static inline void put(float* p, Lanes x) { store(p, x); }
 struct Bfloat16 {
   uint16_t bits;

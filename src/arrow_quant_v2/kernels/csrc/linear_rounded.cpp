@@ -1,0 +1,264 @@
+// Inputs rounded to 8 bits times packed weights; compiled once per instruction set.
+//
+//   y = sum over groups of  step_x (step * sum code_j q_j + jump * sum top_j q_j + base * sum q_j),   x ~ step_x q
+//
+// with base, step and jump of levels.hpp, and top the highest bit of a code on the r2q grid. The sums of products are
+// whole numbers, and exact; see bytes.hpp. Inputs of a fixed step are x ~ step_x (q + c): the sums of W's rows, times c,
+// come from one more row of inputs that are 1.
+//
+// Codes are read as they are stored, a vector of bytes at a time. Where a group is some vectors long, its whole numbers
+// are added before they meet its step; else each word, or each four words, meets the step of its group.
+//
+// Assumes what kernels/linear.py has checked, groups that start on a byte, and at most 2^16 columns in a group.
+// Measured on an EPYC 7003 (AVX2, 2 cores): python bench/linear.py.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "bytes.hpp"
+#include "kernels.hpp"
+#include "levels.hpp"
+#include "stored.hpp"
+
+namespace AQ_ISA {
+
+constexpr float LARGEST = 127.0f;
+constexpr float FAR = 1024.0f;  // beyond any code, and small enough to be rounded by addition
+
+// Whether a group has no meaning: NaN, or, where its greatest value counts, infinity.
+static bool is_spoiled(const float* x, int64_t n, bool infinity_too) {
+  bool found = false;
+  for (int64_t i = 0; i < n; i++) found |= infinity_too ? x[i] - x[i] != 0.0f : x[i] != x[i];
+  return found;
+}
+
+static float absolute_maximum(const float* x, int64_t padded) {
+  Lanes high = fill(0.0f), low = high;
+  for (int64_t i = 0; i < padded; i += LANES) {
+    high = max(high, load(x + i));
+    low = min(low, load(x + i));
+  }
+  float lanes[LANES];
+  store(lanes, max(high, fill(0.0f) - low));
+  return *std::max_element(lanes, lanes + LANES);
+}
+
+// round(x / step) + zero within 0 to 255, less the middle, of whole lanes.
+static void round_lanes(const float* x, int64_t padded, float step, float zero, int8_t* to) {
+  for (int64_t i = 0; i < padded; i += LANES) {
+    const Lanes near = min(max(load(x + i) / fill(step), fill(-FAR)), fill(FAR));
+    const Lanes stored = code_of(shift_to_code(near)) + fill(zero);
+    float lanes[LANES];
+    store(lanes, min(max(stored, fill(0.0f)), fill(255.0f)) - fill(RoundedProduct::MIDDLE));
+    for (int j = 0; j < LANES; j++) to[i + j] = (int8_t)(int32_t)lanes[j];
+  }
+}
+
+// The step of a group of n values that were filled up with zeros, and its whole numbers.
+static float round_group(const RoundedProduct& ask, const float* x, int64_t n, int64_t padded, int8_t* to) {
+  std::fill_n(to, padded, (int8_t)0);
+  if (is_spoiled(x, n, !ask.fixed)) return std::numeric_limits<float>::quiet_NaN();
+  const float step = ask.fixed ? ask.step : absolute_maximum(x, padded) / LARGEST;
+  if (step > 0.0f) round_lanes(x, padded, step, ask.fixed ? ask.zero : ask.MIDDLE, to);
+  std::fill(to + n, to + padded, (int8_t)0);
+  return step;
+}
+
+// Whole numbers in the order of columns to the order in which codes meet them.
+static void to_stream(const RoundedProduct& ask, const int8_t* from, int8_t* to) {
+  const int64_t n = ask.codes_of_byte();
+  for (int64_t start = 0; start < ask.stream_bytes(); start += VECTOR_BYTES)
+    for (int64_t k = 0; k < n; k++)
+      for (int64_t i = 0; i < VECTOR_BYTES; i++) *to++ = from[(start + i) * n + k];
+}
+
+void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last) {
+  const int64_t group_places = ask.group_words() * 4 * ask.codes_of_byte();
+  const int64_t padded = (ask.of.group + LANES - 1) / LANES * LANES;
+  std::vector<float> group(padded);
+  std::vector<int8_t> whole(padded), row(ask.stream_places());
+  for (int64_t m = first; m < last; m++) {
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
+      const int64_t at = m * ask.of.groups + g;
+      std::fill(group.begin(), group.end(), 0.0f);
+      std::fill(whole.begin(), whole.begin() + n, (int8_t)1);
+      ask.steps[at] = 1.0f;
+      if (m < ask.count) {
+        read_floats(ask.x, ask.dtype, m * ask.of.columns + start, n, group.data());
+        ask.steps[at] = round_group(ask, group.data(), n, padded, whole.data());
+      }
+      std::copy_n(whole.begin(), n, row.begin() + g * group_places);
+      ask.sums[at] = ask.steps[at] * (float)std::accumulate(whole.begin(), whole.begin() + n, 0);
+    }
+    to_stream(ask, row.data(), ask.places + m * ask.stream_places());
+  }
+}
+
+// What the whole numbers of a vector's words are multiplied with.
+enum Reach {
+  VECTORS,  // one step: groups are some vectors long
+  QUADS,    // a step for every four words
+  WORDS,    // a step for every word
+};
+
+// step_w * step_x, and jump_w * step_x, of a row of W and some rows of x.
+struct Factors {
+  Reach reach;
+  int64_t repeat, stride;  // how often a group's factor is written; factors of one row of x
+  std::vector<float> step, jump;
+
+  Factors(const RoundedProduct& ask, int64_t count) {
+    const int64_t bytes = ask.group_words() * 4;
+    reach = bytes % VECTOR_BYTES == 0 || ask.of.groups == 1 ? VECTORS : bytes % 16 == 0 ? QUADS : WORDS;
+    repeat = reach == VECTORS ? 1 : bytes / (reach == QUADS ? 16 : 4);
+    stride = ask.of.groups * repeat + WIDTH;
+    step.resize(count * stride);
+    jump.resize(ask.residual ? count * stride : 0);
+  }
+
+  void read(const RoundedProduct& ask, const RowLevels& levels, int m) {
+    const float* steps = ask.steps + m * ask.of.groups;
+    write(levels.step.data(), steps, 1.0f, ask.of.groups, &step[m * stride]);
+    const float top = 1.0f / (float)(1 << (ask.of.bits - 1));
+    if (ask.residual) write(levels.jump.data(), steps, top, ask.of.groups, &jump[m * stride]);
+  }
+
+ private:
+  void write(const float* __restrict a, const float* __restrict b, float share, int64_t groups, float* __restrict to) {
+    if (repeat == 1)
+      for (int64_t g = 0; g < groups; g++) to[g] = a[g] * b[g] * share;
+    else
+      for (int64_t g = 0; g < groups; g++, to += repeat) std::fill_n(to, repeat, a[g] * b[g] * share);
+  }
+};
+
+// The stream of one row of codes.
+struct Stream {
+  RowCodes codes;
+  std::vector<uint8_t> spread;
+
+  explicit Stream(const RoundedProduct& ask) : codes(ask), spread(ask.stream_bytes() + RowCodes::BEYOND) {}
+
+  const uint8_t* at(const RoundedProduct& ask, int64_t row) {
+    const uint8_t* from = codes.at(ask, row);
+    const int64_t bytes = ask.group_bytes(), words = ask.group_words() * 4;
+    if (bytes == words || ask.of.groups == 1) return from;
+    for (int64_t g = 0; g < ask.of.groups; g++) std::memcpy(&spread[g * words], from + g * bytes, bytes);
+    return spread.data();
+  }
+};
+
+// Sums of whole numbers times their factors, of COUNT rows of x.
+template <int BITS, bool RESIDUAL, int COUNT>
+struct Sums8 {
+  static constexpr int ALL = (1 << BITS) - 1, TOP = 1 << (BITS - 1);
+  FloatPart sum[COUNT] = {};
+
+  // A group of whole vectors.
+  AQ_INLINE_MEMBER void add(const Factors& by, int64_t g, const uint8_t* codes, const int8_t* x, int64_t stride,
+                            int64_t vectors) {
+    WordPart all[COUNT] = {}, top[COUNT] = {};
+    for (int64_t i = 0; i < vectors; i++, codes += VECTOR_BYTES, x += VECTOR_BYTES * (8 / BITS)) {
+      const WordPart v = load_bytes(codes);
+      for (int m = 0; m < COUNT; m++) {
+        all[m] += dots<BITS>(v, ALL, x + m * stride);
+        if (RESIDUAL) top[m] += dots<BITS>(v, TOP, x + m * stride);
+      }
+    }
+    for (int m = 0; m < COUNT; m++) {
+      sum[m] = product_part(to_float_part(all[m]), by.step[m * by.stride + g] - FloatPart{}, sum[m]);
+      if (RESIDUAL) sum[m] = product_part(to_float_part(top[m]), by.jump[m * by.stride + g] - FloatPart{}, sum[m]);
+    }
+  }
+
+  // One vector, whose words have factors of their own.
+  template <class Read>
+  AQ_INLINE_MEMBER void add(const Factors& by, int64_t at, const uint8_t* codes, const int8_t* x, int64_t stride,
+                            Read read) {
+    const WordPart v = load_bytes(codes);
+    for (int m = 0; m < COUNT; m++) {
+      const FloatPart all = to_float_part(dots<BITS>(v, ALL, x + m * stride));
+      sum[m] = product_part(all, read(&by.step[m * by.stride + at]), sum[m]);
+      if (!RESIDUAL) continue;
+      const FloatPart top = to_float_part(dots<BITS>(v, TOP, x + m * stride));
+      sum[m] = product_part(top, read(&by.jump[m * by.stride + at]), sum[m]);
+    }
+  }
+};
+
+template <int BITS, bool RESIDUAL, int COUNT>
+AQ_INLINE Sums8<BITS, RESIDUAL, COUNT> add_row(const RoundedProduct& ask, const Factors& by, const uint8_t* codes) {
+  constexpr int64_t PLACES = VECTOR_BYTES * (8 / BITS);
+  const int64_t stride = ask.stream_places(), bytes = ask.of.row_bytes;
+  const int64_t group = ask.group_words() * 4, used = ask.of.groups == 1 ? bytes : (ask.of.groups - 1) * group +
+                                                                (bytes - (ask.of.groups - 1) * ask.group_bytes());
+  Sums8<BITS, RESIDUAL, COUNT> sums;
+  if (by.reach == VECTORS) {
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      const int64_t start = g * group, vectors = (std::min(group, used - start) + VECTOR_BYTES - 1) / VECTOR_BYTES;
+      sums.add(by, g, codes + start, ask.places + start * (8 / BITS), stride, vectors);
+    }
+  } else if (by.reach == QUADS) {
+    for (int64_t i = 0; i * VECTOR_BYTES < used; i++)
+      sums.add(by, i * (WIDTH / 4), codes + i * VECTOR_BYTES, ask.places + i * PLACES, stride,
+               [](const float* p) { return quads(p); });
+  } else {
+    for (int64_t i = 0; i * VECTOR_BYTES < used; i++)
+      sums.add(by, i * WIDTH, codes + i * VECTOR_BYTES, ask.places + i * PLACES, stride,
+               [](const float* p) { return load_part(p); });
+  }
+  return sums;
+}
+
+static float based(const RoundedProduct& ask, const RowLevels& levels, int m) {
+  const float* inputs = ask.sums + m * ask.of.groups;
+  const int64_t whole = ask.of.groups / LANES * LANES;
+  Lanes all = fill(0.0f);
+  for (int64_t g = 0; g < whole; g += LANES) all = add_product(load(&levels.base[g]), load(inputs + g), all);
+  float rest = 0.0f;
+  for (int64_t g = whole; g < ask.of.groups; g++) rest += levels.base[g] * inputs[g];
+  return fold(pairs(all)) + rest;
+}
+
+template <int BITS, bool RESIDUAL, int COUNT>
+static void rounded_of(const RoundedProduct& ask, int64_t first, int64_t last) {
+  RowLevels levels(ask);
+  Stream stream(ask);
+  Factors by(ask, COUNT);
+  for (int64_t r = first; r < last; r++) {
+    levels.read(ask, r);
+    for (int m = 0; m < COUNT; m++) by.read(ask, levels, m);
+    const auto sums = add_row<BITS, RESIDUAL, COUNT>(ask, by, stream.at(ask, r));
+    float total[COUNT];
+    for (int m = 0; m < COUNT; m++) total[m] = fold_part(sums.sum[m]) + based(ask, levels, m);
+    const float further = ask.inputs() > ask.count ? ask.step * ask.correction() * total[COUNT - 1] : 0.0f;
+    for (int m = 0; m < ask.count; m++) ask.y[m * ask.rows + r] = total[m] + further + (ask.bias ? ask.bias[r] : 0.0f);
+  }
+}
+
+template <int BITS, bool RESIDUAL>
+static void rounded_on(const RoundedProduct& ask, int64_t first, int64_t last) {
+  if (ask.inputs() == 1) rounded_of<BITS, RESIDUAL, 1>(ask, first, last);
+  if (ask.inputs() == 2) rounded_of<BITS, RESIDUAL, 2>(ask, first, last);
+  if (ask.inputs() == 3) rounded_of<BITS, RESIDUAL, 3>(ask, first, last);
+  if (ask.inputs() == 4) rounded_of<BITS, RESIDUAL, 4>(ask, first, last);
+}
+
+template <int BITS>
+static void rounded_in(const RoundedProduct& ask, int64_t first, int64_t last) {
+  if (ask.residual)
+    rounded_on<BITS, true>(ask, first, last);
+  else
+    rounded_on<BITS, false>(ask, first, last);
+}
+
+void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last) {
+  if (ask.of.bits == 2) rounded_in<2>(ask, first, last);
+  if (ask.of.bits == 4) rounded_in<4>(ask, first, last);
+  if (ask.of.bits == 8) rounded_in<8>(ask, first, last);
+}
+
+}  // namespace AQ_ISA

@@ -127,11 +127,18 @@ struct Factors {
   }
 
  private:
-  void write(const float* __restrict a, const float* __restrict b, float share, int64_t groups, float* __restrict to) {
-    if (repeat == 1)
-      for (int64_t g = 0; g < groups; g++) to[g] = a[g] * b[g] * share;
-    else
-      for (int64_t g = 0; g < groups; g++, to += repeat) std::fill_n(to, repeat, a[g] * b[g] * share);
+  void write(const float* a, const float* b, float share, int64_t groups, float* to) {
+    if (repeat == 1) return write_times<1>(a, b, share, groups, to);
+    if (repeat == 2) return write_times<2>(a, b, share, groups, to);
+    if (repeat == 4) return write_times<4>(a, b, share, groups, to);
+    for (int64_t g = 0; g < groups; g++, to += repeat) std::fill_n(to, repeat, a[g] * b[g] * share);
+  }
+
+  template <int TIMES>
+  static void write_times(const float* __restrict a, const float* __restrict b, float share, int64_t groups,
+                          float* __restrict to) {
+    for (int64_t g = 0; g < groups; g++)
+      for (int i = 0; i < TIMES; i++) to[g * TIMES + i] = a[g] * b[g] * share;
   }
 };
 

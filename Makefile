@@ -46,6 +46,7 @@ bench: $(READY) $(PEERS)/.ready
 	$(PEERS)/bin/python bench/peers/quantize.py --weights $(OUT)/weights.safetensors --json $(OUT)/peers.json
 	$(BIN)/python bench/kernels.py --peers $(OUT)/peers.json --json $(OUT)/kernels.json
 	$(BIN)/python bench/load.py --json $(OUT)/load.json
+	$(BIN)/python bench/linear.py --json $(OUT)/linear.json
 
 bench-large: $(READY)
 	mkdir -p $(OUT)

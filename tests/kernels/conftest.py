@@ -32,7 +32,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["neon"] if platform.machine() in {"aarch64", "arm64"} else ["avx512", "avx2", "portable"])
+@pytest.fixture(
+    params=["neon"] if platform.machine() in {"aarch64", "arm64"} else ["avx512vnni", "avx512", "avx2", "portable"]
+)
 def isa(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
     """One instruction set after the other, where this processor has it."""
     if request.param not in cpu.isas(library):

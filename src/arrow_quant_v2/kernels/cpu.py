@@ -15,13 +15,15 @@ from torch import Tensor
 
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.kernels import linear_cpu, ops, reference
+from arrow_quant_v2.kernels.linear_cpu import DTYPES
 from arrow_quant_v2.kernels.native import find_library, open_library
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ISAS = ("avx512vnni", "avx512", "avx2", "neon", "portable")
+"""Instruction sets that a library may have, best first."""
 
 threads_per_call: ContextVar[int | None] = ContextVar("threads_per_call", default=None)
 """How many threads one kernel call may use; None: as many as torch uses. A worker that shares the cores sets 1."""
@@ -47,7 +49,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 def isas(library: ctypes.CDLL) -> tuple[str, ...]:
     """Instruction sets that this library has and this processor runs, best first; the choice stays as it was."""
     chosen = library.aq_isa()
-    names = tuple(n for n in ("avx512", "avx2", "neon", "portable") if library.aq_use_isa(n.encode()) == 0)
+    names = tuple(name for name in ISAS if library.aq_use_isa(name.encode()) == 0)
     library.aq_use_isa(chosen)
     return names
 

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the library calls them."""
 MOST_DIRECT = 4
-"""Rows of x up to which codes are multiplied as they are read; more are worth a tile of dequantized rows."""
+"""Rows of x up to which codes are multiplied as they are read; more are worth decoded rows."""
+MOST_IN_PANELS = 256
+"""Rows of x up to which our product of dequantized rows is faster than torch's of tiles."""
 MOST_IN_GROUP = 1 << 16
 """Columns of a group whose whole numbers still fit in 32 bits."""
 TILE_VALUES = 1 << 21
@@ -143,23 +146,35 @@ class Kernels:
 
     def exact(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply x as it is."""
-        if len(x) > MOST_DIRECT or not weight.groups_start_on_bytes:
+        if len(x) > MOST_IN_PANELS or not weight.groups_start_on_bytes:
             return by_tiles(x.float(), weight)
-        return _direct(self.library.aq_linear, x, weight, self.threads())
+        kernel = self.library.aq_linear if len(x) <= MOST_DIRECT else self.library.aq_linear_tiled
+        return _call(kernel, x, weight, self.threads())
 
     def dynamic(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply x rounded by group."""
-        if len(x) > MOST_DIRECT or not weight.groups_start_on_bytes or weight.group > MOST_IN_GROUP:
-            return by_tiles(meaning.rounded_by_group(x, weight.group), weight)
-        return _direct(self.library.aq_linear_rounded, x, weight, ctypes.c_float(0.0), 0, self.threads())
+        kernel = self._of_whole_numbers(len(x), weight)
+        if kernel is None:
+            return self.exact(meaning.rounded_by_group(x, weight.group), weight)
+        return _call(kernel, x, weight, ctypes.c_float(0.0), 0, self.threads())
 
     def static(self, x: Tensor, weight: Weight, scale: float, zero_point: int) -> Tensor:
         """Multiply x rounded with one scale."""
-        step = ctypes.c_float(scale)
-        fits = weight.groups_start_on_bytes and weight.group <= MOST_IN_GROUP and step.value > 0.0
-        if len(x) > MOST_DIRECT or not fits:
-            return by_tiles(meaning.rounded_by_scale(x, scale, zero_point), weight)
-        return _direct(self.library.aq_linear_rounded, x, weight, step, zero_point, self.threads())
+        kernel, step = self._of_whole_numbers(len(x), weight), ctypes.c_float(scale)
+        if kernel is None or step.value == 0.0:
+            return self.exact(meaning.rounded_by_scale(x, scale, zero_point), weight)
+        return _call(kernel, x, weight, step, zero_point, self.threads())
+
+    def _of_whole_numbers(self, count: int, weight: Weight) -> Callable[..., None] | None:
+        """The kernel for so many rows of x in 8 bits; None where floats are as fast."""
+        if not weight.groups_start_on_bytes or weight.group > MOST_IN_GROUP:
+            return None
+        if count <= MOST_DIRECT:
+            return self.library.aq_linear_rounded
+        fast = weight.group % 4 == 0 or weight.group == weight.columns
+        return (
+            self.library.aq_linear_rounded_tiled if fast and self.library.aq_tiles_whole_numbers(weight.bits) else None
+        )
 
 
 def _product(x: Tensor, weight: Weight, kernel: Callable[[Tensor, Weight], Tensor]) -> Tensor:
@@ -176,7 +191,7 @@ def _empty_product(x: Tensor, weight: Weight) -> Tensor:
     return functional.linear(x, nothing, None if weight.bias is None else weight.bias.to(x.dtype))
 
 
-def _direct(kernel: Callable[..., None], x: Tensor, weight: Weight, *further: Any) -> Tensor:
+def _call(kernel: Callable[..., None], x: Tensor, weight: Weight, *further: Any) -> Tensor:
     """Call a kernel that takes any number of rows of x."""
     y, inputs = torch.empty((len(x), weight.rows)), x.contiguous()
     parts = (weight.codes, weight.scales, weight.zero_points, weight.row_scales)

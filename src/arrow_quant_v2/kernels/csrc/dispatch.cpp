@@ -37,6 +37,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512vnni {
+extern const KernelTable table;
+}
 #endif
 
 namespace {
@@ -56,6 +59,7 @@ bool has_f16c() {
 
 bool runs_here(const KernelTable& candidate) {
 #if defined(__x86_64__)
+  if (&candidate == &avx512vnni::table) return runs_here(avx512::table) && __builtin_cpu_supports("avx512vnni");
   if (&candidate == &avx512::table)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
@@ -69,7 +73,7 @@ bool runs_here(const KernelTable& candidate) {
 
 const KernelTable* const CANDIDATES[] = {
 #if defined(__x86_64__)
-    &avx512::table, &avx2::table,
+    &avx512vnni::table, &avx512::table, &avx2::table,
 #endif
     &baseline::table};
 
@@ -240,6 +244,46 @@ AQ_EXPORT void aq_linear_rounded(const uint8_t* codes, const uint8_t* scales, co
     chosen.load()->round_inputs(ask, 0, ask.inputs());
     over_rows(ask, chosen.load()->rounded_product, rows, std::max<int64_t>(1, columns / FAST_VALUES), threads);
   }
+}
+
+// For many rows of x.
+AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                               const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
+                               int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
+                               int threads) {
+  const KernelTable* table = chosen.load();
+  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group,
+                      groups_of(columns, group), row_bytes_of(columns, bits), bits};
+  TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
+                    false, 0.0f, 0.0f, nullptr, nullptr},
+                   table->lanes * (count > table->lanes ? 2 : 1), 1, nullptr};
+  std::vector<float> inputs(ask.panels() * columns * ask.lanes);
+  ask.inputs_of_panels = inputs.data();
+  over_rows(ask, table->fill_panels, ask.panels(), columns * ask.lanes, threads);
+  over_rows(ask, table->tiled_product, ask.tiles(), columns * TiledProduct::TILE_ROWS, threads);
+}
+
+// 1 where this instruction set multiplies many rows of x in whole numbers.
+AQ_EXPORT int aq_tiles_whole_numbers(int bits) { return chosen.load()->word_columns(bits) != 0; }
+
+AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                                       const uint16_t* row_scales, int64_t rows, int64_t columns, int bits,
+                                       int64_t group, int residual, const void* x, int dtype, int64_t count,
+                                       const float* bias, float* y, float step, int zero, int threads) {
+  const KernelTable* table = chosen.load();
+  const int64_t groups = groups_of(columns, group);
+  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
+                      row_bytes_of(columns, bits), bits};
+  TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
+                    step > 0.0f, step, (float)zero, nullptr, nullptr},
+                   table->lanes * (count > table->lanes ? 2 : 1), table->word_columns(bits), nullptr};
+  std::vector<int32_t> inputs(ask.panels() * ask.words() * ask.lanes);
+  std::vector<float> steps(ask.panels() * groups * ask.lanes), sums(steps.size());
+  ask.inputs_of_panels = inputs.data();
+  ask.steps = steps.data();
+  ask.sums = sums.data();
+  over_rows(ask, table->fill_rounded_panels, ask.panels(), columns * ask.lanes, threads);
+  over_rows(ask, table->rounded_tiled_product, ask.tiles(), columns * TiledProduct::TILE_ROWS, threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

@@ -115,6 +115,23 @@ struct RoundedProduct : Product {
   int64_t stream_places() const { return stream_bytes() * codes_of_byte(); }
 };
 
+// The same for many rows of x, which lie side by side in panels of `lanes`: weights are decoded by tiles of TILE_ROWS
+// rows, and each meets the inputs of a whole panel.
+//
+//   exact     floats (panels, columns, lanes)
+//   rounded   (panels, words, lanes): words of four columns as bytes, or of two as 16 bits; see word_columns
+//
+// `steps` and `sums` are (panels, groups, lanes).
+struct TiledProduct : RoundedProduct {
+  static constexpr int64_t TILE_ROWS = 12;
+  int64_t lanes, word_columns;
+  void* inputs_of_panels;
+
+  int64_t panels() const { return (count + lanes - 1) / lanes; }
+  int64_t tiles() const { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+  int64_t words() const { return (of.columns + word_columns - 1) / word_columns; }
+};
+
 struct Repack {
   const uint8_t* from;
   uint8_t* to;
@@ -137,4 +154,10 @@ struct KernelTable {
   void (*product)(const Product&, int64_t first, int64_t last);  // rows of W, for at most MOST_DIRECT rows of x
   void (*round_inputs)(const RoundedProduct&, int64_t first, int64_t last);
   void (*rounded_product)(const RoundedProduct&, int64_t first, int64_t last);
+  int lanes;  // of one vector
+  void (*fill_panels)(const TiledProduct&, int64_t first, int64_t last);  // panels
+  void (*tiled_product)(const TiledProduct&, int64_t first, int64_t last);  // tiles
+  int (*word_columns)(int bits);  // 0 where whole numbers are no faster than floats
+  void (*fill_rounded_panels)(const TiledProduct&, int64_t first, int64_t last);
+  void (*rounded_tiled_product)(const TiledProduct&, int64_t first, int64_t last);
 };

@@ -51,6 +51,16 @@ struct RowLevels {
   }
 };
 
+// The weight from one row on, as if it began there.
+static inline Dequantize from_row(const Product& ask, int64_t row) {
+  Dequantize of = ask.of;
+  of.codes += row * of.row_bytes;
+  of.scales += row * of.groups * (ask.residual ? 2 : 1);
+  of.zero_points = of.zero_points ? of.zero_points + row * of.groups : nullptr;
+  of.row_scales += row;
+  return of;
+}
+
 // The codes of one row, with as many bytes behind them as kernels read at a time.
 struct RowCodes {
   static constexpr int64_t BEYOND = 64;

@@ -12,59 +12,16 @@
 // Assumes what kernels/linear.py has checked, groups that start on a byte, and at most 2^16 columns in a group.
 // Measured on an EPYC 7003 (AVX2, 2 cores): python bench/linear.py.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <numeric>
 #include <vector>
 
 #include "bytes.hpp"
 #include "kernels.hpp"
 #include "levels.hpp"
+#include "rounding.hpp"
 #include "stored.hpp"
 
 namespace AQ_ISA {
-
-constexpr float LARGEST = 127.0f;
-constexpr float FAR = 1024.0f;  // beyond any code, and small enough to be rounded by addition
-
-// Whether a group has no meaning: NaN, or, where its greatest value counts, infinity.
-static bool is_spoiled(const float* x, int64_t n, bool infinity_too) {
-  bool found = false;
-  for (int64_t i = 0; i < n; i++) found |= infinity_too ? x[i] - x[i] != 0.0f : x[i] != x[i];
-  return found;
-}
-
-static float absolute_maximum(const float* x, int64_t padded) {
-  Lanes high = fill(0.0f), low = high;
-  for (int64_t i = 0; i < padded; i += LANES) {
-    high = max(high, load(x + i));
-    low = min(low, load(x + i));
-  }
-  float lanes[LANES];
-  store(lanes, max(high, fill(0.0f) - low));
-  return *std::max_element(lanes, lanes + LANES);
-}
-
-// round(x / step) + zero within 0 to 255, less the middle, of whole lanes.
-static void round_lanes(const float* x, int64_t padded, float step, float zero, int8_t* to) {
-  for (int64_t i = 0; i < padded; i += LANES) {
-    const Lanes near = min(max(load(x + i) / fill(step), fill(-FAR)), fill(FAR));
-    const Lanes stored = code_of(shift_to_code(near)) + fill(zero);
-    float lanes[LANES];
-    store(lanes, min(max(stored, fill(0.0f)), fill(255.0f)) - fill(RoundedProduct::MIDDLE));
-    for (int j = 0; j < LANES; j++) to[i + j] = (int8_t)(int32_t)lanes[j];
-  }
-}
-
-// The step of a group of n values that were filled up with zeros, and its whole numbers.
-static float round_group(const RoundedProduct& ask, const float* x, int64_t n, int64_t padded, int8_t* to) {
-  std::fill_n(to, padded, (int8_t)0);
-  if (is_spoiled(x, n, !ask.fixed)) return std::numeric_limits<float>::quiet_NaN();
-  const float step = ask.fixed ? ask.step : absolute_maximum(x, padded) / LARGEST;
-  if (step > 0.0f) round_lanes(x, padded, step, ask.fixed ? ask.zero : ask.MIDDLE, to);
-  std::fill(to + n, to + padded, (int8_t)0);
-  return step;
-}
 
 // Whole numbers in the order of columns to the order in which codes meet them.
 static void to_stream(const RoundedProduct& ask, const int8_t* from, int8_t* to) {

@@ -578,7 +578,7 @@ static void dequantize_as(const Dequantize& ask, int64_t first, int64_t last) {
   }
 }
 
-static void dequantize(const Dequantize& ask, int64_t first, int64_t last) {
+void dequantize(const Dequantize& ask, int64_t first, int64_t last) {
   if (ask.dtype == FLOAT32) dequantize_as<float>(ask, first, last);
   if (ask.dtype == BFLOAT16) dequantize_as<Bfloat16>(ask, first, last);
   if (ask.dtype == FLOAT16) dequantize_as<Float16>(ask, first, last);
@@ -605,8 +605,14 @@ void split(const Product& ask, int64_t first, int64_t last);  // linear.cpp
 void product(const Product& ask, int64_t first, int64_t last);
 void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last);  // linear_rounded.cpp
 void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last);
+void fill_panels(const TiledProduct& ask, int64_t first, int64_t last);  // linear_tiles.cpp
+void tiled_product(const TiledProduct& ask, int64_t first, int64_t last);
+int word_columns(int bits);  // linear_rounded_tiles.cpp
+void fill_rounded_panels(const TiledProduct& ask, int64_t first, int64_t last);
+void rounded_tiled_product(const TiledProduct& ask, int64_t first, int64_t last);
 const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
                            dequantize_r2q, quantize_columns_r2q, hadamard, split, product,
-                           round_inputs, rounded_product};
+                           round_inputs, rounded_product, WIDTH, fill_panels, tiled_product,
+                           word_columns, fill_rounded_panels, rounded_tiled_product};
 
 }  // namespace AQ_ISA

@@ -171,7 +171,7 @@ class Kernels:
             return None
         if count <= MOST_DIRECT:
             return self.library.aq_linear_rounded
-        fast = weight.group % 4 == 0 or weight.group == weight.columns
+        fast = weight.grid == "affine" and (weight.group % 4 == 0 or weight.group == weight.columns)
         return (
             self.library.aq_linear_rounded_tiled if fast and self.library.aq_tiles_whole_numbers(weight.bits) else None
         )

@@ -263,9 +263,10 @@ AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, cons
   over_rows(ask, table->tiled_product, ask.tiles(), columns * TiledProduct::TILE_ROWS, threads);
 }
 
-// 1 where this instruction set multiplies many rows of x in whole numbers.
+// 1 where this instruction set multiplies many rows of x in whole numbers, on the affine grid.
 AQ_EXPORT int aq_tiles_whole_numbers(int bits) { return chosen.load()->word_columns(bits) != 0; }
 
+// For many rows of x and the affine grid.
 AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                        const uint16_t* row_scales, int64_t rows, int64_t columns, int bits,
                                        int64_t group, int residual, const void* x, int dtype, int64_t count,

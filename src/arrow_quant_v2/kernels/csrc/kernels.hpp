@@ -121,7 +121,7 @@ struct RoundedProduct : Product {
 //   exact     floats (panels, columns, lanes)
 //   rounded   (panels, words, lanes): words of four columns as bytes, or of two as 16 bits; see word_columns
 //
-// `steps` and `sums` are (panels, groups, lanes).
+// `steps` and `sums` are (panels, groups, lanes). Rounded inputs meet the affine grid only.
 struct TiledProduct : RoundedProduct {
   static constexpr int64_t TILE_ROWS = 12;
   int64_t lanes, word_columns;

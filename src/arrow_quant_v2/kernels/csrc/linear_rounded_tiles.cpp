@@ -1,11 +1,11 @@
 // Many inputs rounded to 8 bits times packed weights, in whole numbers; compiled once per instruction set, for x86 only:
 // elsewhere floats are as fast.
 //
-//   y = sum over groups of  step_x (step * sum code_j q_j + jump * sum top_j q_j + base * sum q_j)
+//   y = sum over groups of  step_x (step * sum code_j q_j + base * sum q_j)
 //
-// as in linear_rounded.cpp. The codes of a few rows are unpacked to bytes; a word of them, that is four columns, meets
-// the same columns of a panel of inputs, one word for each. Where codes have 8 bits and the processor has no VNNI, words
-// are two columns of 16 bits.
+// as in linear_rounded.cpp, on the affine grid: on the other one two sums for each code are no faster than one of floats.
+// The codes of a few rows are unpacked to bytes; a word of them, that is four columns, meets the same columns of a panel
+// of inputs, one word for each. Where codes have 8 bits and the processor has no VNNI, words are two columns of 16 bits.
 //
 // Two products of bytes are added in 16 bits: |2 * 3 * 128| and |2 * 15 * 128| leave room for 42 and 8 of them.
 // Measured on an EPYC 7003 (AVX2, 2 cores): python bench/linear.py.
@@ -73,7 +73,7 @@ void fill_rounded_panels(const TiledProduct& ask, int64_t first, int64_t last) {
 // The codes of some rows in words, and what they mean.
 struct CodeTile {
   int64_t stride;  // bytes of a row
-  std::vector<uint8_t> all, top;
+  std::vector<uint8_t> all;
   std::vector<RowLevels> levels;
   std::vector<float> correction;  // of all inputs
   std::vector<uint8_t> bytes;
@@ -81,20 +81,16 @@ struct CodeTile {
   explicit CodeTile(const TiledProduct& ask)
       : stride((ask.words() * 4 + 63) / 64 * 64 + 64),  // not a multiple of 4 KiB, of which a cache keeps few lines
         all(TiledProduct::TILE_ROWS * stride),
-        top(ask.residual ? all.size() : 0),
         levels(TiledProduct::TILE_ROWS, RowLevels(ask)),
         correction(TiledProduct::TILE_ROWS),
         bytes(ask.of.columns + LANES) {}
 
   void read(const TiledProduct& ask, int64_t row, int64_t count) {
-    const uint8_t half = (uint8_t)(1 << (ask.of.bits - 1));
     for (int64_t r = 0; r < count; r++) {
       levels[r].read(ask, row + r);
       unpack_row(ask.of.codes + (row + r) * ask.of.row_bytes, bytes.data(), ask.of.columns, ask.of.bits);
       to_words(ask, &all[r * stride]);
       if (ask.correction() != 0.0f) correction[r] = ask.step * ask.correction() * sum_of_row(ask, levels[r]);
-      for (int64_t j = 0; ask.residual && j < ask.of.columns; j++) bytes[j] = bytes[j] >= half;
-      if (ask.residual) to_words(ask, &top[r * stride]);
     }
   }
 
@@ -115,10 +111,9 @@ struct CodeTile {
     float sum = 0.0f;
     for (int64_t g = 0; g < ask.of.groups; g++) {
       const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
-      int32_t codes = 0, tops = 0;
+      int32_t codes = 0;
       for (int64_t j = 0; j < n; j++) codes += bytes[start + j];
-      for (int64_t j = 0; ask.residual && j < n; j++) tops += bytes[start + j] >> (ask.of.bits - 1);
-      sum += of.base[g] * (float)n + of.step[g] * (float)codes + of.jump[g] * (float)tops;
+      sum += of.base[g] * (float)n + of.step[g] * (float)codes;
     }
     return sum;
   }
@@ -176,7 +171,7 @@ struct Whole {
   }
 };
 
-template <int BITS, bool RESIDUAL, int ROWS, int VECTORS>
+template <int BITS, int ROWS, int VECTORS>
 static void multiply_rows(const TiledProduct& ask, const CodeTile& tile, int64_t at, int64_t first, int64_t panel) {
   constexpr int64_t STEP = VECTORS * WIDTH;
   const int32_t* x = (const int32_t*)ask.inputs_of_panels + panel * ask.words() * STEP;
@@ -186,15 +181,13 @@ static void multiply_rows(const TiledProduct& ask, const CodeTile& tile, int64_t
     const int64_t start = g * group_words, words = std::min(group_words, ask.words() - start);
     const float *steps = ask.steps + (panel * ask.of.groups + g) * STEP, *sums = ask.sums + (steps - ask.steps);
     const int64_t byte = at * tile.stride + 4 * start;
-    Whole<ROWS, VECTORS> all, top;
+    Whole<ROWS, VECTORS> all;
     all.template add<BITS>(&tile.all[byte], tile.stride, x + start * STEP, words);
-    if (RESIDUAL) top.template add<BITS>(&tile.top[byte], tile.stride, x + start * STEP, words);
     for (int r = 0; r < ROWS; r++) {
       const RowLevels& levels = tile.levels[at + r];
       const FloatPart step = levels.step[g] - FloatPart{}, base = levels.base[g] - FloatPart{};
       for (int v = 0; v < VECTORS; v++) {
-        FloatPart level = to_float_part(all.sum[r][v]) * step;
-        if (RESIDUAL) level = product_part(to_float_part(top.sum[r][v]), levels.jump[g] - FloatPart{}, level);
+        const FloatPart level = to_float_part(all.sum[r][v]) * step;
         total[r][v] = product_part(level, load_part(steps + v * WIDTH), total[r][v]);
         total[r][v] = product_part(load_part(sums + v * WIDTH), base, total[r][v]);
       }
@@ -203,15 +196,15 @@ static void multiply_rows(const TiledProduct& ask, const CodeTile& tile, int64_t
   for (int r = 0; r < ROWS; r++) write_lanes<VECTORS>(ask, total[r], first + r, panel, tile.correction[at + r]);
 }
 
-template <int BITS, bool RESIDUAL, int VECTORS>
+template <int BITS, int VECTORS>
 static void multiply_tile(const TiledProduct& ask, const CodeTile& tile, int64_t first, int64_t count, int64_t panel) {
   constexpr int MOST = 4;
   int64_t r = 0;
-  for (; r + MOST <= count; r += MOST) multiply_rows<BITS, RESIDUAL, MOST, VECTORS>(ask, tile, r, first + r, panel);
-  for (; r < count; r++) multiply_rows<BITS, RESIDUAL, 1, VECTORS>(ask, tile, r, first + r, panel);
+  for (; r + MOST <= count; r += MOST) multiply_rows<BITS, MOST, VECTORS>(ask, tile, r, first + r, panel);
+  for (; r < count; r++) multiply_rows<BITS, 1, VECTORS>(ask, tile, r, first + r, panel);
 }
 
-template <int BITS, bool RESIDUAL>
+template <int BITS>
 static void multiply_tiles(const TiledProduct& ask, int64_t first, int64_t last) {
   CodeTile tile(ask);
   for (int64_t t = first; t < last; t++) {
@@ -219,16 +212,16 @@ static void multiply_tiles(const TiledProduct& ask, int64_t first, int64_t last)
     tile.read(ask, row, count);
     for (int64_t p = 0; p < ask.panels(); p++)
       if (ask.lanes == WIDTH)
-        multiply_tile<BITS, RESIDUAL, 1>(ask, tile, row, count, p);
+        multiply_tile<BITS, 1>(ask, tile, row, count, p);
       else
-        multiply_tile<BITS, RESIDUAL, 2>(ask, tile, row, count, p);
+        multiply_tile<BITS, 2>(ask, tile, row, count, p);
   }
 }
 
 void rounded_tiled_product(const TiledProduct& ask, int64_t first, int64_t last) {
-  if (ask.of.bits == 2) (ask.residual ? multiply_tiles<2, true> : multiply_tiles<2, false>)(ask, first, last);
-  if (ask.of.bits == 4) (ask.residual ? multiply_tiles<4, true> : multiply_tiles<4, false>)(ask, first, last);
-  if (ask.of.bits == 8) (ask.residual ? multiply_tiles<8, true> : multiply_tiles<8, false>)(ask, first, last);
+  if (ask.of.bits == 2) multiply_tiles<2>(ask, first, last);
+  if (ask.of.bits == 4) multiply_tiles<4>(ask, first, last);
+  if (ask.of.bits == 8) multiply_tiles<8>(ask, first, last);
 }
 
 #else

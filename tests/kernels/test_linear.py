@@ -88,6 +88,15 @@ def test_the_gradient_is_that_of_the_dequantized_weight(name: str, further: tupl
 
 
 @pytest.mark.parametrize(("name", "further"), OPS.items())
+def test_a_bias_learns(name: str, further: tuple[Any, ...]) -> None:
+    bias = torch.zeros(ROWS, dtype=torch.bfloat16, requires_grad=True)
+    weigh = torch.arange(2 * 3 * ROWS).reshape(2, 3, ROWS) % 7
+    (getattr(products, name)(inputs(), *arguments(packed(4), bias), *further) * weigh).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, weigh.sum(dim=(0, 1)).bfloat16())
+
+
+@pytest.mark.parametrize(("name", "further"), OPS.items())
 def test_torch_finds_nothing_wrong_with_the_ops(name: str, further: tuple[Any, ...]) -> None:
     x = inputs().requires_grad_()
     torch.library.opcheck(getattr(products, name), (x, *arguments(packed(2), torch.randn(ROWS)), *further))

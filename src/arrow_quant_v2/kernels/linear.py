@@ -43,7 +43,7 @@ def linear(
     """Give x W^T + bias (..., rows), added up in float32, of x (..., columns) float32, bfloat16 or float16.
 
     The result has the dtype of x. W (rows, columns) is what `dequantize`, or `dequantize_r2q` for grid "r2q", makes of
-    codes, scales, zero_points and row_scales; bias (rows,) is of any floating dtype. Only x has a gradient.
+    codes, scales, zero_points and row_scales; bias (rows,) is of any floating dtype. x and bias have gradients.
 
     Raises:
         QuantizationError: a width, shape or dtype is not one of these.
@@ -194,17 +194,20 @@ def _shapes(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
 
 def _remember(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[1:5])
-    ctx.columns, ctx.format, ctx.further = inputs[0].shape[-1], inputs[6:9], len(inputs) - 1
+    ctx.columns, ctx.format, ctx.after_bias = inputs[0].shape[-1], inputs[6:9], len(inputs) - 6
+    ctx.bias_dtype = None if inputs[5] is None else inputs[5].dtype
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x alone, as if x had not been rounded (straight through: Bengio et al., 2013, arXiv 1308.3432)."""
-    nothing: tuple[None, ...] = (None,) * ctx.further
-    if not ctx.needs_input_grad[0]:
-        return None, *nothing
-    codes, scales, zero_points, row_scales = ctx.saved_tensors
-    weight = weight_of(codes, scales, zero_points, row_scales, ctx.columns, *ctx.format)
-    return (grad.float() @ weight).to(grad.dtype), *nothing
+    """Of x as if it had not been rounded (straight through: Bengio et al., 2013, arXiv 1308.3432), and of the bias."""
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        codes, scales, zero_points, row_scales = ctx.saved_tensors
+        weight = weight_of(codes, scales, zero_points, row_scales, ctx.columns, *ctx.format)
+        of_x = (grad.float() @ weight).to(grad.dtype)
+    if ctx.needs_input_grad[5]:
+        of_bias = grad.float().reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return (of_x, None, None, None, None, of_bias, *(None,) * ctx.after_bias)
 
 
 for _name in ("linear", "linear_dynamic", "linear_static"):

@@ -62,3 +62,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+importlib.import_module(f"{__name__}.runtime.registration").follow()  # transformers and diffusers load our folders

@@ -71,7 +71,7 @@ def installed(package: str) -> Any:
         ) from error
 
 
-class _EmptyOnMeta(TorchFunctionMode):
+class EmptyOnMeta(TorchFunctionMode):
     """torch.empty makes no memory: what layers allocate for weights that a file will bring; all else is computed.
 
     Under torch.device("meta") the tables of positions, which are in no file, would be lost as well.
@@ -107,7 +107,7 @@ def build_denoiser(model: Model) -> nn.Module:
             " itself are run: give samples by a callable that loads the model, or choose another --component"
         )
     build = _class(config.get("_class_name"), "ModelMixin", str(path))
-    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+    with torch.random.fork_rng(devices=[]), EmptyOnMeta():
         try:
             module: nn.Module = build.from_config(config)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, ImportError) as error:

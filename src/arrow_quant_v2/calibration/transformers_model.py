@@ -87,7 +87,7 @@ class Built:
         Raises:
             SourceError: transformers does not compute one of them.
         """
-        _set_buffers(self.module, location)
+        _set_buffers(self.module, location, self.names.values())
 
 
 def build_transformers(model: Model) -> Built:
@@ -99,7 +99,7 @@ def build_transformers(model: Model) -> Built:
     """
     transformers = installed_transformers()
     module = _fitting(transformers, _config(transformers, model.folder), model)
-    return Built(module=module, names=_names(module, (info.name for info in model.source.tensors)))
+    return Built(module=module, names=names_in(module, (info.name for info in model.source.tensors)))
 
 
 def installed_transformers() -> Any:
@@ -159,7 +159,7 @@ def _fitting(transformers: Any, config: Any, model: Model) -> Any:
     if isinstance(stated, int) and stated > len(files):  # before they are built
         raise SourceError(f"{model.folder}: config.json states {stated} layers; the files hold {len(files)} tensors")
     modules = [_without_values(found, config, model.folder) for found in classes]
-    return min(modules, key=lambda module: len(_missing(module, _names(module, files))))
+    return min(modules, key=lambda module: len(_missing(module, names_in(module, files))))
 
 
 def _without_values(found: Any, config: Any, folder: Path) -> Any:
@@ -180,7 +180,7 @@ def _first_line(error: Exception) -> str:
 # Its tensors
 
 
-def _names(module: Any, files: Iterable[str]) -> dict[str, str]:
+def names_in(module: Any, files: Iterable[str]) -> dict[str, str]:
     """Name in the files -> name in the module, for every tensor that has a place; a name that fits as it is wins."""
     places, waiting = set(module.state_dict()), sorted(files)
     found: dict[str, str] = {}
@@ -221,7 +221,7 @@ def _fill(module: Any, names: dict[str, str], source: Source, *, on_demand: bool
     A tie joins two parameters only where the files hold one of them; where they hold both, both are quantized.
     """
     _refuse_unreadable(module, names, source)
-    _set_buffers(module, source.location)
+    _set_buffers(module, source.location, names.values())
     missing = _missing(module, names)
     if wrong := [name for name in missing if not UNUSED.search(name)]:
         raise SourceError(
@@ -278,15 +278,16 @@ def _tie(module: Any, there: set[str]) -> None:
             there.add(other)
 
 
-def _set_buffers(module: Any, location: str) -> None:
+def _set_buffers(module: Any, location: str, held: Iterable[str]) -> None:
     """Compute the buffers that no file holds, such as positions; parameters are still without values and stay so."""
+    theirs = set(held)
     for name, buffer in dict(module.named_buffers()).items():
         _put(module, name, torch.full_like(buffer, UNSET.get(buffer.dtype, 0), device="cpu"))
     with torch.random.fork_rng(devices=()):
         module.initialize_weights()
     for name, buffer in module.named_buffers():
         unset = torch.full_like(buffer, UNSET.get(buffer.dtype, 0))
-        if buffer.dtype in UNSET and buffer.numel() and torch.equal(buffer, unset):
+        if name not in theirs and buffer.dtype in UNSET and buffer.numel() and torch.equal(buffer, unset):
             raise SourceError(
                 f"{location}: {name} of {type(module).__name__} is neither in the files nor computed by transformers;"
                 " the model cannot be run from these files"

@@ -143,7 +143,7 @@ def _is_diffusers(model: Model) -> bool:
 def _diffusers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> tuple[Any, Filled]:
     module = build_denoiser(model)
     names = names_in(module, stored.names)
-    return module, fill(module, stored, names, unused=_unused(model, stored, names), **chosen)
+    return module, fill(module, stored, names, unused=unused(model.folder, stored, names), **chosen)
 
 
 def _transformers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> tuple[Any, Filled]:
@@ -156,7 +156,7 @@ def _transformers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> 
         built.names,
         ties=built.ties,
         zeros=[name for name in built.missing if UNUSED.search(name)],
-        unused=_unused(model, stored, built.names),
+        unused=unused(model.folder, stored, built.names),
         mask_token=_mask_token(model, module, stored) if chosen["activations"] == "static" else None,
         **chosen,
     )
@@ -166,12 +166,12 @@ def _transformers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> 
     return module, filled
 
 
-def _unused(model: Model, stored: StoredModel, names: dict[str, str]) -> list[str]:
+def unused(folder: Path, stored: StoredModel, names: dict[str, str]) -> list[str]:
     """Tensors without a place in the class, such as heads for another task; told, unless every model computes them."""
-    unused = sorted(set(stored.names) - set(names))
-    if strange := [name for name in unused if not COMPUTED.search(name)]:
-        warnings.warn(f"{model.folder}: {listed(strange)} have no place in the model and are left out", stacklevel=5)
-    return unused
+    others = sorted(set(stored.names) - set(names))
+    if strange := [name for name in others if not COMPUTED.search(name)]:
+        warnings.warn(f"{folder}: {listed(strange)} have no place in the model and are left out", stacklevel=5)
+    return others
 
 
 def _mask_token(model: Model, module: Any, stored: StoredModel) -> int | None:

@@ -118,7 +118,16 @@ class StoredModel:
     def records(self) -> Iterator[LayerRecord]:
         """Every row as it was given to the writer, one at a time, in the order of `entries`."""
         for one in self.entries:
-            yield _record(one, self.read_chunk(one))
+            yield self.record(one)
+
+    def record(self, one: LayerEntry) -> LayerRecord:
+        """One row as it was given to the writer.
+
+        Raises:
+            StoreError: as `read_chunk`.
+            ChecksumError: as `read_chunk`.
+        """
+        return _record(one, self.read_chunk(one))
 
     def close(self) -> None:
         """Let go of the files; arrays handed out stay valid, reading is an error."""

@@ -75,7 +75,7 @@ def make_durable(path: str | os.PathLike[str]) -> None:
     Raises:
         StoreError: the disk refuses.
     """
-    with _explained(path):
+    with explained(path):
         fsync(Path(path))
         if os.name == "posix":  # elsewhere a folder cannot be opened
             fsync(Path(path).parent)
@@ -92,7 +92,7 @@ class _Part:
         self._sizes: list[list[PayloadSizes]] = []
 
     def __enter__(self) -> Self:
-        with contextlib.ExitStack() as undo, _explained(self._path):
+        with contextlib.ExitStack() as undo, explained(self._path):
             undo.callback(_unless_gone, self._temporary.unlink)
             self._sink = pa.OSFile(str(self._temporary), "wb")
             undo.callback(_unless_gone, self._sink.close)
@@ -103,7 +103,7 @@ class _Part:
     def append(self, records: Sequence[LayerRecord]) -> None:
         """Write the records as one row group."""
         self._refuse_repetition(records)
-        with _explained(self._path):
+        with explained(self._path):
             self._writer.write_batch(record_batch(records), row_group_size=max(1, len(records)))
         self._sizes.append([payload_sizes(record.payload) for record in records])
 
@@ -111,7 +111,7 @@ class _Part:
         """Write the footer and give the file its name."""
         if not self._seen:
             raise StoreError(f"{self._path}: no records; a file holds at least one layer")
-        with _explained(self._path):
+        with explained(self._path):
             self._writer.close()
             self._sink.close()
             seal(self._temporary, value_offsets(self._temporary, self._sizes))
@@ -150,7 +150,7 @@ def fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever the disk or Arrow says into one StoreError that names the file."""
     try:
         yield

@@ -18,11 +18,13 @@ from arrow_quant_v2.orchestrator import Job, quantize_model
 from arrow_quant_v2.quantizers import quantizer
 from arrow_quant_v2.results import (
     diagnosis_result,
+    generation_result,
     inspection_result,
     quantization_result,
     stats_result,
     validation_result,
 )
+from arrow_quant_v2.runtime.generate import Wish, generate
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.sources.modality import detect_modality
@@ -250,6 +252,45 @@ class ArrowQuantV2:
         files = [str(path) for path in exported.files]
         return {"path": str(output_path), "files": files, "size_mb": exported.tensor_bytes / 1e6}
 
+    def generate(
+        self,
+        quantized_path: PathLike,
+        prompt: str | None = None,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        length: int | None = None,
+        output_path: PathLike | None = None,
+        overwrite: bool = False,
+        device: str = "cpu",
+        step_callback: Callable[[int, int, str], object] | None = None,
+    ) -> dict[str, Any]:
+        """Run a quantized model: uncover text behind a prompt, or make a picture (PNG) or a sound (WAV).
+
+        Text has `length` new tokens in `steps` steps, by default one for each. Pictures and sounds take the pipeline's
+        own number of steps, and go into `output_path`, by default generated.png or generated.wav. The same seed gives
+        the same result on the same machine. `step_callback` is called with (step, steps, text so far).
+
+        Returns `kind, text, path, tokens, steps, seconds, load_seconds, tokens_per_second, seconds_per_step` and
+        `peak_memory_mb` of the process.
+
+        Raises:
+            ConfigurationError: an argument does not fit the model, or a package is missing.
+            SourceError: no quantized model lies there, or none that makes anything.
+            QuantizationError: the model fails.
+            StoreError: the model is damaged, or the result cannot be written.
+        """
+        wish = Wish(
+            prompt=prompt,
+            seed=seed,
+            steps=steps,
+            length=length,
+            device=device,
+            out=None if output_path is None else Path(output_path),
+            overwrite=overwrite,
+        )
+        return generation_result(generate(Path(quantized_path), wish, step_callback or _untold))
+
     def doctor(
         self,
         model_path: PathLike | torch.nn.Module,
@@ -327,6 +368,10 @@ def _component_of(folder: Path) -> str | None:
     path = folder / METADATA
     found = read_json(path).get("component") if path.is_file() else None
     return found if isinstance(found, str) and found else None
+
+
+def _untold(_step: int, _steps: int, _text: str) -> None:
+    pass
 
 
 def _bar(quantized: Path) -> float:

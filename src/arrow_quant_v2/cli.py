@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from arrow_quant_v2 import __version__
-from arrow_quant_v2.cli_progress import told_progress
+from arrow_quant_v2.cli_progress import told_progress, told_steps
 from arrow_quant_v2.cli_tables import print_table
 from arrow_quant_v2.config import DiffusionQuantConfig
 from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, InterruptedRunError
@@ -34,7 +34,7 @@ FAILED, USAGE, BAR_MISSED, INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     name="arrow-quant",
-    help="Diffusion models in 2, 4 or 8 bits: quantize, inspect, validate, convert.",
+    help="Diffusion models in 2, 4 or 8 bits: quantize, inspect, validate, convert, generate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -293,6 +293,33 @@ def convert(model: Quantized, out: NewFolder, *, as_json: AsJson = False, quiet:
         typer.echo(f"{found['path']}: {found['size_mb']:.1f} MB in {_files(found)}")
 
 
+@app.command()
+def generate(
+    model: Quantized,
+    *,
+    prompt: Annotated[
+        str | None, typer.Option(help="what a text begins with or a picture shows; or the number of a class")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="the same one gives the same result")] = 0,
+    steps: Annotated[int | None, typer.Option(help="of denoising; for text one for each token by default")] = None,
+    length: Annotated[int | None, typer.Option(help="new tokens of a text; 128 by default, or what fits")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a file: *.txt, *.png or *.wav; generated.png or .wav by default")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that lies there")] = False,
+    device: Annotated[str, typer.Option(help="where to run, such as cuda")] = "cpu",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a quantized model: text behind a prompt on stdout, or a picture or sound in a file."""
+    with _interruptible(), told_steps(quiet=quiet) as told:
+        made = _api().generate(
+            model, prompt, seed=seed, steps=steps, length=length, output_path=out, overwrite=overwrite,
+            device=device, step_callback=told,
+        )  # fmt: skip
+    _print_generation(made) if not as_json else _print_json(made)
+
+
 def _api() -> ArrowQuantV2:
     from arrow_quant_v2.api import ArrowQuantV2  # noqa: PLC0415 - torch takes seconds, --help must not
 
@@ -373,6 +400,16 @@ def _print_result(result: dict[str, Any]) -> None:
         )
     for reason, count in _kept(result["decisions"]).items():
         typer.echo(f"  {count} kept: {reason}")
+
+
+def _print_generation(made: dict[str, Any]) -> None:
+    """The result on stdout, and how it was made on stderr."""
+    typer.echo(made["path"] if made["text"] is None else made["text"])
+    speed = f"{made['seconds_per_step']:.3g} s/step"
+    if made["tokens_per_second"] is not None:
+        speed = f"{made['tokens']} tokens, {made['tokens_per_second']:.1f} tokens/s, {speed}"
+    memory = "" if made["peak_memory_mb"] is None else f", peak memory {made['peak_memory_mb']:.0f} MB"
+    typer.echo(f"{made['steps']} steps in {made['seconds']:.1f} s, {speed}{memory}", err=True)
 
 
 def _print_stats(found: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +35,39 @@ def told_progress(*, quiet: bool) -> Iterator[Callable[[str, float], object] | N
             yield lambda message, fraction: bar.update(
                 task, description=fitted(message, room), completed=percent(fraction) / 100
             )
+
+
+@contextmanager
+def told_steps(*, quiet: bool) -> Iterator[Callable[[int, int, str], object]]:
+    """A callback for (step, steps, text so far) that shows both on stderr, in place where it is a terminal."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda _step, _steps, _text: None
+    elif not console.is_terminal:
+        yield _step_lines()
+    else:
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            yield lambda step, steps, text: live.update(
+                Group(Text(printable(text)), Text(f"step {step} of {steps}", style="dim")), refresh=True
+            )
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey instead of showing."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+
+
+def _step_lines() -> Callable[[int, int, str], None]:
+    """A line for every step with a text; without one, as for `_lines`."""
+    tell = _lines()
+
+    def tell_step(step: int, steps: int, text: str) -> None:
+        if text:
+            sys.stderr.write(f"{step}/{steps} {printable(text)}\n")
+        else:
+            tell(f"step {step} of {steps}", step / steps)
+
+    return tell_step
 
 
 def percent(fraction: float) -> int:

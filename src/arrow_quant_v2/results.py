@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.doctor import Diagnosis
     from arrow_quant_v2.orchestrator import Job, Outcome
+    from arrow_quant_v2.runtime.generate import Generation
     from arrow_quant_v2.stats_run import StatsOutcome
     from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.validation.weights import LayerAccuracy
@@ -170,3 +171,19 @@ def _layer(chunks: Sequence[LayerEntry]) -> dict[str, Any]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def generation_result(made: Generation) -> dict[str, Any]:
+    """What `ArrowQuantV2.generate` returns."""
+    return {
+        "kind": made.kind,
+        "text": made.text,
+        "path": None if made.path is None else str(made.path),
+        "tokens": made.tokens,
+        "steps": made.steps,
+        "seconds": made.seconds,
+        "load_seconds": made.load_seconds,
+        "tokens_per_second": None if made.tokens is None else made.tokens / max(made.seconds, 1e-9),
+        "seconds_per_step": made.seconds / max(made.steps, 1),
+        "peak_memory_mb": None if made.peak_memory is None else made.peak_memory / 1e6,
+    }

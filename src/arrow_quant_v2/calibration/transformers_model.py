@@ -316,13 +316,23 @@ def tokenizer_of(folder: Path) -> Any:
         return None
     try:
         return installed_transformers().AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False, **_letter_case(folder)
         )
     except Exception as error:
         raise SourceError(
             f"{folder}: its tokenizer cannot be opened ({_first_line(error)}); repair it, or remove its files and give"
             " calibration data as token ids"
         ) from error
+
+
+def _letter_case(folder: Path) -> dict[str, bool]:
+    """Keep capitals where the vocabulary has some and nothing else is said: in small letters they were all unknown."""
+    vocabulary = folder / "vocab.txt"
+    if (folder / "tokenizer_config.json").exists() or not vocabulary.is_file():
+        return {}
+    words = vocabulary.read_text(encoding="utf-8", errors="replace").split()
+    capitals = any(word != word.lower() for word in words if not word.startswith("["))
+    return {"do_lower_case": False} if capitals else {}
 
 
 def mask_token_of(module: Any, tokenizer: Any, asked: int | None) -> int | None:

@@ -44,8 +44,8 @@ class _Batch:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Model:
-    """The model, and what it takes; `mask` is the hidden token."""
+class MaskedModel:
+    """A model that can be called, and what it takes; `mask` is the hidden token, `ordinary` bool (size,) are text."""
 
     module: torch.nn.Module
     vocabulary: Vocabulary
@@ -66,7 +66,7 @@ def own_trajectory(
     Raises:
         QuantizationError: the model cannot be called, or gives no finite logits over its vocabulary.
     """
-    model = _model(runnable)
+    model = masked_model(runnable)
     draw = chance.generator(seed, "own trajectory")
     times = chance.stratified(count, draw)
     here = [min(first + chance.whole(0, USES - 1, draw), count - 1) for first in range(0, count, USES)]
@@ -86,14 +86,19 @@ def generate(
     Raises:
         QuantizationError: as for `own_trajectory`.
     """
-    model = _model(runnable)
+    model = masked_model(runnable)
     batches = _batches(model.vocabulary, times, length, seed)
     made = each_on_one_core(lambda batch: _unmasked(model, batch, seed, steps), batches)
     places = [(i % len(batches), i // len(batches)) for i in range(len(times))]
     return [made[batch][0][row] for batch, row in places], [made[batch][1][row] for batch, row in places]
 
 
-def _model(runnable: Runnable) -> _Model:
+def masked_model(runnable: Runnable) -> MaskedModel:
+    """What is needed to unmask with it.
+
+    Raises:
+        QuantizationError: it takes no tokens, has no mask token, or no other tokens than special ones.
+    """
     vocabulary = vocabulary_of(runnable)
     ordinary = vocabulary.ordinary()
     if vocabulary.mask is None or not ordinary.any():
@@ -102,7 +107,7 @@ def _model(runnable: Runnable) -> _Model:
             f"{type(runnable.module).__name__}: has no {lacking}, so it has no trajectory of its own;"
             " name its mask token, or give calibration data (--calibration)"
         )
-    return _Model(module=runnable.module, vocabulary=vocabulary, mask=vocabulary.mask, ordinary=ordinary)
+    return MaskedModel(module=runnable.module, vocabulary=vocabulary, mask=vocabulary.mask, ordinary=ordinary)
 
 
 def _batches(vocabulary: Vocabulary, times: Sequence[float], length: int | None, seed: int) -> list[_Batch]:
@@ -113,14 +118,14 @@ def _batches(vocabulary: Vocabulary, times: Sequence[float], length: int | None,
 
 
 @torch.no_grad()
-def _unmasked(model: _Model, batch: _Batch, seed: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _unmasked(model: MaskedModel, batch: _Batch, seed: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The states (rows, length) at the batch's times, and the finished sequences."""
     draw = chance.generator(seed, "unmasking", batch.number)
     ids = model.vocabulary.wrapped(torch.full((len(batch.times), batch.inner), model.mask))
     states, wanted = ids.clone(), _wanted(batch, ids.shape[1])
     for step, hidden in enumerate(_schedule(batch.inner, wanted, steps)[1:], start=1):
         if (ids == model.mask).any():
-            ids = _revealed(model, ids, hidden, NOISE * (1.0 - step / steps), draw)
+            ids = revealed(model, ids, hidden, NOISE * (1.0 - step / steps), draw)
         states = torch.where((hidden == wanted)[:, None], ids, states)
     return states, ids
 
@@ -143,8 +148,8 @@ def _schedule(inner: int, wanted: torch.Tensor, steps: int) -> torch.Tensor:
     return table
 
 
-def _revealed(
-    model: _Model, ids: torch.Tensor, hidden: torch.Tensor, noise: float, draw: torch.Generator
+def revealed(
+    model: MaskedModel, ids: torch.Tensor, hidden: torch.Tensor, noise: float, draw: torch.Generator
 ) -> torch.Tensor:
     """The ids (rows, length) with tokens sampled in the surest places, such that `hidden` (rows,) stay hidden."""
     masked = ids == model.mask
@@ -167,7 +172,7 @@ def _gumbel(count: int, draw: torch.Generator) -> torch.Tensor:
     return -exponential.clamp(min=1e-30).log()
 
 
-def _logits(model: _Model, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: MaskedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits (rows, length, size of the vocabulary or more)."""
     name = type(model.module).__name__
     try:

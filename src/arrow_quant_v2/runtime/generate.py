@@ -1,0 +1,165 @@
+"""One door for text, pictures and sounds: which kind a folder makes, and how long it took. Holds no work of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arrow_quant_v2.calibration.runnable import Runnable
+from arrow_quant_v2.calibration.transformers_model import mask_token_of, tokenizer_of
+from arrow_quant_v2.errors import ConfigurationError, SourceError
+from arrow_quant_v2.runtime.generate_pipeline import ending_of, generate_file, open_whole_pipeline
+from arrow_quant_v2.runtime.generate_text import generate_text
+from arrow_quant_v2.runtime.load import METADATA, load
+from arrow_quant_v2.sources.files import read_json
+from arrow_quant_v2.sources.folder import PIPELINE
+from arrow_quant_v2.sources.modality import detect_modality
+from arrow_quant_v2.store.writer import explained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Told = Callable[[int, int, str], object]
+
+CONFIG = "config.json"
+DEFAULT_NAME = "generated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be made; None: as the model has it.
+
+    prompt    what a text begins with, a picture shows, or a sound is; or the number of a class
+    steps     of denoising
+    length    hidden tokens behind the prompt, for text alone
+    device    where it runs
+    out       the file to write; for text it is shown alone where there is none
+    """
+
+    prompt: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    length: int | None = None
+    device: str = "cpu"
+    out: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What was made: `kind` text, image or audio; `seconds` without loading; `peak_memory` in bytes of the process."""
+
+    kind: str
+    text: str | None
+    path: Path | None
+    tokens: int | None
+    steps: int
+    seconds: float
+    load_seconds: float
+    peak_memory: int | None
+
+
+def generate(folder: Path, wish: Wish, told: Told) -> Generation:
+    """Run the model of a folder; `told` is called with (step, steps, text so far, or "") after each step.
+
+    Raises:
+        ConfigurationError: the wish does not fit the model, or a package is missing.
+        SourceError: no model lies there, or it is of a kind that makes nothing.
+        StoreError: a stored model is damaged, or the result cannot be written.
+        QuantizationError: the model fails.
+    """
+    if (folder / PIPELINE).is_file():
+        return _of_pipeline(folder, wish, told)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if "_class_name" in config:
+        raise SourceError(
+            f"{folder}: is one part of a pipeline, a {config['_class_name']}; give the pipeline's folder, which has a"
+            f" {PIPELINE}"
+        )
+    if not config:
+        raise SourceError(f"{folder}: has neither {PIPELINE} nor {CONFIG}; give a model folder, such as quantize wrote")
+    return _of_text_model(folder, wish, told)
+
+
+def _of_text_model(folder: Path, wish: Wish, told: Told) -> Generation:
+    out = None if wish.out is None else _allowed(wish.out, wish, ".txt")
+    start = time.perf_counter()
+    runnable = _text_model(folder, wish.device)
+    loaded = time.perf_counter()
+    made = generate_text(runnable, wish.prompt or "", seed=wish.seed, steps=wish.steps, length=wish.length, told=told)
+    seconds = time.perf_counter() - loaded
+    if out is not None:
+        with explained(out):
+            out.write_text(made.text + "\n", encoding="utf-8")
+    return Generation(
+        kind="text",
+        text=made.text,
+        path=out,
+        tokens=made.tokens,
+        steps=made.steps,
+        seconds=seconds,
+        load_seconds=loaded - start,
+        peak_memory=peak_memory(),
+    )
+
+
+def _text_model(folder: Path, device: str) -> Runnable:
+    module = load(folder, device)
+    tokenizer = tokenizer_of(folder)
+    mask = mask_token_of(module, tokenizer, _stated_mask(folder))
+    return Runnable(module=module, modality="text", names={}, tokenizer=tokenizer, mask_token=mask)
+
+
+def _stated_mask(folder: Path) -> int | None:
+    """The mask token that was given when the model was quantized."""
+    settings = read_json(folder / METADATA).get("configuration") if (folder / METADATA).is_file() else None
+    stated = settings.get("mask_token") if isinstance(settings, dict) else None
+    return stated if isinstance(stated, int) else None
+
+
+def _of_pipeline(folder: Path, wish: Wish, told: Told) -> Generation:
+    if wish.steps is not None and wish.steps < 1:
+        raise ConfigurationError(f"steps is {wish.steps}; allowed: 1 and more")
+    if wish.length is not None:
+        raise ConfigurationError(f"{folder}: is a pipeline, whose results have no length in tokens; leave --length out")
+    ending = ending_of(detect_modality(folder, ""))
+    out = _allowed(wish.out or Path(DEFAULT_NAME + ending), wish, ending)
+    start = time.perf_counter()
+    pipeline = open_whole_pipeline(folder, wish.device)
+    loaded = time.perf_counter()
+    made = generate_file(pipeline, wish.prompt, out, seed=wish.seed, steps=wish.steps, told=told)
+    return Generation(
+        kind=made.kind,
+        text=None,
+        path=made.path,
+        tokens=None,
+        steps=made.steps,
+        seconds=time.perf_counter() - loaded,
+        load_seconds=loaded - start,
+        peak_memory=peak_memory(),
+    )
+
+
+def _allowed(out: Path, wish: Wish, ending: str) -> Path:
+    """The file to write, refused before any work where it cannot be."""
+    if out.suffix.lower() != ending:
+        raise ConfigurationError(f"{out}: the result is written as *{ending}; give --out such a name")
+    if out.exists() and not wish.overwrite:
+        raise ConfigurationError(f"{out}: exists; choose another name with --out, or say --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise ConfigurationError(f"{out}: its folder does not exist; make it first")
+    return out
+
+
+def peak_memory() -> int | None:
+    """The most bytes that this process held at once; None on systems that do not tell."""
+    if os.name != "posix":
+        return None
+    import resource  # noqa: PLC0415 - not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

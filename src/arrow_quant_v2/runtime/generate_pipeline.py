@@ -1,0 +1,231 @@
+"""Pictures and sounds from a pipeline of diffusers; knows which arguments a pipeline takes, not what they do.
+
+Only classes of diffusers and transformers are built. Nothing is written before it is whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import wave
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from arrow_quant_v2.calibration.pipelines import installed
+from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
+from arrow_quant_v2.runtime.load import load_pipeline
+from arrow_quant_v2.sources.files import read_json
+from arrow_quant_v2.sources.folder import PIPELINE
+from arrow_quant_v2.store.writer import explained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+    Told = Callable[[int, int, str], object]
+
+LIBRARIES = ("diffusers", "transformers")
+RATES = (("vae", "sampling_rate"), ("vocoder", "sampling_rate"), ("unet", "sample_rate"), ("mel", "sample_rate"))
+LOUDEST = 32767  # of 16 bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedFile:
+    """What was written, and in how many steps of the denoiser."""
+
+    path: Path
+    kind: str
+    steps: int
+
+
+def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
+    """The pipeline with all its parts, the quantized one packed; in the dtype of its weights, on a CPU not in float16.
+
+    Raises:
+        ConfigurationError: diffusers is not installed.
+        SourceError: the folder names a class that is none of diffusers or transformers, or a part cannot be loaded.
+    """
+    try:
+        diffusers = installed("diffusers")
+    except QuantizationError as error:
+        raise ConfigurationError(str(error)) from error
+    _refuse_strangers(diffusers, folder / PIPELINE)
+    pipeline = load_pipeline(folder, device)
+    if device == "cpu" and pipeline.dtype == torch.float16:  # which few of its operators know
+        pipeline = pipeline.to(torch.float32)
+    return pipeline
+
+
+def _refuse_strangers(diffusers: Any, index: Path) -> None:
+    """Refuse a pipeline of which a part is to be imported from anywhere else: an import runs code."""
+    pipelines = importlib.import_module("diffusers.pipelines")
+    entries = read_json(index)
+    parts = {name: entry for name, entry in entries.items() if isinstance(entry, list) and entry and entry[0]}
+    for name, entry in parts.items():
+        if entry[0] not in LIBRARIES and not hasattr(pipelines, str(entry[0])):
+            raise SourceError(f"{index}: {name} is {entry}; only classes of {' and '.join(LIBRARIES)} are run")
+    if entries.get("_class_name") not in diffusers.__all__:
+        raise SourceError(
+            f"{index}: {entries.get('_class_name')!r} is no pipeline of diffusers {diffusers.__version__}; upgrade it"
+        )
+
+
+def ending_of(modality: str) -> str:
+    """How the name of a result ends: ".png" or ".wav"."""
+    return ".wav" if modality == "audio" else ".png"
+
+
+def generate_file(
+    pipeline: Any, prompt: str | None, out: Path, *, seed: int, steps: int | None, told: Told
+) -> GeneratedFile:
+    """Run the pipeline and write its first picture as PNG, or its first sound as WAV of 16 bits, to `out`.
+
+    `told` is called with (step, steps, "") after each step of the denoiser.
+
+    Raises:
+        ConfigurationError: the pipeline takes no prompt, or needs one or something else; or `out` has a wrong ending.
+        QuantizationError: it fails, or gives neither pictures nor sounds.
+        StoreError: the disk refuses.
+    """
+    counted: list[int] = []
+    arguments = _arguments(pipeline, prompt, steps, seed)
+    pipeline.progress_bar = lambda *given, **named: _Steps(counted, told, *given, **named)
+    try:
+        output = pipeline(**arguments)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise QuantizationError(f"{type(pipeline).__name__}: fails: {_first_line(error)}") from error
+    kind = _write(pipeline, output, out)
+    return GeneratedFile(path=out, kind=kind, steps=len(counted))
+
+
+class _Steps:
+    """Stands in for the progress bar that every pipeline makes around its steps, by iteration or by `update`."""
+
+    def __init__(self, counted: list[int], told: Told, iterable: Any = None, total: int | None = None) -> None:
+        self._counted, self._told, self._iterable = counted, told, iterable
+        self._total = total if iterable is None else len(iterable)
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in self._iterable:
+            yield one
+            self.update()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: int = 1) -> None:
+        """Note `count` more steps."""
+        self._counted.extend([1] * count)
+        self._told(len(self._counted), max(self._total or 0, len(self._counted)), "")
+
+
+# What it is given
+
+
+def _arguments(pipeline: Any, prompt: str | None, steps: int | None, seed: int) -> dict[str, Any]:
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    given: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)} if "generator" in takes else {}
+    if steps is not None:
+        given["num_inference_steps"] = steps
+    given |= _said(pipeline, prompt, takes)
+    required = [n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [name for name in required if name not in given and name != "self"]
+    if missing:
+        raise ConfigurationError(
+            f"{type(pipeline).__name__}: also needs {', '.join(missing)}; call it from Python, where it can be given:"
+            " diffusers.DiffusionPipeline.from_pretrained(FOLDER)"
+        )
+    return given
+
+
+def _said(pipeline: Any, prompt: str | None, takes: Any) -> dict[str, Any]:
+    """The prompt as this pipeline takes it: as words, or as the number or name of a class."""
+    name = type(pipeline).__name__
+    if "prompt" in takes:
+        if prompt is None:
+            raise ConfigurationError(f"{name}: makes what a text says; give one with --prompt")
+        return {"prompt": prompt}
+    if "class_labels" in takes:
+        return {"class_labels": [_class_label(pipeline, prompt)]}
+    if prompt:
+        raise ConfigurationError(f"{name}: takes no prompt; leave --prompt out")
+    return {}
+
+
+def _class_label(pipeline: Any, prompt: str | None) -> int:
+    labels: dict[str, int] = getattr(pipeline, "labels", None) or {}
+    if prompt is not None and prompt.strip().isdecimal():
+        return int(prompt)
+    if prompt in labels:
+        return int(labels[prompt])
+    known = f" or a name such as {', '.join(sorted(labels)[:3])}" if labels else ""
+    raise ConfigurationError(
+        f"{type(pipeline).__name__}: makes pictures of classes, and the prompt is {prompt!r};"
+        f" give the number of a class{known} with --prompt"
+    )
+
+
+# What it makes
+
+
+def _write(pipeline: Any, output: Any, out: Path) -> str:
+    """Write the first result under a temporary name, then rename it; give what it is."""
+    pictures, sounds = getattr(output, "images", None), getattr(output, "audios", None)
+    if pictures is not None and len(pictures):
+        _replace(out, lambda path: pictures[0].save(path, format="PNG"))
+        return "image"
+    if sounds is not None and len(sounds):
+        samples, rate = _samples(sounds[0]), _rate(pipeline)
+        _replace(out, lambda path: _write_wave(path, samples, rate))
+        return "audio"
+    raise QuantizationError(
+        f"{type(pipeline).__name__}: gives {', '.join(output) or 'nothing'}; only pictures and sounds are written:"
+        " call it from Python"
+    )
+
+
+def _replace(out: Path, write: Callable[[Path], object]) -> None:
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        with explained(out):
+            write(temporary)
+            temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _samples(sound: Any) -> NDArray[np.int16]:
+    """Samples (n, channels) of 16 bits, from floats (n,) or (channels, n) within -1 and 1."""
+    values = np.atleast_2d(np.asarray(sound.detach().float().cpu() if isinstance(sound, torch.Tensor) else sound))
+    samples: NDArray[np.int16] = np.rint(np.clip(np.nan_to_num(values.T), -1.0, 1.0) * LOUDEST).astype("<i2")
+    return samples
+
+
+def _rate(pipeline: Any) -> int:
+    for part, name in RATES:
+        module = getattr(pipeline, part, None)
+        found = getattr(getattr(module, "config", None), name, None) or getattr(module, name, None)
+        if found:
+            return int(found)
+    raise QuantizationError(f"{type(pipeline).__name__}: none of its parts tells the samples per second")
+
+
+def _write_wave(path: Path, samples: NDArray[np.int16], rate: int) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(np.ascontiguousarray(samples).tobytes())
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]

@@ -17,8 +17,7 @@ ORDER = (
     "errors", "decisions", "packed", "config", "progress", "time_groups", "kernels", "engines", "store", "sources",
     "calibration", "runtime", "plan", "quantizers", "one_tensor", "validation", "sequential", "layers", "budget",
     "workfolder", "publish", "export", "doctor", "preparation", "forecast", "calibrated_run", "stats_reuse",
-    "stats_run", "orchestrator", "results", "api", "cli_progress",
-    "cli_tables", "cli",
+    "stats_run", "orchestrator", "results", "api", "cli_progress", "cli_tables", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}
 FREE = {"__init__", "__main__"}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from small_library_models import BY_NAME
 from small_pipelines import PIPELINES
@@ -135,6 +136,29 @@ def test_a_model_type_that_transformers_does_not_know(text: Path, tmp_path: Path
     (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "oddity"}))
     with pytest.raises(SourceError, match="does not know this model"):
         ArrowQuantV2().generate(tmp_path / "odd")
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized DiffusionGemma, whose canvas is 8 tokens, with a vocabulary of 60 words."""
+    root = tmp_path_factory.mktemp("blocks")
+    source = BY_NAME["DiffusionGemmaForBlockDiffusion"].save(root / "source")
+    (root / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    transformers.BertTokenizer(str(root / "vocab.txt")).save_pretrained(source)
+    return quantized(source, root / "out", modality="text")
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_a_model_of_block_diffusion_writes_in_its_own_way(blocks: Path) -> None:
+    steps = Steps([])
+    make = partial(ArrowQuantV2().generate, blocks, "w1 w2", length=16, steps=3)
+    one, same, other = make(seed=1, step_callback=steps), make(seed=1), make(seed=2)
+    assert one["text"] == same["text"] != other["text"]
+    assert one["text"].startswith("w1 w2")
+    assert 1 <= one["tokens"] <= 16
+    assert one["steps"] == len(steps.told) <= 6
+    with pytest.raises(ConfigurationError, match="length is 0"):
+        make(length=0)
 
 
 # Pictures and sounds

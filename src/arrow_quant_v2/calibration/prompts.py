@@ -67,7 +67,7 @@ def encode(module: nn.Module, prompts: Sequence[str]) -> list[Encoded]:
     if not (folder.parent / PIPELINE).is_file():
         raise QuantizationError("no pipeline lies around the model")
     try:
-        with _quietly(), torch.random.fork_rng(devices=[]):
+        with quietly(), torch.random.fork_rng(devices=[]):
             pipeline = _text_pipeline(folder.parent, folder.name, module)
             # All in one piece: a tokenizer keeps its padding in itself while it works, so it serves one thread.
             (said,) = each_on_one_core(lambda texts: _all_said(pipeline, texts), [prompts])
@@ -168,7 +168,7 @@ def _with_zeros(root: Path, prompts: Sequence[str], said: list[Encoded]) -> list
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bars and no advice from the libraries while a person waits for our own."""
     packages = [installed(f"{name}.utils.logging") for name in ("transformers", "diffusers")]
     before = [(p.get_verbosity(), p.is_progress_bar_enabled()) for p in packages]

@@ -173,10 +173,11 @@ def _gumbel(count: int, draw: torch.Generator) -> torch.Tensor:
 
 
 def _logits(model: MaskedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (rows, length, size of the vocabulary or more)."""
+    """Logits (rows, length, size of the vocabulary or more), where the ids lie, wherever the model runs."""
     name = type(model.module).__name__
+    device = next((parameter.device for parameter in model.module.parameters()), ids.device)
     try:
-        output = model.module(**keywords(model.module, ids))
+        output = model.module(**keywords(model.module, ids.to(device)))
     except ArrowQuantError:
         raise
     except Exception as error:
@@ -187,6 +188,6 @@ def _logits(model: MaskedModel, ids: torch.Tensor) -> torch.Tensor:
     logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
     needed = (*ids.shape, model.vocabulary.size)
     if isinstance(logits, torch.Tensor) and logits.shape[:2] == ids.shape and logits.shape[2:] >= needed[2:]:
-        return logits
+        return logits.to(ids.device)
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     raise QuantizationError(f"{name}: gives {found}; logits {needed} are needed for a trajectory of its own")

@@ -13,7 +13,7 @@ from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.transformers_model import mask_token_of, tokenizer_of
 from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.runtime.generate_pipeline import ending_of, generate_file, open_whole_pipeline
-from arrow_quant_v2.runtime.generate_text import generate_text
+from arrow_quant_v2.runtime.generate_text import generate_blocks, generate_text, in_blocks
 from arrow_quant_v2.runtime.load import METADATA, load
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import PIPELINE
@@ -90,7 +90,8 @@ def _of_text_model(folder: Path, wish: Wish, told: Told) -> Generation:
     start = time.perf_counter()
     runnable = _text_model(folder, wish.device)
     loaded = time.perf_counter()
-    made = generate_text(runnable, wish.prompt or "", seed=wish.seed, steps=wish.steps, length=wish.length, told=told)
+    write = generate_blocks if in_blocks(runnable) else generate_text
+    made = write(runnable, wish.prompt or "", seed=wish.seed, steps=wish.steps, length=wish.length, told=told)
     seconds = time.perf_counter() - loaded
     if out is not None:
         with explained(out):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from arrow_quant_v2.calibration.pipelines import installed
+from arrow_quant_v2.calibration.prompts import quietly
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.runtime.load import load_pipeline
 from arrow_quant_v2.sources.files import read_json
@@ -56,7 +57,8 @@ def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
     except QuantizationError as error:
         raise ConfigurationError(str(error)) from error
     _refuse_strangers(diffusers, folder / PIPELINE)
-    pipeline = load_pipeline(folder, device)
+    with quietly():
+        pipeline = load_pipeline(folder, device)
     if device == "cpu" and pipeline.dtype == torch.float16:  # which few of its operators know
         pipeline = pipeline.to(torch.float32)
     return pipeline

@@ -1,7 +1,8 @@
 """Text from a masked diffusion model: everything behind a prompt is hidden, and uncovered step by step.
 
 As calibration/unmasking.py does it: low-confidence remasking (LLaDA, arXiv 2502.09992) at temperature 1, with the
-fading noise of MaskGIT. Knows nothing of files.
+fading noise of MaskGIT. Models of block diffusion, which have no mask token, bring a way of their own. Knows nothing of
+files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.tokens import LENGTH
 from arrow_quant_v2.calibration.unmasking import NOISE, masked_model, revealed
-from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +62,67 @@ def generate_text(
     return GeneratedText(text=shown, tokens=length, steps=steps)
 
 
+def in_blocks(runnable: Runnable) -> bool:
+    """Whether the model denoises block by block by its own `generate`, as DiffusionGemma does."""
+    return hasattr(runnable.module, "generate") and hasattr(runnable.module.config, "canvas_length")
+
+
+def generate_blocks(
+    runnable: Runnable, prompt: str, *, seed: int, steps: int | None, length: int | None, told: Told
+) -> GeneratedText:
+    """At least `length` tokens behind the prompt, in whole blocks, or until the model ends the text.
+
+    `steps` are those of one block at most; None: as generation_config.json has it. `told` and the seed are as for
+    `generate_text`.
+
+    Raises:
+        ConfigurationError: there is no tokenizer, or the length or the steps are not allowed.
+        QuantizationError: the model fails.
+    """
+    if runnable.tokenizer is None:
+        raise _without_tokenizer(runnable)
+    ids = torch.tensor([runnable.tokenizer(prompt)["input_ids"]])
+    if any(asked is not None and asked < 1 for asked in (length, steps)):
+        raise ConfigurationError(f"length is {length} and steps is {steps}; allowed: 1 and more")
+    drafts = _Drafts(runnable.tokenizer, told)
+    wish = {"max_new_tokens": length or LENGTH} | ({} if steps is None else {"max_denoising_steps": steps})
+    made = _own_generate(runnable, ids, seed, wish | {"streamer": drafts, "disable_compile": True})
+    text = str(runnable.tokenizer.decode(made, skip_special_tokens=True))
+    return GeneratedText(text=text, tokens=len(made) - ids.shape[1], steps=drafts.count)
+
+
+def _own_generate(runnable: Runnable, ids: torch.Tensor, seed: int, asked: dict[str, Any]) -> list[int]:
+    module: Any = runnable.module
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            output = module.generate(ids.to(module.device), **asked)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise QuantizationError(f"{type(module).__name__}: its generate fails: {error}") from error
+    found: list[int] = getattr(output, "sequences", output)[0].tolist()
+    return found
+
+
+class _Drafts:
+    """What `generate` of transformers tells: the prompt and finished blocks by `put`, drafts by `put_draft`."""
+
+    def __init__(self, tokenizer: Any, told: Told) -> None:
+        self._tokenizer, self._told = tokenizer, told
+        self._finished: list[int] = []
+        self.count = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._finished += value.flatten().tolist()
+
+    def put_draft(self, value: torch.Tensor) -> None:
+        self.count += 1
+        ids = [*self._finished, *value.flatten().tolist()]
+        self._told(self.count, self.count, str(self._tokenizer.decode(ids, skip_special_tokens=True)))
+
+    def end(self) -> None:
+        pass
+
+
 def _model(runnable: Runnable) -> MaskedModel:
     name = type(runnable.module).__name__
     if runnable.mask_token is None:
@@ -69,10 +131,15 @@ def _model(runnable: Runnable) -> MaskedModel:
             " config.json (mask_token_id) names it"
         )
     if runnable.tokenizer is None:
-        raise ConfigurationError(
-            f"{name}: no tokenizer lies beside its weights; put its files (tokenizer.json or vocab.txt) into the folder"
-        )
+        raise _without_tokenizer(runnable)
     return masked_model(runnable)
+
+
+def _without_tokenizer(runnable: Runnable) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(runnable.module).__name__}: no tokenizer lies beside its weights; put its files (tokenizer.json or"
+        " vocab.txt) into the folder"
+    )
 
 
 def _start(model: MaskedModel, runnable: Runnable, prompt: str, length: int | None) -> tuple[torch.Tensor, int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import json
 import os
 import re
 import reprlib
@@ -225,7 +226,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             ConfigurationError: the file cannot be written.
         """
         settings = self.model_dump(mode="json")
-        readable = BREAKS.isdisjoint("".join(str(value) for value in settings.values()))
+        readable = BREAKS.isdisjoint(json.dumps(settings, ensure_ascii=False))
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=readable)
         if path is not None:
             try:

@@ -1,6 +1,6 @@
 """Seconds of one denoising step under each peer on the CPU, beside the original in the same process.
 
-Run it with the peers' own Python: .venv-peers/bin/python bench/peers/speed.py --folder bench/out/speed. The folder holds
+Run it with the peers' own Python: .venv-peers/bin/python bench/peers/speed.py --folder bench/out/speed. There lie
 the models as bench/speed.py wrote them. Every cell (model x peer x bits) runs in a process of its own, so that a peer
 that fails costs its own cell only; it says so with its own error.
 """
@@ -35,8 +35,12 @@ def with_torchao(model: nn.Module, bits: int) -> None:
 
 def with_torchao_int8(model: nn.Module, bits: int) -> None:
     """Inputs rounded to 8 bits too, row by row."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8DynamicActivationIntxWeightConfig
-    from torchao.quantization import PerGroup, quantize_
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        PerGroup,
+        quantize_,
+    )
 
     narrow = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(GROUP))
     quantize_(model, Int8DynamicActivationInt8WeightConfig() if bits == 8 else narrow)

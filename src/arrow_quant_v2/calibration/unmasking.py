@@ -175,9 +175,9 @@ def _gumbel(count: int, draw: torch.Generator) -> torch.Tensor:
 def _logits(model: MaskedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits (rows, length, size of the vocabulary or more), where the ids lie, wherever the model runs."""
     name = type(model.module).__name__
-    device = next((parameter.device for parameter in model.module.parameters()), ids.device)
+    devices = (parameter.device for parameter in model.module.parameters() if not parameter.is_meta)  # on demand
     try:
-        output = model.module(**keywords(model.module, ids.to(device)))
+        output = model.module(**keywords(model.module, ids.to(next(devices, ids.device))))
     except ArrowQuantError:
         raise
     except Exception as error:

@@ -306,3 +306,33 @@ def test_arrow_quant_kernels_reference_runs_without_the_library() -> None:
     command = [sys.executable, "-W", "error", "-c", USE_THE_REFERENCE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "torch.Size([3, 40])\n"), done.stderr
+
+
+AFTER_A_FORK = """
+import os, torch
+from arrow_quant_v2.kernels import cpu, ops
+cpu.activate()
+torch.set_num_threads(2)
+weight = torch.randn(512, 4096)
+before = ops.quantize(weight, 4, 64, False, [])[0]
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(ops.quantize(weight, 4, 64, False, [])[0], before) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU's OpenMP on Linux alone")
+def test_torchs_own_threads_do_the_work_and_a_fork_goes_on_without_them() -> None:
+    cpu.activate()
+    library = native.open_library(native.find_library() or pytest.fail("the kernels were not built"))
+    assert native.share_team(library, Path(torch.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AFTER_A_FORK], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "0"
+
+
+def test_threads_of_our_own_do_where_torch_has_no_openmp(tmp_path: Path) -> None:
+    library = native.open_library(native.find_library() or pytest.fail("the kernels were not built"))
+    assert not native.share_team(library, tmp_path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import warnings
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,10 @@ from torch import Tensor
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.kernels import linear_cpu, ops, reference
 from arrow_quant_v2.kernels.linear_cpu import DTYPES
-from arrow_quant_v2.kernels.native import find_library, open_library
+from arrow_quant_v2.kernels.native import find_library, open_library, share_team
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 ISAS = ("avx512vnni", "avx512", "avx2", "neon", "portable")
 """Instruction sets that a library may have, best first."""
@@ -255,6 +256,8 @@ def _activate() -> str:
     if library is None:
         return "reference"
     register(library)
+    if sys.platform == "linux":
+        share_team(library, Path(torch.__file__).parent)
     return str(library.aq_isa().decode())
 
 

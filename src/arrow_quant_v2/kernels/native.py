@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import arrow_quant_v2.kernels as here
 from arrow_quant_v2.errors import ConfigurationError
 
 LIBRARY = "libarrow_quant_kernels.so"
-ABI = 4
+ABI = 5
 
 
 def find_library() -> Path | None:
@@ -34,3 +35,19 @@ def open_library(path: Path) -> ctypes.CDLL:
             f"{path}: its kernels have ABI {library.aq_abi()}, this package needs {ABI}; reinstall"
         )
     return library
+
+
+def share_team(library: ctypes.CDLL, torch_folder: Path) -> bool:
+    """Let the library's rows be shared by torch's own OpenMP threads; False where torch did not load GNU's.
+
+    torch's threads spin for some milliseconds after each of its calls: others would have to share the cores with them.
+    """
+    places = (torch_folder / "lib", torch_folder.with_name("torch.libs"))
+    for path in (path for place in places for path in sorted(place.glob("libgomp*.so*"))):
+        try:
+            openmp = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)  # the one that torch runs, or none
+        except OSError:
+            continue
+        library.aq_use_team(openmp.GOMP_parallel)
+        return True
+    return False

@@ -1,10 +1,14 @@
 // The library's door: a plain C ABI, the choice of instruction set, and threads over rows.
 //
-// Threads are started for one call and joined before it returns: no pool of ours waits beside torch's, a fork in
-// between is safe, and each row is written by one thread, so results do not depend on how many there are.
+// No pool of ours waits beside torch's: the rows of a call are shared by torch's own OpenMP threads, which spin for a
+// while after torch's last call and would take the cores from any others; where there are none, or after a fork, which
+// they do not survive, by threads that are started for the call. Each row is written by one thread, so results do not
+// depend on how many there are.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -13,6 +17,10 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #endif
 
 #if defined(__x86_64__)
@@ -85,24 +93,38 @@ const KernelTable* best() {
 
 std::atomic<const KernelTable*> chosen{best()};
 
+// GOMP_parallel of libgomp: run a function with this data in so many threads, of which the caller is one.
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Team> team{nullptr};
+
+template <class Share>
+void in_threads(Share& share, int count) {
+  const Team running = team.load();
+  if (count > 1 && running) {
+    running([](void* what) { (*static_cast<Share*>(what))(); }, &share, (unsigned)count, 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < count; i++) others.emplace_back(std::ref(share));
+  } catch (const std::system_error&) {  // no more threads to be had: those that started do the work
+  }
+  share();
+  for (std::thread& other : others) other.join();
+}
+
 template <class Ask, class Kernel>
 void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int threads) {
   const int64_t width = columns ? columns : 1, even_share = rows / (threads * CHUNKS_OF_A_THREAD);
   int64_t step = std::max(CHUNK_VALUES / width, std::min(even_share, MOST_CHUNK_VALUES / width));
   step = step < 1 ? 1 : step;
   std::atomic<int64_t> next{0};
-  const auto share = [&] {
+  auto share = [&] {
     for (int64_t first = next.fetch_add(step); first < rows; first = next.fetch_add(step))
       kernel(ask, first, first + step < rows ? first + step : rows);
   };
-  const int64_t useful = (rows + step - 1) / step;
-  std::vector<std::thread> others;
-  try {
-    for (int64_t i = 1; i < threads && i < useful; i++) others.emplace_back(share);
-  } catch (const std::system_error&) {  // no more threads to be had: those that started do the work
-  }
-  share();
-  for (std::thread& other : others) other.join();
+  const int64_t useful = std::min<int64_t>(threads, (rows + step - 1) / step);
+  in_threads(share, (int)useful);
 }
 
 // A fresh result costs a page fault every 4 KiB, which can take longer than filling it; large pages make that one every
@@ -122,7 +144,16 @@ int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 4; }
+AQ_EXPORT int aq_abi() { return 5; }
+
+// Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
+AQ_EXPORT void aq_use_team(Team gomp_parallel) {
+#if defined(__unix__) || defined(__APPLE__)
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { team = nullptr; }); });
+#endif
+  team = gomp_parallel;
+}
 
 AQ_EXPORT const char* aq_isa() { return chosen.load()->name; }
 

@@ -17,12 +17,12 @@ from arrow_quant_v2 import (
     ArrowQuantizer,
     ArrowQuantV2,
     ConfigurationError,
-    Decision,
     DiffusionQuantConfig,
     QuantizationError,
     ValidationError,
 )
 from arrow_quant_v2 import layers as layers_room
+from arrow_quant_v2.decisions import Decision
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.sources.folder import open_model
 

@@ -53,6 +53,7 @@ def test_only_a_long_last_axis_makes_experts() -> None:
         ((), "float32", "a bias, norm or other 1-D tensor"),
         ((31, 33), "float32", "only 1023 elements, fewer than 1024"),
         ((0, 4096), "float32", "only 0 elements, fewer than 1024"),
+        ((1, 1024, 64), "float32", "a table that is added, such as one of positions, no weight"),
         ((64, 64), "int64", "int64 values are no weights"),
         ((64, 64), "bool", "bool values are no weights"),
         ((4096, 1), "float32", "int4 with its parameters would not be smaller than float32"),

@@ -146,6 +146,8 @@ def reason_not_to_quantize(tensor: TensorInfo) -> str | None:
         return f"{tensor.dtype} values are no weights"
     if len(tensor.shape) < 2:  # noqa: PLR2004 - a matrix
         return "a bias, norm or other 1-D tensor"
+    if quant_axis(tensor.shape) == 2 and tensor.shape[0] == 1:  # noqa: PLR2004 - a stack of experts
+        return "a table that is added, such as one of positions, no weight"
     if tensor.numel < FEWEST_WEIGHTS:
         return f"only {tensor.numel} elements, fewer than {FEWEST_WEIGHTS}"
     return None

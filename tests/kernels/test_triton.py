@@ -1,4 +1,4 @@
-"""The Triton kernel under its interpreter, on the CPU: it agrees with the meaning of the ops, whatever the sizes."""
+"""The Triton kernel, on a GPU or under its interpreter: it agrees with the meaning of the ops, whatever the sizes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 ROWS = 70
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {  # columns and group: many groups, one group, a ragged tail, groups that no tile divides
     "groups of 64": (256, 64),
     "groups of 32, ragged": (100, 32),
@@ -32,10 +33,8 @@ SIZES = {  # columns and group: many groups, one group, a ragged tail, groups th
 
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    """The implementations that are registered for CUDA, interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.import_module("arrow_quant_v2.kernels.triton_cuda")
+    """The implementations that are registered for CUDA; tests/conftest.py has them interpreted where there is none."""
+    return importlib.import_module("arrow_quant_v2.kernels.triton_cuda")
 
 
 def weight(columns: int, group: int, bits: Any, method: str, *, symmetric: bool = False) -> tuple[Any, ...]:
@@ -54,8 +53,15 @@ def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
 
 
+def on_its_device(kernels: ModuleType, op: str, *given: Any) -> torch.Tensor:
+    """The result of the kernel, on the CPU."""
+    there = [one.to(DEVICE) if isinstance(one, torch.Tensor) else one for one in given]
+    result: torch.Tensor = getattr(kernels, f"{op}_cuda")(*there)
+    return result.cpu()
+
+
 def agree(kernels: ModuleType, op: str, x: torch.Tensor, *further: Any) -> None:
-    found = getattr(kernels, f"{op}_cuda")(x, *further)
+    found = on_its_device(kernels, op, x, *further)
     expected = getattr(products, op)(x, *further)
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
@@ -101,7 +107,7 @@ def test_leading_axes_and_nothing_at_all(kernels: ModuleType) -> None:
 def test_what_is_not_a_number_stays_so_in_its_own_row(kernels: ModuleType, op: str, further: tuple[Any, ...]) -> None:
     x = inputs(3, 128)
     x[1, 70] = torch.nan
-    found = getattr(kernels, f"{op}_cuda")(x, *weight(128, 64, 4, "rtn"), None, 4, 64, "affine", *further)
+    found = on_its_device(kernels, op, x, *weight(128, 64, 4, "rtn"), None, 4, 64, "affine", *further)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
 

@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench/out/speed"))
     parser.add_argument("--models", nargs="+", choices=ORIGINALS, default=list(ORIGINALS))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", type=Path, help="what bench/peers/speed.py measured")
     parser.add_argument("--write", action="store_true", help="only write the models, for bench/peers/speed.py")
     parser.add_argument("--json", type=Path)

@@ -15,12 +15,14 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from measure import machine, show, write_json
 from safetensors.torch import load_file, save_file
+from transformers import BertForMaskedLM
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-PEERS_BAR, ORIGINAL_BAR = 2.0, 1.0
-GROUP = {2: 64, 4: 64, 8: 64}
+GROUP = 64
 TERRAIN_WEIGHTS = "terrain_consistency_unet_difficulty100.onnx"
 
 
@@ -56,8 +57,6 @@ def write_models(folder: Path) -> None:
 
 def antiberty(folder: Path) -> nn.Module:
     """The original."""
-    from transformers import BertForMaskedLM  # noqa: PLC0415 - takes seconds
-
     model: nn.Module = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model
 
@@ -77,7 +76,7 @@ def packed(folder: Path, name: str, bits: int, activations: Any) -> nn.Module:
     out = folder / f"{name}-int{bits}"
     if not out.exists():
         config = aq.DiffusionQuantConfig(
-            bit_width=bits, group_size=GROUP[bits], method="clip", enable_calibration=False, min_accuracy=0.0
+            bit_width=bits, group_size=GROUP, method="clip", enable_calibration=False, min_accuracy=0.0
         )
         aq.ArrowQuantV2().quantize_diffusion_model(folder / name, out, config)
     into = TerrainUNet() if name == "terrain" else None
@@ -109,7 +108,7 @@ def steps_of(folder: Path, name: str) -> dict[str, Callable[[], Tensor]]:
         for activations in (None, "dynamic"):
             model = packed(folder, name, bits, activations)
             label = f"INT{bits}" + (", int8 inputs" if activations else "")
-            steps[label] = lambda model=model: output(model, inputs)  # type: ignore[misc]
+            steps[label] = partial(output, model, inputs)
     return steps
 
 

@@ -63,7 +63,8 @@ def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int) -> float:
     """Multiplications, each with its addition, that H, its factors, and errors fed into later columns need."""
     total = 0.0
     for inputs in block.inputs:
-        columns = max(plans[layer].layout.columns for layer in inputs if plans[layer].layout is not None)  # type: ignore[union-attr]
+        layouts = (plans[layer].layout for layer in inputs)
+        columns = max(layout.columns for layout in layouts if layout is not None)
         out = sum(plans[layer].tensor.numel // columns for layer in inputs)
         total += columns**2 * (rows / 2.0 + FACTORS * columns / 6.0 + (out + 2 * BASES * TRIED_ROWS) / 2.0)
     return total

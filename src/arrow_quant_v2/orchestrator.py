@@ -17,7 +17,7 @@ from arrow_quant_v2.layers import checksum_only, records, slices, source_checksu
 from arrow_quant_v2.plan import calibrated_method, plan_model
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
-from arrow_quant_v2.publish import CONFIG, OWN_FILE_BYTES, Description, assemble, source_hash
+from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary
 from arrow_quant_v2.store.reader import StoredModel
@@ -262,7 +262,7 @@ def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> None:
                 _refuse_changed(folder.part(index), plans[index], pieces)
             else:
                 _write_layer(job, run, index, pieces)
-                if plans[index].stored_bytes >= OWN_FILE_BYTES:  # smaller ones are merged into another file
+                if has_own_file(plans[index]):
                     later(make_durable, folder.part(index))
             if plans[index].stored_bytes >= WORTH_GIVING_BACK:
                 give_back_memory()

@@ -67,13 +67,18 @@ def content_hash(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> st
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def has_own_file(plan: LayerPlan) -> bool:
+    """Whether the part of this layer becomes a file of the result as it is; others are merged."""
+    return plan.stored_bytes >= OWN_FILE_BYTES
+
+
 def file_groups(plans: Sequence[LayerPlan]) -> list[list[int]]:
     """Which layers share a file, by their numbers: none with a large one, small ones until they fill a file."""
     groups: list[list[int]] = []
     shared: list[int] = []
     size = 0
     for index, plan in enumerate(plans):
-        if plan.stored_bytes >= OWN_FILE_BYTES:
+        if has_own_file(plan):
             groups.append([index])
             continue
         if not shared or size + plan.stored_bytes > SHARED_FILE_BYTES:

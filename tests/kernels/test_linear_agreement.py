@@ -49,7 +49,7 @@ class Case:
         return (*self.stored, self.bias, self.bits, self.group_size, self.grid)
 
     def weight(self, columns: int) -> Tensor:
-        return products.weight_of(*self.stored, columns, self.bits, self.group_size, self.grid).double()
+        return products.Weight(columns, *self.stored, None, self.bits, self.group_size, self.grid).values().double()
 
 
 def case(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.kernels import linear_cpu, ops, reference
-from arrow_quant_v2.kernels.linear_cpu import DTYPES
+from arrow_quant_v2.kernels.linear_cpu import DTYPES, pointer
 from arrow_quant_v2.kernels.native import find_library, open_library, share_team
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ def _threads() -> int:
     return threads_per_call.get() or torch.get_num_threads()
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
 def register(library: ctypes.CDLL) -> None:
     """Let the dispatcher use the C++ kernels for every CPU tensor."""
     _register_codes(library)
@@ -79,14 +75,14 @@ def _register_codes(library: ctypes.CDLL) -> None:
         rows, columns = codes.shape
         packed = codes.new_empty((rows, reference.row_bytes(columns, bits)))
         source = codes.contiguous()
-        library.aq_pack(_pointer(source), _pointer(packed), *_sizes(rows, columns), bits, _threads())
+        library.aq_pack(pointer(source), pointer(packed), *_sizes(rows, columns), bits, _threads())
         return packed
 
     def unpack_cpp(packed: Tensor, bits: int, columns: int) -> Tensor:
         ops.check_unpack(packed, bits, columns)
         codes = packed.new_empty((packed.shape[0], columns))
         source = packed.contiguous()
-        library.aq_unpack(_pointer(source), _pointer(codes), *_sizes(packed.shape[0], columns), bits, _threads())
+        library.aq_unpack(pointer(source), pointer(codes), *_sizes(packed.shape[0], columns), bits, _threads())
         return codes
 
     def quantize_cpp(
@@ -103,15 +99,15 @@ def _register_codes(library: ctypes.CDLL) -> None:
         candidates = (ctypes.c_float * len(stretches))(*stretches)
         weights = None if importance is None else importance.contiguous()
         library.aq_quantize(
-            _pointer(source),
+            pointer(source),
             DTYPES[weight.dtype],
             *_sizes(*weight.shape),
             bits,
             ctypes.c_int64(min(group_size, weight.shape[1])),
             candidates,
             len(stretches),
-            None if weights is None else _pointer(weights),
-            *[_pointer(t) if t.numel() else None for t in result],
+            None if weights is None else pointer(weights),
+            *[pointer(t) if t.numel() else None for t in result],
             _threads(),
         )
         return result
@@ -134,9 +130,9 @@ def _register_dequantize(name: str, kernel: Callable[..., None]) -> None:
         ops.check_dequantize(name, codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
         weight = codes.new_empty((codes.shape[0], columns), dtype=dtype)
         kept = [t.contiguous() for t in (codes, scales, zero_points, row_scales)]
-        pointers = [_pointer(t) if t.numel() else None for t in kept]
+        pointers = [pointer(t) if t.numel() else None for t in kept]
         rows, group = ctypes.c_int64(codes.shape[0]), ctypes.c_int64(group_size)
-        kernel(*pointers, _pointer(weight), DTYPES[dtype], rows, ctypes.c_int64(columns), bits, group, _threads())
+        kernel(*pointers, pointer(weight), DTYPES[dtype], rows, ctypes.c_int64(columns), bits, group, _threads())
         return weight
 
     ops.register_kernel(name, "CPU", dequantize_cpp)
@@ -156,7 +152,7 @@ def _register_columns(library: ctypes.CDLL) -> None:
         result = ops.empty_fit(source, min(group_size, weight.shape[1]))
         weights = None if importance is None else importance.contiguous()
         library.aq_fit_grid(
-            _pointer(source),
+            pointer(source),
             DTYPES[weight.dtype],
             *_sizes(*weight.shape),
             bits,
@@ -164,8 +160,8 @@ def _register_columns(library: ctypes.CDLL) -> None:
             int(symmetric),
             (ctypes.c_float * len(stretches))(*stretches),
             len(stretches),
-            None if weights is None else _pointer(weights),
-            *[_pointer(part) for part in result],
+            None if weights is None else pointer(weights),
+            *[pointer(part) for part in result],
             _threads(),
         )
         return result
@@ -193,8 +189,8 @@ def _columns(kernel: Callable[..., None], block: Tensor, others: Sequence[Tensor
     """Codes and errors of a column loop."""
     given = [tensor.contiguous() for tensor in (block, *others)]
     result = ops.empty_columns(given[0])
-    pointers = [_pointer(tensor) for tensor in given]
-    kernel(*pointers, *_sizes(*block.shape), bits, *[_pointer(part) for part in result], _threads())
+    pointers = [pointer(tensor) for tensor in given]
+    kernel(*pointers, *_sizes(*block.shape), bits, *[pointer(part) for part in result], _threads())
     return result
 
 
@@ -203,7 +199,7 @@ def _register_hadamard(library: ctypes.CDLL) -> None:
         ops.check_hadamard(x, block)
         source = x.contiguous()
         turned = torch.empty_like(source)
-        library.aq_hadamard(_pointer(source), _pointer(turned), *_sizes(x.numel() // block, block), _threads())
+        library.aq_hadamard(pointer(source), pointer(turned), *_sizes(x.numel() // block, block), _threads())
         return turned
 
     ops.register_kernel("hadamard", "CPU", hadamard_cpp)
@@ -250,9 +246,9 @@ def _register_cuda() -> None:
 
 @cache
 def _activate() -> str:
+    library = wanted_library()
     if torch.cuda.is_available() and os.environ.get("ARROW_QUANT_KERNELS") != "reference":
         _register_cuda()
-    library = wanted_library()
     if library is None:
         return "reference"
     register(library)

@@ -6,7 +6,7 @@ add up in another order, and are held to the meaning by its rounding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,62 @@ LINEAR_DYNAMIC_SCHEMA = f"linear_dynamic(Tensor x, {WEIGHT}, {FORMAT}) -> Tensor
 LINEAR_STATIC_SCHEMA = f"linear_static(Tensor x, {WEIGHT}, {FORMAT}, float scale, int zero_point) -> Tensor"
 LARGEST = 127  # of a signed activation
 TOP = 255  # of an unsigned one
+
+
+class Weight(NamedTuple):
+    """What an op is given of W (rows, columns), in the schema's order: codes, parameters, bias, how they are read."""
+
+    columns: int
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    row_scales: Tensor
+    bias: Tensor | None
+    bits: int
+    group_size: int
+    grid: str
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.codes.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Columns per group, never more than there are."""
+        return min(self.group_size, self.columns)
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes, scales, zero points and row scales."""
+        return self.codes, self.scales, self.zero_points, self.row_scales
+
+    def values(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start to stop of W, (rows, columns) float32."""
+        dequantize = ops.dequantize_r2q if self.grid == "r2q" else ops.dequantize
+        codes, scales, zero_points, row_scales = (part[start:stop] for part in self.stored)
+        how = (self.bits, self.columns, self.group_size, torch.float32)
+        values: Tensor = dequantize(codes, scales, zero_points, row_scales, *how)
+        return values
+
+
+def asked(op: str, x: Tensor, *given: Any) -> Weight:
+    """The weight that x is to be multiplied with, of what follows x in the schema of `linear`.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or grid is not one of those that `linear` names.
+    """
+    weight = Weight(x.shape[-1] if x.dim() else 0, *given)
+    if weight.grid not in GRIDS:
+        raise QuantizationError(f"{op}: grid {weight.grid!r}; allowed are {', '.join(GRIDS)}")
+    if x.dim() < 1 or x.dtype not in ops.FLOATS:
+        raise QuantizationError(f"{op}: x is {x.dtype} {tuple(x.shape)}; float32, bfloat16 or float16 (..., columns)")
+    name = "dequantize_r2q" if weight.grid == "r2q" else "dequantize"
+    ops.check_dequantize(name, *weight.stored, weight.bits, weight.columns, weight.group_size, torch.float32)
+    bias = weight.bias
+    if bias is not None and (bias.shape != weight.codes.shape[:1] or not bias.is_floating_point()):
+        raise QuantizationError(f"{op}: bias is {bias.dtype} {tuple(bias.shape)}; the weight has {weight.rows} rows")
+    return weight
 
 
 @ops.operator(LINEAR_SCHEMA)
@@ -48,8 +104,8 @@ def linear(
     Raises:
         QuantizationError: a width, shape or dtype is not one of these.
     """
-    check_linear("linear", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-    return _product(x, weight_of(codes, scales, zero_points, row_scales, x.shape[-1], bits, group_size, grid), bias)
+    weight = asked("linear", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    return _product(x, weight)
 
 
 @ops.operator(LINEAR_DYNAMIC_SCHEMA)
@@ -69,9 +125,8 @@ def linear_dynamic(
     Raises:
         QuantizationError: as `linear`.
     """
-    check_linear("linear_dynamic", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-    weight = weight_of(codes, scales, zero_points, row_scales, x.shape[-1], bits, group_size, grid)
-    return _product(rounded_by_group(x, group_size), weight, bias).to(x.dtype)
+    weight = asked("linear_dynamic", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    return _product(rounded_by_group(x, group_size), weight).to(x.dtype)
 
 
 @ops.operator(LINEAR_STATIC_SCHEMA)
@@ -93,30 +148,14 @@ def linear_static(
     Raises:
         QuantizationError: as `linear`, or the scale is not above 0, or the zero point is not from 0 to 255.
     """
-    check_linear("linear_static", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    weight = asked("linear_static", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
     check_static(scale, zero_point)
-    weight = weight_of(codes, scales, zero_points, row_scales, x.shape[-1], bits, group_size, grid)
-    return _product(rounded_by_scale(x, scale, zero_point), weight, bias).to(x.dtype)
+    return _product(rounded_by_scale(x, scale, zero_point), weight).to(x.dtype)
 
 
-def weight_of(
-    codes: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    row_scales: Tensor,
-    columns: int,
-    bits: int,
-    group_size: int,
-    grid: str,
-) -> Tensor:
-    """The weight (rows, columns) float32 that the codes stand for."""
-    dequantize = ops.dequantize_r2q if grid == "r2q" else ops.dequantize
-    weight: Tensor = dequantize(codes, scales, zero_points, row_scales, bits, columns, group_size, torch.float32)
-    return weight
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    bias = None if weight.bias is None else weight.bias.float()
+    return functional.linear(x.float(), weight.values(), bias).to(x.dtype)
 
 
 def rounded_by_group(x: Tensor, group_size: int) -> Tensor:
@@ -151,33 +190,6 @@ def whole_by_scale(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return ((x.float() / scale).round() + zero_point).clamp(0, TOP)
 
 
-def check_linear(
-    op: str,
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    row_scales: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    grid: str,
-) -> None:
-    """Refuse what no kernel takes.
-
-    Raises:
-        QuantizationError: a width, shape, dtype or grid is not one of those that `linear` names.
-    """
-    if grid not in GRIDS:
-        raise QuantizationError(f"{op}: grid {grid!r}; allowed are {', '.join(GRIDS)}")
-    if x.dim() < 1 or x.dtype not in ops.FLOATS:
-        raise QuantizationError(f"{op}: x is {x.dtype} {tuple(x.shape)}; float32, bfloat16 or float16 (..., columns)")
-    name = "dequantize_r2q" if grid == "r2q" else "dequantize"
-    ops.check_dequantize(name, codes, scales, zero_points, row_scales, bits, x.shape[-1], group_size, torch.float32)
-    if bias is not None and (bias.shape != codes.shape[:1] or not bias.is_floating_point()):
-        raise QuantizationError(f"{op}: bias is {bias.dtype} {tuple(bias.shape)}; the weight has {len(codes)} rows")
-
-
 def check_static(scale: float, zero_point: int) -> None:
     """Refuse activation parameters that mean nothing.
 
@@ -203,8 +215,8 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
         codes, scales, zero_points, row_scales = ctx.saved_tensors
-        weight = weight_of(codes, scales, zero_points, row_scales, ctx.columns, *ctx.format)
-        of_x = (grad.float() @ weight).to(grad.dtype)
+        weight = Weight(ctx.columns, codes, scales, zero_points, row_scales, None, *ctx.format)
+        of_x = (grad.float() @ weight.values()).to(grad.dtype)
     if ctx.needs_input_grad[5]:
         of_bias = grad.float().reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
     return (of_x, None, None, None, None, of_bias, *(None,) * ctx.after_bias)

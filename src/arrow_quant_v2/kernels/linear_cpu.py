@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from arrow_quant_v2.kernels import ops
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from arrow_quant_v2.kernels.linear import Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the library calls them."""
@@ -29,46 +31,9 @@ TILE_VALUES = 1 << 21
 """Weights of one dequantized tile: 8 MB of float32, which stays in the cache."""
 
 
-class Weight(NamedTuple):
-    """What an op was given of W (rows, columns): codes, parameters, bias, and how they are to be read."""
-
-    codes: Tensor
-    scales: Tensor
-    zero_points: Tensor
-    row_scales: Tensor
-    bias: Tensor | None
-    columns: int
-    bits: int
-    group_size: int
-    grid: str
-
-    @property
-    def rows(self) -> int:
-        """Output channels."""
-        return self.codes.shape[0]
-
-    @property
-    def group(self) -> int:
-        """Columns per group, never more than there are."""
-        return min(self.group_size, self.columns)
-
-    @property
-    def groups_start_on_bytes(self) -> bool:
-        """Whether a kernel can read the groups of a row one by one."""
-        return self.group == self.columns or self.group * self.bits % 8 == 0
-
-    def tile(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop of W, (rows, columns) float32."""
-        return meaning.weight_of(
-            self.codes[start:stop],
-            self.scales[start:stop],
-            self.zero_points[start:stop],
-            self.row_scales[start:stop],
-            self.columns,
-            self.bits,
-            self.group,
-            self.grid,
-        )
+def groups_start_on_bytes(weight: Weight) -> bool:
+    """Whether a kernel can read the groups of a row one by one."""
+    return weight.group == weight.columns or weight.group * weight.bits % 8 == 0
 
 
 def by_tiles(x: Tensor, weight: Weight) -> Tensor:
@@ -77,7 +42,7 @@ def by_tiles(x: Tensor, weight: Weight) -> Tensor:
     step = max(1, TILE_VALUES // max(1, weight.columns))
     for start in range(0, weight.rows, step):
         stop = min(start + step, weight.rows)
-        torch.mm(x, weight.tile(start, stop).T, out=y[:, start:stop])
+        torch.mm(x, weight.values(start, stop).T, out=y[:, start:stop])
     return y if weight.bias is None else y.add_(weight.bias.float())
 
 
@@ -85,52 +50,16 @@ def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
     """Let the dispatcher use these kernels for CPU tensors; `threads` tells how many a call may use."""
     kernels = Kernels(library=library, threads=threads)
 
-    def linear_cpp(
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        zero_points: Tensor,
-        row_scales: Tensor,
-        bias: Tensor | None,
-        bits: int,
-        group_size: int,
-        grid: str,
-    ) -> Tensor:
-        meaning.check_linear("linear", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-        weight = Weight(codes, scales, zero_points, row_scales, bias, x.shape[-1], bits, group_size, grid)
-        return _product(x, weight, kernels.exact)
+    def linear_cpp(x: Tensor, *given: Any) -> Tensor:
+        return _product(x, meaning.asked("linear", x, *given), kernels.exact)
 
-    def linear_dynamic_cpp(
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        zero_points: Tensor,
-        row_scales: Tensor,
-        bias: Tensor | None,
-        bits: int,
-        group_size: int,
-        grid: str,
-    ) -> Tensor:
-        meaning.check_linear("linear_dynamic", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-        weight = Weight(codes, scales, zero_points, row_scales, bias, x.shape[-1], bits, group_size, grid)
-        return _product(x, weight, kernels.dynamic)
+    def linear_dynamic_cpp(x: Tensor, *given: Any) -> Tensor:
+        return _product(x, meaning.asked("linear_dynamic", x, *given), kernels.dynamic)
 
-    def linear_static_cpp(
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        zero_points: Tensor,
-        row_scales: Tensor,
-        bias: Tensor | None,
-        bits: int,
-        group_size: int,
-        grid: str,
-        scale: float,
-        zero_point: int,
-    ) -> Tensor:
-        meaning.check_linear("linear_static", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    def linear_static_cpp(x: Tensor, *given: Any) -> Tensor:
+        *of_weight, scale, zero_point = given
+        weight = meaning.asked("linear_static", x, *of_weight)
         meaning.check_static(scale, zero_point)
-        weight = Weight(codes, scales, zero_points, row_scales, bias, x.shape[-1], bits, group_size, grid)
         return _product(x, weight, partial(kernels.static, scale=scale, zero_point=zero_point))
 
     for kernel in (linear_cpp, linear_dynamic_cpp, linear_static_cpp):
@@ -146,7 +75,7 @@ class Kernels:
 
     def exact(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply x as it is."""
-        if len(x) > MOST_IN_PANELS or not weight.groups_start_on_bytes:
+        if len(x) > MOST_IN_PANELS or not groups_start_on_bytes(weight):
             return by_tiles(x.float(), weight)
         kernel = self.library.aq_linear if len(x) <= MOST_DIRECT else self.library.aq_linear_tiled
         return _call(kernel, x, weight, self.threads())
@@ -167,7 +96,7 @@ class Kernels:
 
     def _of_whole_numbers(self, count: int, weight: Weight) -> Callable[..., None] | None:
         """The kernel for so many rows of x in 8 bits; None where floats are as fast."""
-        if not weight.groups_start_on_bytes or weight.group > MOST_IN_GROUP:
+        if not groups_start_on_bytes(weight) or weight.group > MOST_IN_GROUP:
             return None
         if count <= MOST_DIRECT:
             return self.library.aq_linear_rounded
@@ -194,25 +123,25 @@ def _empty_product(x: Tensor, weight: Weight) -> Tensor:
 def _call(kernel: Callable[..., None], x: Tensor, weight: Weight, *further: Any) -> Tensor:
     """Call a kernel that takes any number of rows of x."""
     y, inputs = torch.empty((len(x), weight.rows)), x.contiguous()
-    parts = (weight.codes, weight.scales, weight.zero_points, weight.row_scales)
-    kept = [part.contiguous() for part in parts]
+    kept = [part.contiguous() for part in weight.stored]
     bias = None if weight.bias is None else weight.bias.float().contiguous()
     kernel(
-        *[_pointer(part) if part.numel() else None for part in kept],
+        *[pointer(part) if part.numel() else None for part in kept],
         ctypes.c_int64(weight.rows),
         ctypes.c_int64(weight.columns),
         weight.bits,
         ctypes.c_int64(weight.group),
         int(weight.grid == "r2q"),
-        _pointer(inputs),
+        pointer(inputs),
         DTYPES[x.dtype],
         ctypes.c_int64(len(x)),
-        None if bias is None else _pointer(bias),
-        _pointer(y),
+        None if bias is None else pointer(bias),
+        pointer(y),
         *further,
     )
     return y
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Where its values lie; the tensor has to outlive the call."""
     return ctypes.c_void_p(tensor.data_ptr())

@@ -6,7 +6,7 @@ tested where there is no GPU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,8 @@ from arrow_quant_v2.kernels import ops, triton_kernels
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from arrow_quant_v2.kernels.linear import Weight
 
 SMALLEST, LARGEST = 16, 128  # columns of a tile: what a tensor core takes, and what fits in registers
 FEW_ROWS, MANY_ROWS = 16, 64  # inputs in a tile
@@ -41,67 +43,30 @@ def columns_at_once(columns: int, group: int) -> int | None:
     return width if width >= SMALLEST else None
 
 
-def linear_cuda(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    row_scales: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    grid: str,
-) -> Tensor:
+def linear_cuda(x: Tensor, *given: Any) -> Tensor:
     """`linear` of kernels/linear.py."""
-    products.check_linear("linear", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-    return _product(x, None, (codes, scales, zero_points, row_scales), bias, bits, group_size, grid)
+    return _product(x, products.asked("linear", x, *given))
 
 
-def linear_dynamic_cuda(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    row_scales: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    grid: str,
-) -> Tensor:
+def linear_dynamic_cuda(x: Tensor, *given: Any) -> Tensor:
     """`linear_dynamic` of kernels/linear.py."""
-    products.check_linear("linear_dynamic", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-    weight = (codes, scales, zero_points, row_scales)
-    if columns_at_once(x.shape[-1], group_size) is None:
-        rounded = products.rounded_by_group(x, group_size)
-        return _product(rounded, None, weight, bias, bits, group_size, grid).to(x.dtype)
-    return _product(x, _by_group(x, group_size), weight, bias, bits, group_size, grid)
+    weight = products.asked("linear_dynamic", x, *given)
+    if columns_at_once(weight.columns, weight.group) is None:
+        return _product(products.rounded_by_group(x, weight.group), weight).to(x.dtype)
+    return _product(x, weight, _by_group(x, weight.group))
 
 
-def linear_static_cuda(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    row_scales: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    grid: str,
-    scale: float,
-    zero_point: int,
-) -> Tensor:
+def linear_static_cuda(x: Tensor, *given: Any) -> Tensor:
     """`linear_static` of kernels/linear.py."""
-    products.check_linear("linear_static", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
+    *of_weight, scale, zero_point = given
+    weight = products.asked("linear_static", x, *of_weight)
     products.check_static(scale, zero_point)
-    weight = (codes, scales, zero_points, row_scales)
-    if columns_at_once(x.shape[-1], group_size) is None:
-        rounded = products.rounded_by_scale(x, scale, zero_point)
-        return _product(rounded, None, weight, bias, bits, group_size, grid).to(x.dtype)
-    return _product(x, _by_scale(x, scale, zero_point), weight, bias, bits, group_size, grid)
+    if columns_at_once(weight.columns, weight.group) is None:
+        return _product(products.rounded_by_scale(x, scale, zero_point), weight).to(x.dtype)
+    return _product(x, weight, _by_scale(x, scale, zero_point))
 
 
-def _by_group(x: Tensor, group_size: int) -> _Rounded:
-    group = min(group_size, x.shape[-1])
+def _by_group(x: Tensor, group: int) -> _Rounded:
     whole, step = products.whole_by_group(x.reshape(-1, x.shape[-1]), group)
     return _Rounded(whole.to(torch.int8), step, group, 0)
 
@@ -113,23 +78,14 @@ def _by_scale(x: Tensor, scale: float, zero_point: int) -> _Rounded:
     return _Rounded(whole.to(torch.int8), steps, x.shape[-1], MIDDLE - zero_point)
 
 
-def _product(
-    x: Tensor,
-    rounded: _Rounded | None,
-    weight: tuple[Tensor, Tensor, Tensor, Tensor],
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    grid: str,
-) -> Tensor:
+def _product(x: Tensor, weight: Weight, rounded: _Rounded | None = None) -> Tensor:
     """Launch the kernel on inputs as they are, or as they were rounded."""
-    codes, scales, zero_points, row_scales = (part.contiguous() for part in weight)
-    rows, columns = codes.shape[0], x.shape[-1]
+    codes, scales, zero_points, row_scales = (part.contiguous() for part in weight.stored)
+    rows, columns, group, bias = weight.rows, weight.columns, weight.group, weight.bias
     given = x.reshape(-1, columns).contiguous() if rounded is None else rounded.x.contiguous()
     out = x.new_empty((*x.shape[:-1], rows))
     if not out.numel():
         return out
-    group = min(group_size, columns)
     width = columns_at_once(columns, group)
     block = FEW_ROWS if len(given) <= FEW_ROWS else MANY_ROWS
     launch = triton_kernels.product[(triton.cdiv(len(given), block), triton.cdiv(rows, OUTPUTS))]
@@ -138,9 +94,10 @@ def _product(
         given if bias is None else bias, out,
         len(given), rows, columns, codes.shape[1], -(-columns // group),
         1 if rounded is None else rounded.steps.shape[1], 0 if rounded is None else rounded.offset,
-        BITS=bits, GROUP=group, STEP_GROUP=columns if rounded is None else rounded.group, RESIDUAL=grid == "r2q",
-        SYMMETRIC=not zero_points.numel(), HAS_BIAS=bias is not None, INTEGER=rounded is not None,
-        ONE_GROUP=width is not None, WIDE=INTERPRETED, BLOCK_M=block, BLOCK_N=OUTPUTS, BLOCK_K=width or SMALLEST,
+        BITS=weight.bits, GROUP=group, STEP_GROUP=columns if rounded is None else rounded.group,
+        RESIDUAL=weight.grid == "r2q", SYMMETRIC=not zero_points.numel(), HAS_BIAS=bias is not None,
+        INTEGER=rounded is not None, ONE_GROUP=width is not None, WIDE=INTERPRETED,
+        BLOCK_M=block, BLOCK_N=OUTPUTS, BLOCK_K=width or SMALLEST,
     )  # fmt: skip
     return out
 

@@ -14,10 +14,11 @@ from arrow_quant_v2.calibration.transformers_model import mask_token_of, tokeniz
 from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.runtime.generate_pipeline import ending_of, generate_file, open_whole_pipeline
 from arrow_quant_v2.runtime.generate_text import generate_blocks, generate_text, in_blocks
-from arrow_quant_v2.runtime.load import METADATA, load
+from arrow_quant_v2.runtime.load import load, stated_mask_token
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import PIPELINE
 from arrow_quant_v2.sources.modality import detect_modality
+from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import explained
 
 if TYPE_CHECKING:
@@ -111,15 +112,9 @@ def _of_text_model(folder: Path, wish: Wish, told: Told) -> Generation:
 def _text_model(folder: Path, device: str) -> Runnable:
     module = load(folder, device)
     tokenizer = tokenizer_of(folder)
-    mask = mask_token_of(module, tokenizer, _stated_mask(folder))
+    with StoredModel(folder) as stored:
+        mask = mask_token_of(module, tokenizer, stated_mask_token(stored))
     return Runnable(module=module, modality="text", names={}, tokenizer=tokenizer, mask_token=mask)
-
-
-def _stated_mask(folder: Path) -> int | None:
-    """The mask token that was given when the model was quantized."""
-    settings = read_json(folder / METADATA).get("configuration") if (folder / METADATA).is_file() else None
-    stated = settings.get("mask_token") if isinstance(settings, dict) else None
-    return stated if isinstance(stated, int) else None
 
 
 def _of_pipeline(folder: Path, wish: Wish, told: Told) -> Generation:

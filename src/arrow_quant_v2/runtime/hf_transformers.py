@@ -7,7 +7,6 @@ the meta device and filled from Parquet (runtime/fill.py). Why the base class is
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from arrow_quant_v2.calibration.transformers_model import UNUSED, Built, mask_token_of, names_in, tokenizer_of
 from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.runtime.fill import fill, listed, most_common_dtype
-from arrow_quant_v2.runtime.load import unused
+from arrow_quant_v2.runtime.load import GENERATION, stated_mask_token, unused
 from arrow_quant_v2.runtime.pretrained import (
     ELSEWHERE,
     METHOD,
@@ -39,7 +38,6 @@ from arrow_quant_v2.runtime.pretrained import (
 )
 from arrow_quant_v2.runtime.saving import save_weights
 from arrow_quant_v2.store.reader import StoredModel
-from arrow_quant_v2.store.schema import CONFIGURATION_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +58,6 @@ REFUSED = (
     "from_tf",
     "from_flax",
 )
-GENERATION = "generation_config.json"
 
 
 class ArrowQuantConfig(Settings, QuantizationConfigMixin):
@@ -174,8 +171,7 @@ def _mask_token(module: Any, stored: StoredModel, folder: Path) -> int | None:
     """The token whose share tells the time, where a layer depends on it."""
     if not any((one.time_aware_quant or {}).get("enabled") for one in stored.entries):
         return None
-    asked = json.loads(stored.metadata.get(CONFIGURATION_KEY, "{}")).get("mask_token")
-    return mask_token_of(module, tokenizer_of(folder), asked if isinstance(asked, int) else None)
+    return mask_token_of(module, tokenizer_of(folder), stated_mask_token(stored))
 
 
 def _finish(module: Any, origin: Origin, settings: ArrowQuantConfig, given: Mapping[str, Any]) -> None:

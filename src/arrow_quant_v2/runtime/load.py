@@ -176,5 +176,10 @@ def unused(folder: Path, stored: StoredModel, names: dict[str, str]) -> list[str
 
 def _mask_token(model: Model, module: Any, stored: StoredModel) -> int | None:
     """As it was given when the model was quantized, else as the tokenizer or config.json tells."""
-    asked = json.loads(stored.metadata.get(CONFIGURATION_KEY, "{}")).get("mask_token")
-    return mask_token_of(module, tokenizer_of(model.folder), asked if isinstance(asked, int) else None)
+    return mask_token_of(module, tokenizer_of(model.folder), stated_mask_token(stored))
+
+
+def stated_mask_token(stored: StoredModel) -> int | None:
+    """The mask token that was given when the model was quantized; None where none was."""
+    stated = json.loads(stored.metadata.get(CONFIGURATION_KEY, "{}")).get("mask_token")
+    return stated if isinstance(stated, int) else None

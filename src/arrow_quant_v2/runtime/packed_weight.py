@@ -215,14 +215,9 @@ class PackedWeight(nn.Module):
     def product(
         self, x: Tensor, bias: Tensor | None = None, op: Callable[..., Tensor] = linear.linear, *further: Any
     ) -> Tensor:
-        """Give x W^T + bias (..., rows) of x (..., columns), in the dtype of x, by `op` of kernels/linear.py.
-
-        The operators give x alone a gradient, so a bias that is trained is added after them.
-        """
-        trained = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        parts = (self.codes, self.scales, self.zero_points, self.row_scales, None if trained else bias)
-        out = op(self.changed(x), *parts, self.bits, self.group_size, self.grid, *further).to(x.dtype)
-        return out + bias.to(x.dtype) if trained and bias is not None else out
+        """Give x W^T + bias (..., rows) of x (..., columns), in the dtype of x, by `op` of kernels/linear.py."""
+        parts = (self.codes, self.scales, self.zero_points, self.row_scales, bias)
+        return op(self.changed(x), *parts, self.bits, self.group_size, self.grid, *further).to(x.dtype)
 
     def looked_up(self, ids: Tensor) -> Tensor:
         """The rows of these ids (...), (..., columns); no others are dequantized."""

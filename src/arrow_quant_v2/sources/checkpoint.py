@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from arrow_quant_v2.errors import SourceError
+from arrow_quant_v2.packed import ITEM_BITS
 from arrow_quant_v2.sources.files import ByteFile, damaged
 from arrow_quant_v2.sources.index import read_index, refuse_lost_tensors, shards_of
 from arrow_quant_v2.sources.mapped import file_offset, mapped_ranges
-from arrow_quant_v2.sources.slices import bounds, describe, find, flat_slice, reading_buffer
+from arrow_quant_v2.sources.slices import as_tensor, bounds, describe, find, flat_slice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,9 +101,9 @@ class CheckpointSource:
         offset = self._offsets[name]
         if offset is None:
             return flat_slice(self._tensors[name], start, stop)
-        tensor, view = reading_buffer(stop - start, info.dtype)
-        self._homes[name].read_into(view, offset + start * tensor.itemsize)
-        return tensor
+        item = ITEM_BITS[info.dtype] // 8
+        values = self._homes[name].read_array((stop - start) * item, offset + start * item)
+        return as_tensor(values, info.dtype)
 
     def close(self) -> None:
         """Give maps and file handles back; reading afterwards is an error."""

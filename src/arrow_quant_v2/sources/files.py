@@ -8,13 +8,18 @@ import os
 import threading
 import weakref
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from arrow_quant_v2.errors import SourceError
+from arrow_quant_v2.sources.direct import is_cached, open_direct, read_direct
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 JSON_LIMIT = 64 << 20
-AHEAD = 64 << 20  # how far before it is read the disk is asked for a large range
-WORTH_ASKING = 1 << 20
+WORTH_ITS_WAY = 1 << 20  # a smaller range is read through the page cache
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -38,8 +43,9 @@ class ByteFile:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise cannot_open(path, error) from error
+        self._direct = open_direct(path)
         self._lock = threading.Lock()
-        self._closing = weakref.finalize(self, os.close, self._fd)
+        self._closing = weakref.finalize(self, _close, [self._fd, self._direct])
         self.size = os.fstat(self._fd).st_size
 
     def read_into(self, view: memoryview, offset: int) -> None:
@@ -48,11 +54,8 @@ class ByteFile:
         Raises:
             SourceError: the file is closed, ends too early, or the disk fails.
         """
-        if not self._closing.alive:
-            raise SourceError(f"{self.path}: was closed; open the model again to read from it")
+        self._refuse_closed()
         wanted = len(view)
-        if wanted >= WORTH_ASKING:
-            self._ask_for(offset + AHEAD, wanted)
         try:
             while view and (count := self._pread(view, offset)):
                 view, offset = view[count:], offset + count
@@ -61,6 +64,22 @@ class ByteFile:
         if view:
             found = wanted - len(view)
             raise damaged(self.path, f"ends at byte {offset:,}: {found:,} of {wanted:,} bytes asked for are there")
+
+    def read_array(self, count: int, offset: int) -> NDArray[np.uint8]:
+        """`count` bytes from `offset` on in fresh memory; a large range comes past the page cache unless it lies there.
+
+        Raises:
+            SourceError: as for `read_into`.
+        """
+        self._refuse_closed()
+        if self._direct is not None and count >= WORTH_ITS_WAY and not is_cached(self._fd, offset, count):
+            with contextlib.suppress(OSError):  # what is wrong, the ordinary way says, or it works
+                found = read_direct(self._direct, count, offset)
+                if len(found) == count:
+                    return found
+        values = np.empty(count, dtype=np.uint8)
+        self.read_into(values.data, offset)
+        return values
 
     def read(self, count: int, offset: int = 0) -> bytes:
         """`count` bytes from `offset` on.
@@ -76,11 +95,9 @@ class ByteFile:
         """Give the file handle back."""
         self._closing()
 
-    def _ask_for(self, offset: int, count: int) -> None:
-        """Let the disk fetch what will be read soon: the system guesses badly where several threads read in turns."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
+    def _refuse_closed(self) -> None:
+        if not self._closing.alive:
+            raise SourceError(f"{self.path}: was closed; open the model again to read from it")
 
     def _pread(self, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
@@ -90,6 +107,12 @@ class ByteFile:
             chunk = os.read(self._fd, min(len(view), 1 << 24))
         view[: len(chunk)] = chunk
         return len(chunk)
+
+
+def _close(descriptors: list[int | None]) -> None:
+    for descriptor in descriptors:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _what_lies_at(path: Path) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.errors import SourceError
-from arrow_quant_v2.packed import TensorInfo
+from arrow_quant_v2.packed import ITEM_BITS, TensorInfo
 from arrow_quant_v2.sources.files import ByteFile, cannot_open, damaged
-from arrow_quant_v2.sources.slices import bounds, find, reading_buffer
+from arrow_quant_v2.sources.slices import as_tensor, bounds, find, reading_buffer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,9 +165,8 @@ def _dtype(descr: str, path: Path) -> str:
 
 
 def _read(file: ByteFile, array: _Array, start: int, stop: int) -> torch.Tensor:
-    tensor, view = reading_buffer(stop - start, array.info.dtype)
-    file.read_into(view, array.offset + start * tensor.itemsize)
-    return tensor
+    item = ITEM_BITS[array.info.dtype] // 8
+    return as_tensor(file.read_array((stop - start) * item, array.offset + start * item), array.info.dtype)
 
 
 def _read_fortran(file: ByteFile, array: _Array, start: int, stop: int) -> torch.Tensor:

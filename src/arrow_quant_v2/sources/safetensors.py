@@ -11,7 +11,7 @@ from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.packed import ITEM_BITS, TensorInfo
 from arrow_quant_v2.sources.files import ByteFile, damaged, parse_object
 from arrow_quant_v2.sources.index import read_index, refuse_lost_tensors, shards_of
-from arrow_quant_v2.sources.slices import bounds, find, reading_buffer, unknown_dtype
+from arrow_quant_v2.sources.slices import as_tensor, bounds, find, unknown_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -88,9 +88,9 @@ class SafetensorsSource:
         """
         place = find(self._places, name, self.location)
         start, stop = bounds(place.info, start, stop, self.location)
-        tensor, view = reading_buffer(stop - start, place.info.dtype)
-        place.file.read_into(view, place.offset + start * ITEM_BITS[place.info.dtype] // 8)
-        return tensor
+        item = ITEM_BITS[place.info.dtype] // 8
+        values = place.file.read_array((stop - start) * item, place.offset + start * item)
+        return as_tensor(values, place.info.dtype)
 
     def close(self) -> None:
         """Give the file handles back; reading afterwards is an error."""

@@ -94,3 +94,13 @@ def reading_buffer(count: int, dtype: str) -> tuple[torch.Tensor, memoryview]:
     tensor = torch.empty(count, dtype=torch_dtype(dtype))
     values: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
     return tensor, values.data
+
+
+def as_tensor(values: NDArray[np.uint8], dtype: str) -> torch.Tensor:
+    """The bytes as a 1-D tensor; copied only where they do not lie at a multiple of an element's size."""
+    wanted = torch_dtype(dtype)
+    if len(values) and not values.ctypes.data % wanted.itemsize:
+        return torch.from_numpy(values).view(wanted)
+    tensor, view = reading_buffer(len(values) // wanted.itemsize, dtype)
+    view[:] = values.data
+    return tensor

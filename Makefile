@@ -7,7 +7,7 @@ PEERS := .venv-peers
 OUT := bench/out
 KERNELS := CMakeLists.txt $(wildcard src/arrow_quant_v2/kernels/csrc/*)
 
-.PHONY: demo test check fmt bench bench-large bench-calibrate setup clean
+.PHONY: demo test check fmt docs bench bench-large bench-calibrate setup clean
 
 setup: $(READY)
 
@@ -33,6 +33,10 @@ check: $(READY)
 fmt: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
+	@echo build/site/index.html
 
 $(PEERS)/.ready: bench/peers/requirements.txt constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,12 +17,28 @@ LIBRARY = "arrow_quant_v2/kernels/libarrow_quant_kernels.so"
 NEEDED_TOOLS = ("sh", "uname", "cat", "mkdir", "rm", "cp", "mv", "touch", "grep", "sed")
 
 
-def wheel(folder: Path, environment: dict[str, str]) -> zipfile.ZipFile:
+def tree(folder: Path) -> Path:
+    """What a wheel is made of, as it lies in a fresh checkout."""
     source = folder / "source"
     names = ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in names:
         shutil.copy(ROOT / name, source / name)
+    return source
+
+
+def source_distribution(folder: Path) -> Path:
+    """The archive, made from the tree and unpacked."""
+    code = f"import scikit_build_core.build as b; print(b.build_sdist({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree(folder), capture_output=True, text=True, check=True)
+    archive = folder / done.stdout.splitlines()[-1]
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder / "unpacked", filter="data")
+    return folder / "unpacked" / archive.name.removesuffix(".tar.gz")
+
+
+def wheel(folder: Path, environment: dict[str, str], source: Path | None = None) -> zipfile.ZipFile:
+    source = source or tree(folder)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -50,6 +67,19 @@ def test_a_wheel_is_built_with_and_without_a_compiler(tmp_path: Path, *, compile
     assert (LIBRARY in names) == compiler
     assert "arrow_quant_v2/py.typed" in names
     assert not [name for name in names if "csrc" in name or name.startswith("tests")]
+
+
+def test_the_source_distribution_builds_the_same_wheel(tmp_path: Path) -> None:
+    for name in ("plain", "packed"):
+        (tmp_path / name).mkdir()
+    with wheel(tmp_path / "plain", tools(tmp_path / "plain", compiler=False)) as built:
+        expected = sorted(built.namelist())
+    source = source_distribution(tmp_path / "packed")
+    assert sorted(path.name for path in source.rglob("*.cpp")) == sorted(
+        path.name for path in ROOT.glob("src/**/*.cpp")
+    )
+    with wheel(tmp_path / "packed", tools(tmp_path / "packed", compiler=False), source) as built:
+        assert sorted(built.namelist()) == expected
 
 
 def test_one_wheel_serves_every_python(tmp_path: Path) -> None:

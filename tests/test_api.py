@@ -75,9 +75,10 @@ def test_a_real_model_is_validated_as_it_was_measured(name: str, bits: int, quan
     model = quantized(name, bits)
     heard: list[float] = []
     report = api.validate_quality(
-        model.original, model.path, progress_callback=lambda _, fraction: heard.append(fraction)
+        model.original, model.path, weights_only=True, progress_callback=lambda _, fraction: heard.append(fraction)
     )
     assert set(report) >= VALIDATED
+    assert report["metric"].startswith("weight cosine")
     assert report["passed"] is (report["worst_cosine_similarity"] >= 0.85)
     assert report["cosine_similarity"] == pytest.approx(model.result["cosine_similarity"], abs=1e-6)
     assert report["worst_cosine_similarity"] == pytest.approx(model.result["worst_cosine_similarity"], abs=1e-6)
@@ -90,7 +91,7 @@ def test_a_real_model_is_validated_as_it_was_measured(name: str, bits: int, quan
 
 def test_int8_keeps_every_layer_of_minilm(quantized: Callable[..., object]) -> None:
     model = quantized("minilm", 8)
-    report = api.validate_quality(model.original, model.path)
+    report = api.validate_quality(model.original, model.path, weights_only=True)
     assert min(report["per_layer_accuracy"].values()) >= 0.9999
 
 

@@ -58,7 +58,9 @@ def test_help_and_version_wake_no_torch(arguments: list[str]) -> None:
     assert done.err == "0 False"
     assert time.monotonic() - started < 10  # a second, on an idle machine
     assert (__version__ if "--version" in arguments else "Usage: ") in done.out
-    for command in ("quantize", "doctor", "inspect", "validate", "convert") if arguments == ["--help"] else ():
+    for command in (
+        ("quantize", "doctor", "inspect", "validate", "compare", "convert") if arguments == ["--help"] else ()
+    ):
         assert command in done.out
 
 
@@ -132,11 +134,16 @@ def test_inspect_shows_a_table(int4: Path, arrow_quant: Command) -> None:
 
 def test_validate_shows_every_layer_and_the_worst(model: Path, int4: Path, arrow_quant: Command) -> None:
     done = arrow_quant("validate", model, int4, "--quiet")
-    header, *rows = lines(done.out)
-    assert header.split() == ["layer", "weight", "cosine", "mse"]
-    assert rows[0].split() == ["layers.00.bias", "1.00000", "0.000e+00", "kept"]
-    assert rows[24].startswith("passed: bar 0.85, ")
-    assert rows[25].startswith("  weight cosine 0.99")
+    verdict, size, why, *rows = lines(done.out)
+    assert verdict.startswith("passed: bar 0.85, weight cosine, mean over quantized layers: 0.99")
+    assert re.search(r"; least weight cosine 0\.99\d+, layers\.\d\d\.weight$", verdict)
+    assert size.endswith(" bits per weight in quantized layers")
+    assert why.startswith("  weights only, the model was not run: ")
+    table = rows[rows.index("") + 4 :]  # behind the metrics, of which there is one
+    assert table[0].split()[:6] == ["worst", "of", "12", "layers", "weight", "cosine"]
+    cosines = [float(row.split()[1]) for row in table[1:]]
+    assert len(cosines) == 10
+    assert cosines == sorted(cosines)
     assert (done.code, done.err) == (0, "")
 
 
@@ -242,8 +249,8 @@ def test_a_missed_bar_is_three(model: Path, tmp_path: Path, arrow_quant: Command
 
     done = arrow_quant("validate", model, tmp_path / "out")
     assert done.code == 3
-    assert "below the bar" in lines(done.out)[2]
-    assert "MISSED: bar 0.99" in done.out
+    assert lines(done.out)[-1].endswith("below the bar")
+    assert done.out.startswith("MISSED: bar 0.99, weight cosine")
     assert arrow_quant("validate", model, tmp_path / "out", "--min-accuracy", "0.8").code == 0
 
     done = arrow_quant("quantize", model, tmp_path / "other", "--bits", 2, "--min-accuracy", 0.99, "--fail-fast", "-q")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,15 @@ from arrow_quant_v2.results import (
     stats_result,
     validation_result,
 )
-from arrow_quant_v2.runtime.generate import Wish, generate
+from arrow_quant_v2.runtime.generate import Wish as GenerationWish
+from arrow_quant_v2.runtime.generate import generate
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.sources.modality import detect_modality
 from arrow_quant_v2.sources.module import ModuleSource
 from arrow_quant_v2.sources.parquet import ParquetSource
 from arrow_quant_v2.stats_run import StatsJob, make_stats, merge_stats
-from arrow_quant_v2.validation.weights import compare_weights
+from arrow_quant_v2.validation.judge import HELD_OUT, Wish, find_out, part
 from arrow_quant_v2.workfolder import METADATA
 
 if TYPE_CHECKING:
@@ -43,12 +45,12 @@ if TYPE_CHECKING:
     from arrow_quant_v2.preparation import Provider
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
+    from arrow_quant_v2.validation.findings import Findings
 
     PathLike = str | os.PathLike[str]
     Report = Callable[[str, float], object]
 
 MODES = ("diffusion",)
-DEFAULT_BAR = 0.85
 
 
 class ArrowQuantV2:
@@ -169,37 +171,75 @@ class ArrowQuantV2:
 
     def validate_quality(
         self,
-        original_path: PathLike,
+        original_path: PathLike | torch.nn.Module,
         quantized_path: PathLike,
         *,
         min_accuracy: float | None = None,
         component: str | None = None,
         progress_callback: Report | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
-        """Compare two models by their weights: `cosine_similarity, passed, per_layer_accuracy, compression_ratio`.
+        """Compare any two copies of a model: `cosine_similarity, passed, per_layer_accuracy, compression_ratio`.
 
-        The bar is `min_accuracy`, else the one that the quantized model was made with, else 0.85; each quantized
-        layer must reach it.
+        Where the original can be run, `cosine_similarity` is that of both models' outputs to held-out inputs, else the
+        mean weight cosine of the quantized layers; `metric` says which. The bar is `min_accuracy`, else the one that
+        the quantized model was made with, else 0.85. `per_layer_accuracy` are weight cosines. `metrics`, `steps` and
+        `notes` hold all else that was found; docs/quality.md explains each figure.
+
+        More keywords: `weights_only`, `samples` (a file of held-out data, or a function as `calibration` of
+        `quantize_diffusion_model`), `count`, `seed`, `mask_token`, `modality`, `pairs`, `steps`, and `judge`, the
+        folder of a causal language model; `arrow_quant_v2.validation.judge.Wish` says what each is.
 
         Raises:
-            ConfigurationError: `min_accuracy` is not between 0 and 1.
+            ConfigurationError: `min_accuracy` is not between 0 and 1, or the samples cannot be used.
             ValidationError: they do not hold the same tensors.
             SourceError: one of them cannot be read.
             StoreError: a stored model is damaged.
         """
-        bar = _bar(Path(quantized_path)) if min_accuracy is None else min_accuracy
-        if not 0.0 <= bar <= 1.0:
-            raise ConfigurationError(f"min_accuracy is {bar}; allowed: a number from 0 to 1")
-        component = component or _component_of(Path(quantized_path))
-        with (
-            open_model(Path(original_path), component) as original,
-            open_model(Path(quantized_path), component) as other,
-        ):
-            accuracies = compare_weights(original.source, other.source, progress_callback)
-            names = frozenset(layer.name for layer in accuracies)
-            quantized = other.source.quantized if isinstance(other.source, ParquetSource) else names
-            ratio = _stored_bytes(original.source) / max(1, _stored_bytes(other.source))
-        return validation_result(accuracies, quantized, ratio, bar)
+        wish = _wish(min_accuracy=min_accuracy, component=component, **more)
+        return validation_result(self.find_out(original_path, quantized_path, wish, progress_callback))
+
+    def find_out(
+        self,
+        original_path: PathLike | torch.nn.Module,
+        quantized_path: PathLike,
+        wish: Wish | None = None,
+        progress_callback: Report | None = None,
+    ) -> Findings:
+        """What `validate_quality` finds, as records, with the samples that both models made.
+
+        Raises:
+            ArrowQuantError: as `validate_quality`.
+        """
+        original = original_path if isinstance(original_path, torch.nn.Module) else Path(original_path)
+        return find_out(original, Path(quantized_path), wish, progress_callback)
+
+    def compare(
+        self,
+        original_path: PathLike | torch.nn.Module,
+        quantized_paths: Sequence[PathLike],
+        *,
+        progress_callback: Report | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Several quantized models side by side, each compared with the same original on the same inputs.
+
+        `more` is what `validate_quality` takes; the seed is the same for all, 1000003 where none is given. Returns
+        `original`, `original_mb`, and in `models` for each path what `validate_quality` returns, with `path`.
+
+        Raises:
+            ArrowQuantError: as `validate_quality`.
+        """
+        if not quantized_paths:
+            raise ConfigurationError("no quantized models were given; give one or more folders to compare")
+        wish = _wish(**({"seed": HELD_OUT} | more))
+        count, models = len(quantized_paths), []
+        for number, path in enumerate(quantized_paths):
+            report = part(progress_callback, number / count, (number + 1) / count)
+            models.append({"path": str(path)} | validation_result(self.find_out(original_path, path, wish, report)))
+        named = isinstance(original_path, torch.nn.Module)
+        original = type(original_path).__name__ if named else str(original_path)
+        return {"original": original, "original_mb": models[0]["original_mb"], "models": models}
 
     def quantize(
         self,
@@ -280,7 +320,7 @@ class ArrowQuantV2:
             QuantizationError: the model fails.
             StoreError: the model is damaged, or the result cannot be written.
         """
-        wish = Wish(
+        wish = GenerationWish(
             prompt=prompt,
             seed=seed,
             steps=steps,
@@ -374,15 +414,18 @@ def _untold(_step: int, _steps: int, _text: str) -> None:
     pass
 
 
-def _bar(quantized: Path) -> float:
-    path = quantized / METADATA
-    settings = read_json(path).get("configuration") if path.is_file() else None
-    bar = settings.get("min_accuracy") if isinstance(settings, dict) else None
-    return float(bar) if isinstance(bar, int | float) else DEFAULT_BAR
+def _wish(**asked: Any) -> Wish:
+    """What is to be found out; a file and a function are both called samples.
 
-
-def _stored_bytes(source: Source) -> int:
-    """Bytes of a model's weights as they lie there: files of ours whole, tensors of others."""
-    if isinstance(source, ParquetSource):
-        return sum(path.stat().st_size for path in source.weight_files)
-    return sum(info.nbytes for info in source.tensors)
+    Raises:
+        ConfigurationError: a keyword is unknown, or its value is not allowed.
+    """
+    known = {field.name for field in fields(Wish)} - {"provider"}
+    if unknown := sorted(set(asked) - known):
+        raise ConfigurationError(f"{', '.join(unknown)}: unknown; allowed: {', '.join(sorted(known))}")
+    samples = asked.pop("samples", None)
+    if callable(samples):
+        return Wish(**asked, provider=samples)
+    judge = asked.pop("judge", None)
+    folder = None if judge is None else Path(judge)
+    return Wish(**asked, judge=folder, samples=None if samples is None else Path(samples))

@@ -21,6 +21,7 @@ import typer
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.cli_progress import told_progress, told_steps
+from arrow_quant_v2.cli_quality import print_comparison, print_validation
 from arrow_quant_v2.cli_tables import print_table
 from arrow_quant_v2.config import DiffusionQuantConfig
 from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, InterruptedRunError
@@ -68,6 +69,17 @@ Seed = Annotated[int | None, typer.Option(help="of every random choice of calibr
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
 Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]
 MinAccuracy = Annotated[float | None, typer.Option(help="weight cosine that every quantized layer must reach")]
+MinOutput = Annotated[
+    float | None, typer.Option("--min-accuracy", help="the bar: cosine of outputs, or of each layer's weight")
+]
+WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="run nothing; models of any size")]
+HeldOut = Annotated[
+    Path | None, typer.Option("--samples", help="held-out texts, prompts or inputs; the model's own otherwise")
+]
+Count = Annotated[int | None, typer.Option("--count", help="samples that both models are shown")]
+HeldOutSeed = Annotated[int | None, typer.Option("--seed", help="of every choice; by default not calibration's")]
+Pairs = Annotated[int, typer.Option("--pairs", help="texts, pictures or sounds that both make from one seed")]
+Judge = Annotated[Path | None, typer.Option("--judge", help="a causal language model that reads the texts they make")]
 MaxMemory = Annotated[str | None, typer.Option(help="memory that the whole process may take, such as 4GB")]
 Threads = Annotated[int | None, typer.Option(help="cores to use; all by default")]
 Keep = Annotated[list[str] | None, typer.Option(help="pattern of tensor names that stay as they are; may be repeated")]
@@ -265,21 +277,61 @@ def inspect(model: Quantized, *, as_json: AsJson = False) -> None:
 @app.command()
 def validate(
     original: ModelPath,
-    quantized: Quantized,
+    quantized: Annotated[Path, typer.Argument(help="a copy of it: quantized, converted, or another quantizer's")],
     *,
-    min_accuracy: MinAccuracy = None,
+    min_accuracy: MinOutput = None,
     component: Component = None,
+    weights_only: WeightsOnly = False,
+    samples: HeldOut = None,
+    count: Count = None,
+    seed: HeldOutSeed = None,
+    mask_token: MaskToken = None,
+    modality: Modality = None,
+    pairs: Pairs = 2,
+    judge: Judge = None,
+    layers: Annotated[int, typer.Option(help="how many of the worst layers are shown; --json has all")] = 10,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two models by their weights, layer by layer; exit 3 when a quantized layer misses the bar."""
+    """Compare two models by their outputs, or where they cannot be run by their weights; exit 3 below the bar."""
     with _interruptible(), told_progress(quiet=quiet) as report:
         found = _api().validate_quality(
-            original, quantized, min_accuracy=min_accuracy, component=component, progress_callback=report
-        )
-    _print_validation(found) if not as_json else _print_json(found)
+            original, quantized, min_accuracy=min_accuracy, component=component, progress_callback=report,
+            weights_only=weights_only, samples=samples, count=count, seed=seed, mask_token=mask_token,
+            modality=modality, pairs=pairs, judge=judge,
+        )  # fmt: skip
+    print_validation(found, layers) if not as_json else _print_json(found)
     if not found["passed"]:
         raise typer.Exit(BAR_MISSED)
+
+
+@app.command()
+def compare(
+    quantized: Annotated[list[Path], typer.Argument(help="copies of one model: quantized, converted, or of others")],
+    *,
+    original: Annotated[Path, typer.Option(help="the model that they are copies of")],
+    min_accuracy: MinOutput = None,
+    component: Component = None,
+    weights_only: WeightsOnly = False,
+    samples: HeldOut = None,
+    count: Count = None,
+    seed: HeldOutSeed = None,
+    mask_token: MaskToken = None,
+    modality: Modality = None,
+    pairs: Pairs = 2,
+    judge: Judge = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show several quantized models side by side: bits per weight, size, accuracy, and every figure of validate."""
+    with _interruptible(), told_progress(quiet=quiet) as report:
+        asked = {} if seed is None else {"seed": seed}
+        found = _api().compare(
+            original, quantized, min_accuracy=min_accuracy, component=component, progress_callback=report,
+            weights_only=weights_only, samples=samples, count=count, mask_token=mask_token, modality=modality,
+            pairs=pairs, judge=judge, **asked,
+        )  # fmt: skip
+    print_comparison(found) if not as_json else _print_json(found)
 
 
 @app.command()
@@ -469,36 +521,9 @@ def _print_layers(found: dict[str, Any]) -> None:
     typer.echo(f"  {found['file_bits_per_weight']:.3f} bits per parameter{quantized}")
 
 
-def _print_validation(found: dict[str, Any]) -> None:
-    quantized = set(found["quantized_layers"])
-    rows = [
-        (
-            name,
-            _cosine(cosine),
-            f"{found['per_layer_mse'][name]:.3e}",
-            _mark(name in quantized, cosine, found["min_accuracy"]),
-        )
-        for name, cosine in found["per_layer_accuracy"].items()
-    ]
-    print_table(("layer", "weight cosine", "mse", ""), rows)
-    verdict = "passed" if found["passed"] else "MISSED"
-    typer.echo(f"{verdict}: bar {found['min_accuracy']}, {found['compression_ratio']:.2f} times smaller")
-    if found["worst_layer"] is not None:
-        typer.echo(
-            f"  weight cosine {_cosine(found['cosine_similarity'])} on average,"
-            f" {_cosine(found['worst_cosine_similarity'])} for the worst layer, {found['worst_layer']}"
-        )
-
-
 def _files(found: dict[str, Any]) -> str:
     count = len(found["files"])
     return f"{count} file" + "s" * (count != 1)
-
-
-def _mark(quantized: bool, cosine: float, bar: float) -> str:  # noqa: FBT001 - one cell of a table
-    if not quantized:
-        return "kept"
-    return "" if cosine >= bar else "below the bar"
 
 
 def _shape(layer: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def prepare(
         SourceError: the model cannot be opened as one that runs, or a calibration file is damaged.
         QuantizationError: the model cannot be called.
     """
-    runnable = _runnable(model, module, modality, config)
+    runnable = open_runnable(model, module, modality, config)
     if runnable.on_demand is not None:
         tell(f"gathering calibration samples, {BLOCK_BY_BLOCK}")
     data = None if config.calibration_data is None else Path(config.calibration_data)
@@ -125,9 +125,16 @@ def _groups(runnable: Runnable, samples: Samples, config: DiffusionQuantConfig) 
     return uniform_groups([call.timestep for call in samples.calls], config.num_time_groups)
 
 
-def _runnable(
+def open_runnable(
     model: Model | None, module: nn.Module | None, modality: Modality, config: DiffusionQuantConfig
 ) -> Runnable:
+    """The model as one that can be called; of a live module a copy.
+
+    Raises:
+        ConfigurationError: what is needed is not installed.
+        SourceError: it cannot be opened as one that runs.
+        QuantizationError: diffusers is not installed.
+    """
     if module is not None:
         return _live(module, modality, config)
     if model is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from arrow_quant_v2.decisions import fallbacks_per_method
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.runtime.generate import Generation
     from arrow_quant_v2.stats_run import StatsOutcome
     from arrow_quant_v2.store.entries import LayerEntry
-    from arrow_quant_v2.validation.weights import LayerAccuracy
+    from arrow_quant_v2.validation.findings import Findings, LayerFinding
 
 WEIGHT_METRIC = "weight cosine, mean over quantized layers"
 
@@ -72,24 +74,58 @@ def stats_result(outcome: StatsOutcome) -> dict[str, Any]:
     }
 
 
-def validation_result(
-    accuracies: Sequence[LayerAccuracy], quantized: frozenset[str], ratio: float, bar: float
-) -> dict[str, Any]:
-    """The four promised keys, and ours; a model passes when each of its quantized layers reaches the bar."""
-    judged = [layer for layer in accuracies if layer.name in quantized]
-    worst = min(judged, key=lambda layer: layer.cosine, default=None)
+def validation_result(found: Findings) -> dict[str, Any]:
+    """The four promised keys, and ours; `metric` says what `cosine_similarity` is of, and so what `passed` is about.
+
+    On outputs a model passes when their cosine reaches the bar; on weights when each quantized layer's does.
+    """
+    layers = found.layers
+    judged = [layer for layer in layers if not layer.decision.startswith("kept")]
+    cosines = {layer.name: layer.weight_cosine for layer in judged if layer.weight_cosine is not None}
+    worst = min(cosines, key=cosines.__getitem__, default=None)
     return {
-        "cosine_similarity": _mean([layer.cosine for layer in judged]),
-        "passed": worst is None or worst.cosine >= bar,
-        "per_layer_accuracy": {layer.name: layer.cosine for layer in accuracies},
-        "compression_ratio": ratio,
-        "metric": WEIGHT_METRIC,
-        "min_accuracy": bar,
-        "worst_layer": worst.name if worst else None,
-        "worst_cosine_similarity": worst.cosine if worst else None,
-        "per_layer_mse": {layer.name: layer.mse for layer in accuracies},
-        "quantized_layers": sorted(quantized),
+        "cosine_similarity": found.accuracy,
+        "passed": found.passed,
+        "per_layer_accuracy": {layer.name: layer.weight_cosine for layer in layers},
+        "compression_ratio": found.original_bytes / max(1, found.size_bytes),
+        "metric": found.metric,
+        "per_layer_metric": "weight cosine",
+        "min_accuracy": found.min_accuracy,
+        "weight_cosine_similarity": _mean(list(cosines.values())),
+        "worst_layer": worst,
+        "worst_cosine_similarity": None if worst is None else cosines[worst],
+        "per_layer_mse": {layer.name: layer.weight_mse for layer in layers},
+        "per_layer_output_cosine": _seen({layer.name: layer.output_cosine for layer in layers}),
+        "per_layer_output_error": _seen({layer.name: _numbers(layer.output_error) for layer in layers}),
+        "quantized_layers": sorted(layer.name for layer in judged),
+        "bits_per_weight": _bits_per_weight(judged),
+        "size_mb": found.size_bytes / 1e6,
+        "original_mb": found.original_bytes / 1e6,
+        "metrics": [asdict(metric) for metric in found.metrics],
+        "steps": [asdict(step) | {"error": _number(step.error)} for step in found.steps],
+        "time_groups": [list(edges) for edges in found.time_groups],
+        "fallbacks_per_method": dict(found.fallbacks_per_method),
+        "notes": list(found.notes),
+        "facts": dict(found.facts),
     }
+
+
+def _bits_per_weight(layers: Sequence[LayerFinding]) -> float | None:
+    weights = sum(math.prod(layer.shape) for layer in layers)
+    return sum(layer.bits_per_weight * math.prod(layer.shape) for layer in layers) / weights if weights else None
+
+
+def _seen(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(errors: Sequence[float] | None) -> list[float | None] | None:
+    return None if errors is None else [_number(error) for error in errors]
+
+
+def _number(value: float) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def inspection_result(folder: Path) -> dict[str, Any]:

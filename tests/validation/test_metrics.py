@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from arrow_quant_v2.validation import metrics
 
+quick = settings(deadline=None, max_examples=30)
 seeds = st.integers(0, 2**31)
 sizes = st.integers(1, 12)
 
@@ -19,6 +20,7 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@quick
 @given(seed=seeds, rows=sizes, width=sizes)
 def test_a_tensor_is_as_close_to_itself_as_can_be(seed: int, rows: int, width: int) -> None:
     a = drawn(seed, rows, width)
@@ -29,6 +31,7 @@ def test_a_tensor_is_as_close_to_itself_as_can_be(seed: int, rows: int, width: i
     assert metrics.agreement(a, a) == metrics.retrieval_agreement(a, a) == 1.0
 
 
+@quick
 @given(seed=seeds, rows=sizes, width=sizes, scale=st.floats(1e-3, 1e3))
 def test_a_cosine_sees_no_scale_and_an_error_sees_it(seed: int, rows: int, width: int, scale: float) -> None:
     a, b = drawn(seed, rows, width), drawn(seed + 1, rows, width)
@@ -36,6 +39,7 @@ def test_a_cosine_sees_no_scale_and_an_error_sees_it(seed: int, rows: int, width
     assert metrics.relative_error(a, a * (1 + scale)) == pytest.approx(scale**2)
 
 
+@quick
 @given(seed=seeds, width=sizes, factor=st.floats(1.1, 100.0))
 def test_a_difference_ten_times_as_large_is_20_db_less(seed: int, width: int, factor: float) -> None:
     a, noise = drawn(seed, width), drawn(seed + 1, width)
@@ -43,6 +47,7 @@ def test_a_difference_ten_times_as_large_is_20_db_less(seed: int, width: int, fa
     assert less == pytest.approx(20 * math.log10(factor), abs=1e-6)
 
 
+@quick
 @given(seed=seeds, rows=sizes, width=st.integers(2, 12), shift=st.floats(-50.0, 50.0))
 def test_divergence_is_never_negative_and_sees_no_shift(seed: int, rows: int, width: int, shift: float) -> None:
     a, b = drawn(seed, rows, width), drawn(seed + 1, rows, width)
@@ -51,13 +56,14 @@ def test_divergence_is_never_negative_and_sees_no_shift(seed: int, rows: int, wi
     assert metrics.kl_divergence(a, a + shift) == pytest.approx(0.0, abs=1e-9)
 
 
+@quick
 @given(seed=seeds, rows=sizes, width=st.integers(2, 12))
 def test_a_loss_is_what_torch_says(seed: int, rows: int, width: int) -> None:
     logits, tokens = drawn(seed, rows, width), torch.arange(rows) % width
     assert metrics.nll(logits, tokens) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, tokens)))
 
 
-@settings(deadline=None, max_examples=20)
+@quick
 @given(seed=seeds)
 def test_likeness_of_pictures_has_two_sides_and_falls_with_noise(seed: int) -> None:
     a, noise = drawn(seed, 3, 16, 16).sigmoid(), drawn(seed + 1, 3, 16, 16)

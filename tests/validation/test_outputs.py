@@ -15,7 +15,13 @@ from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.errors import ValidationError
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.time_groups import uniform_groups
-from arrow_quant_v2.validation.outputs import compare_outputs, first_tensor, model_outputs, stored_weights
+from arrow_quant_v2.validation.outputs import (
+    compare_outputs,
+    first_tensor,
+    hidden_logits,
+    model_outputs,
+    stored_weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +54,8 @@ def test_more_bits_are_closer_at_every_masked_fraction_of_a_real_model(quantized
     assert found[2].cosine < found[4].cosine < found[8].cosine
     assert found[8].cosine > 0.999
     assert found[8].error < 2e-3
-    assert found[4].cosine > 0.97
+    assert found[4].cosine > 0.93
+    assert found[2].cosine < 0.75  # at 2 bits its losses are four times those of the original
     steps = zip(found[2].steps, found[8].steps, strict=True)
     assert [low.error > 10 * high.error for low, high in steps] == [True] * 3
     assert sum(step.samples for step in found[2].steps) == 12
@@ -64,7 +71,8 @@ def test_outputs_tell_what_weights_hide_on_a_real_encoder(quantized: Callable[[s
 def test_only_hidden_tokens_count_where_some_are_hidden() -> None:
     logits = torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(0))
     (rows,) = model_outputs(speaking(logits), [shown([2, 4, 9, 4, 3])])
-    assert torch.allclose(rows, logits[0, [1, 3]] - logits[0, [1, 3]].mean(dim=-1, keepdim=True))
+    assert torch.allclose(rows, logits[0, [1, 3]].softmax(dim=-1))
+    assert torch.equal(hidden_logits(speaking(logits), [shown([2, 4, 9, 4, 3])])[0], logits[0, [1, 3]])
     (every,) = model_outputs(speaking(logits), [shown([2, 5, 9, 5, 3])])
     assert len(every) == 5
 

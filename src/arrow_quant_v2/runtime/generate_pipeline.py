@@ -56,7 +56,7 @@ def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
         diffusers = installed("diffusers")
     except QuantizationError as error:
         raise ConfigurationError(str(error)) from error
-    _refuse_strangers(diffusers, folder / PIPELINE)
+    refuse_strangers(diffusers, folder / PIPELINE)
     with quietly():
         pipeline = load_pipeline(folder, device)
     if device == "cpu" and pipeline.dtype == torch.float16:  # which few of its operators know
@@ -64,7 +64,7 @@ def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
     return pipeline
 
 
-def _refuse_strangers(diffusers: Any, index: Path) -> None:
+def refuse_strangers(diffusers: Any, index: Path) -> None:
     """Refuse a pipeline of which a part is to be imported from anywhere else: an import runs code."""
     pipelines = importlib.import_module("diffusers.pipelines")
     entries = read_json(index)

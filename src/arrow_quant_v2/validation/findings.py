@@ -37,6 +37,7 @@ class Metric:
 class LayerFinding:
     """One layer: how it is stored, and how close its weight and its outputs are.
 
+    weight_mse     mean of (w - q)^2, in the square of the weights' unit
     output_error   |W x - Q x|^2 / |W x|^2 over calibration inputs in each time group; None: its inputs were not seen,
                    NaN in a group that no sample hit
     output_cosine  between W x and Q x over all of them; None likewise
@@ -49,6 +50,7 @@ class LayerFinding:
     method: str | None
     decision: str
     weight_cosine: float | None = None
+    weight_mse: float | None = None
     output_cosine: float | None = None
     output_error: tuple[float, ...] | None = None
 

@@ -67,11 +67,6 @@ def sqnr(a: torch.Tensor, b: torch.Tensor) -> float:
 # Text
 
 
-def centred(logits: torch.Tensor) -> torch.Tensor:
-    """Logits (rows, vocabulary) less the mean of each row, which softmax does not see."""
-    return logits - logits.mean(dim=-1, keepdim=True)
-
-
 def row_divergences(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(rows,) of KL(p || q) = sum p (log p - log q) in nats, p and q the softmax of logits a and b (rows, tokens)."""
     p, q = a.double().log_softmax(dim=-1), b.double().log_softmax(dim=-1)

@@ -13,10 +13,10 @@ from arrow_quant_v2.calibration.given import is_text
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import ArrowQuantError, ValidationError
 from arrow_quant_v2.validation.findings import StepFinding
-from arrow_quant_v2.validation.metrics import centred, ratio, row_cosines, squares
+from arrow_quant_v2.validation.metrics import ratio, row_cosines, squares
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.sample import Sample
@@ -43,18 +43,54 @@ class OutputAccuracy:
     steps: tuple[StepFinding, ...]
 
 
-def model_outputs(runnable: Runnable, samples: Sequence[Sample]) -> list[torch.Tensor]:
+def model_outputs(
+    runnable: Runnable, samples: Sequence[Sample], done: Callable[[Sample], object] | None = None
+) -> list[torch.Tensor]:
     """What the model says to each call, as rows (n, width) in float32.
 
-    Masked language models: logits of the hidden tokens (of all, where nothing is hidden), each row less its mean, which
-    softmax does not see. Other text models: the last hidden state, or the logits, of every token that is no padding.
-    Denoisers: one row a sample. Any other nested output: its first floating-point tensor, one row a sample. Where rows
-    are very long and many, some evenly spread ones, always the same.
+    Masked language models: probabilities of the hidden tokens (of all, where nothing is hidden). Their logits would
+    hide what a model lost: tokens that never come have so low ones that all rows look alike. Other text models: the
+    last hidden state, or the logits, of every token that is no padding. Denoisers: one row a sample. Any other nested
+    output: its first floating-point tensor, one row a sample. Where rows are very long and many, some evenly spread
+    ones, always the same. `done` is told each sample, by any thread.
 
     Raises:
         ValidationError: the model cannot be called, or gives no tensor of floating-point numbers.
     """
-    return each_on_one_core(lambda sample: _rows(runnable, sample, ROOM // max(1, len(samples))), samples)
+    return _each(runnable, samples, done, lambda sample, output: _meaning(runnable, sample, output))
+
+
+def hidden_logits(
+    runnable: Runnable, samples: Sequence[Sample], done: Callable[[Sample], object] | None = None
+) -> list[torch.Tensor]:
+    """Logits (hidden, vocabulary) of the hidden tokens of each call, in float32.
+
+    Raises:
+        ValidationError: the model cannot be called, or gives no logits over hidden tokens.
+    """
+
+    def logits_of(sample: Sample, output: Any) -> torch.Tensor:
+        logits = _hidden_logits(runnable, sample, output)
+        if logits is None:
+            raise ValidationError(f"{type(runnable.module).__name__}: gives no logits for hidden tokens")
+        return logits
+
+    return _each(runnable, samples, done, logits_of)
+
+
+def _each(
+    runnable: Runnable,
+    samples: Sequence[Sample],
+    done: Callable[[Sample], object] | None,
+    meaning: Callable[[Sample, Any], torch.Tensor],
+) -> list[torch.Tensor]:
+    def one(sample: Sample) -> torch.Tensor:
+        rows = _evenly(meaning(sample, call(runnable, sample)), ROOM // max(1, len(samples)))
+        if done is not None:
+            done(sample)
+        return rows
+
+    return each_on_one_core(one, samples)
 
 
 def compare_outputs(
@@ -94,20 +130,38 @@ def stored_weights(runnable: Runnable, source: Source) -> Iterator[None]:
         SourceError: the source cannot be read.
         StoreError: it is damaged.
     """
+    with replaced(runnable, other_values(runnable, source)):
+        yield
+
+
+def other_values(runnable: Runnable, source: Source) -> dict[str, torch.Tensor]:
+    """Another model's tensor for every place in the module that has a name in the files, in that place's dtype.
+
+    Raises:
+        ValidationError: as for `stored_weights`.
+    """
     if runnable.on_demand is not None:
         raise ValidationError(f"{source.location}: larger than memory; compare the weights alone (--weights-only)")
     places = dict(_places(runnable.module))
     _refuse_misfits(runnable, source, places)
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    return {
+        place: source.read(name).reshape(places[place].shape).to(places[place])
+        for name, place in runnable.names.items()
+    }
+
+
+@contextmanager
+def replaced(runnable: Runnable, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the module's parameters and buffers of these names have these values; afterwards their own again."""
+    places = dict(_places(runnable.module))
+    before = [(places[place], places[place].data) for place in values]
     try:
-        for name, place in runnable.names.items():
-            tensor = places[place]
-            before.append((tensor, tensor.data))
-            tensor.data = source.read(name).reshape(tensor.shape).to(tensor)
+        for place, value in values.items():
+            places[place].data = value
         yield
     finally:
-        for tensor, values in reversed(before):
-            tensor.data = values
+        for tensor, own in reversed(before):
+            tensor.data = own
 
 
 def _places(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,15 +182,20 @@ def _refuse_misfits(runnable: Runnable, source: Source, places: dict[str, torch.
 # What a call gives
 
 
-def _rows(runnable: Runnable, sample: Sample, room: int) -> torch.Tensor:
-    rows = _meaning(runnable, sample, _called(runnable, sample)).detach().float()
+def _evenly(rows: torch.Tensor, room: int) -> torch.Tensor:
+    """As many rows as there is room for, evenly spread, a copy of their own."""
     most = max(1, room // max(1, rows.shape[1]))
     if len(rows) > most:
         rows = rows[torch.arange(most) * len(rows) // most]
-    return rows.contiguous().clone()
+    return rows.detach().float().contiguous().clone()
 
 
-def _called(runnable: Runnable, sample: Sample) -> Any:
+def call(runnable: Runnable, sample: Sample) -> Any:
+    """Everything that the model says to one call.
+
+    Raises:
+        ValidationError: it cannot be called.
+    """
     try:
         with torch.no_grad():
             return runnable.module(*sample.arguments, **sample.keywords)
@@ -151,14 +210,14 @@ def _called(runnable: Runnable, sample: Sample) -> Any:
 
 def _meaning(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor:
     """(rows, width) of the tensor that matters."""
+    logits = _hidden_logits(runnable, sample, output)
+    if logits is not None:
+        return logits.float().softmax(dim=-1)
     ids: Any = sample.keywords.get("input_ids")
-    logits: Any = getattr(output, "logits", None)
-    if runnable.mask_token is not None and _is_tokens(logits, ids):
-        hidden = ids == runnable.mask_token
-        return centred(logits[hidden] if bool(hidden.any()) else logits[_shown(sample, ids)])
-    states = getattr(output, "last_hidden_state", logits)
+    states: Any = getattr(output, "last_hidden_state", getattr(output, "logits", None))
     if is_text(runnable) and _is_tokens(states, ids):
-        return torch.as_tensor(states)[_shown(sample, ids)]
+        shown: torch.Tensor = states[_shown(sample, ids)]
+        return shown
     found = first_tensor(output)
     if found is None:
         raise ValidationError(
@@ -166,6 +225,17 @@ def _meaning(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor:
             " numbers; compare the weights alone (--weights-only)"
         )
     return found.reshape(len(found) if found.ndim >= MATRIX else 1, -1)
+
+
+def _hidden_logits(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor | None:
+    """(rows, vocabulary) of hidden tokens, of all where nothing is hidden; None where the model hides no tokens."""
+    ids: Any = sample.keywords.get("input_ids")
+    logits: Any = getattr(output, "logits", None)
+    if runnable.mask_token is None or not _is_tokens(logits, ids):
+        return None
+    hidden = ids == runnable.mask_token
+    found: torch.Tensor = logits[hidden] if bool(hidden.any()) else logits[_shown(sample, ids)]
+    return found
 
 
 def _is_tokens(states: Any, ids: Any) -> bool:

@@ -41,6 +41,10 @@ DEFAULTS = {
     "max_memory": None,
     "threads": None,
     "keep": (),
+    "layer_bit_widths": {},
+    "sensitive_layer_names": (),
+    "sensitive_layer_patterns": (),
+    "skip_sensitive_layers": False,
 }
 
 WRONG: list[tuple[str, Any]] = [
@@ -66,6 +70,10 @@ WRONG: list[tuple[str, Any]] = [
     *[("max_memory", value) for value in (0, -1, 2**28 - 1, "255MiB", "4", "GB", "4XB", "-4GB", "", 1e9, True)],
     *[("threads", value) for value in (0, 1025, 2.0, "2", True)],
     *[("keep", value) for value in ("*.bias", ["a", ""], [1], {"a"}, None)],
+    *[("layer_bit_widths", value) for value in ({"a": 3}, {"a": "4"}, {"a": 4.0}, {"": 4}, {"re:(": 4}, ["a"], None)],
+    *[("sensitive_layer_names", value) for value in ("a", [""], [1], None)],
+    *[("sensitive_layer_patterns", value) for value in ("a", ["("], [""], None)],
+    ("skip_sensitive_layers", 1),
 ]
 
 
@@ -214,6 +222,8 @@ def test_profile_beats_default_whoever_names_it(monkeypatch: pytest.MonkeyPatch)
         ("MASK_TOKEN", "4", 4),
         ("SEED", "7", 7),
         ("TIME_GROUPS", "balanced", "balanced"),
+        ("LAYER_BIT_WIDTHS", "lm_head=8, re:a=b=16", (("lm_head", 8), ("re:a=b", 16))),
+        ("SENSITIVE_LAYER_NAMES", "lm_head, proj", ("lm_head", "proj")),
     ],
 )
 def test_environment_text_becomes_the_settings_type(
@@ -348,6 +358,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
     config = DiffusionQuantConfig.from_profile("edge", group_size=None, keep=("*.bias",), max_memory="4GB")
+    config = config.replace(layer_bit_widths={"lm_head": 8})
     assert config.to_yaml(tmp_path / "c.yaml") == (
         "bit_width: 2\nmodality: null\nnum_time_groups: 5\ngroup_size: null\nenable_time_aware: true\n"
         "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\n"
@@ -356,6 +367,8 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
         "stats: null\nmask_token: null\nenable_rotation: true\ngrid_refits: 2\nerror_correction: 0.5\nseed: 0\n"
         "time_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
+        "layer_bit_widths:\n  lm_head: 8\nsensitive_layer_names: []\nsensitive_layer_patterns: []\n"
+        "skip_sensitive_layers: false\n"
     )
     assert DiffusionQuantConfig.from_yaml(str(tmp_path / "c.yaml")) == config
 
@@ -385,6 +398,10 @@ configs = st.builds(
     max_memory=st.none() | st.integers(2**28, 2**60),
     threads=st.none() | st.integers(1, 1024),
     keep=st.lists(names, max_size=3).map(tuple),
+    layer_bit_widths=st.dictionaries(names, st.sampled_from((2, 4, 8, 16)), max_size=3),
+    sensitive_layer_names=st.lists(names, max_size=3).map(tuple),
+    sensitive_layer_patterns=st.lists(names.map(re.escape), max_size=3).map(tuple),
+    skip_sensitive_layers=st.booleans(),
 )
 
 
@@ -416,7 +433,13 @@ def test_identity_holds_what_decides_the_bytes_and_nothing_else() -> None:
         "deployment_profile",
         "stats",
     }
-    for change in ({"component": "unet"}, {"seed": 1}, {"enable_calibration": False}, {"mask_token": 4}):
+    for change in (
+        {"component": "unet"},
+        {"seed": 1},
+        {"enable_calibration": False},
+        {"mask_token": 4},
+        {"layer_bit_widths": {"a": 4}},
+    ):
         assert config.replace(**change).identity() != config.identity()
 
 

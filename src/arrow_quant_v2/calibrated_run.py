@@ -5,7 +5,7 @@ Knows nothing of how samples are found or of what becomes of the layers that are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from arrow_quant_v2.forecast import seconds_to_fit
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.layers import calibrated_records
 from arrow_quant_v2.packed import PackedTensor
-from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
+from arrow_quant_v2.plan import NO_WIDTHS, Calibrated, plan_model, quant_axis
 from arrow_quant_v2.progress import duration
 from arrow_quant_v2.quantizers.calibrated import Freedom
 from arrow_quant_v2.sequential import Fitting, fit_in_sequence
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
+    from arrow_quant_v2.layer_widths import LayerWidth
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.preparation import Prepared
     from arrow_quant_v2.progress import Progress
@@ -54,6 +55,7 @@ class FittedRun:
     folder: WorkFolder
     progress: Progress
     should_stop: Callable[[], bool]
+    widths: Mapping[str, LayerWidth] = field(default_factory=dict)  # of layers that shall have others than bit_width
 
     @property
     def freedom(self) -> Freedom:
@@ -98,7 +100,7 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
         reading = runnable.reading - read_before
         reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
         names = frozenset(module_names[layer] for layer in reached)
-        plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method))
+        plans = plan_model(run.source.tensors, run.config, Calibrated(names=names, method=run.method), run.widths)
         keeper = Keeper(run, plans, names)
         fitting = _fitting(run, plans, module_names, keeper)
         seconds = seconds_to_fit(walk, fitting.plans, reading, beside=fitting.strength > 0.0)
@@ -122,7 +124,7 @@ def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
 def _watched(run: CalibratedRun) -> dict[str, str]:
     """Module name -> file name of the weights that could be fitted: matrices and kernels that lie as torch has them."""
     everything = Calibrated(names=frozenset(info.name for info in run.source.tensors), method=run.method)
-    plans = plan_model(run.source.tensors, run.config, everything)
+    plans = plan_model(run.source.tensors, run.config, everything, run.widths)
     return placed(run.source, run.prepared.runnable, {plan.tensor.name for plan in plans if plan.spec is not None})
 
 
@@ -210,14 +212,17 @@ class Keeper:
 
     def result(self, reason: str) -> CalibratedPlans:
         """All plans with what was decided; layers that were not fitted, for this reason, go by their weights alone."""
-        plans = (self.decided.get(plan.tensor.name) or left_out(plan, self.run.config, reason) for plan in self.plans)
+        run = self.run
+        plans = (self.decided.get(p.tensor.name) or left_out(p, run.config, reason, run.widths) for p in self.plans)
         return CalibratedPlans(plans=tuple(plans), names=frozenset(self.decided))
 
 
-def left_out(plan: LayerPlan, config: DiffusionQuantConfig, reason: str) -> LayerPlan:
+def left_out(
+    plan: LayerPlan, config: DiffusionQuantConfig, reason: str, widths: Mapping[str, LayerWidth] = NO_WIDTHS
+) -> LayerPlan:
     """A layer whose inputs are not known is quantized from its weights alone, and says so."""
     if plan.spec is None:
         return plan
-    (alone,) = plan_model([plan.tensor], config)
+    (alone,) = plan_model([plan.tensor], config, widths=widths)
     because = f"{alone.decision.because}, not calibrated: {reason}"
     return replace(alone, decision=replace(alone.decision, because=because))

@@ -23,7 +23,7 @@ from arrow_quant_v2 import __version__
 from arrow_quant_v2.cli_progress import told_progress, told_steps
 from arrow_quant_v2.cli_quality import print_comparison, print_validation
 from arrow_quant_v2.cli_tables import print_table
-from arrow_quant_v2.config import DiffusionQuantConfig
+from arrow_quant_v2.config import DiffusionQuantConfig, widths_of
 from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -83,6 +83,10 @@ Judge = Annotated[Path | None, typer.Option("--judge", help="a causal language m
 MaxMemory = Annotated[str | None, typer.Option(help="memory that the whole process may take, such as 4GB")]
 Threads = Annotated[int | None, typer.Option(help="cores to use; all by default")]
 Keep = Annotated[list[str] | None, typer.Option(help="pattern of tensor names that stay as they are; may be repeated")]
+LayerBits = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=BITS", help="2, 4, 8 or 16 (as it is) for layers of a name or pattern; may be repeated"),
+]
 FailFast = Annotated[bool | None, typer.Option("--fail-fast", help="stop at the first layer below --min-accuracy")]
 
 
@@ -124,6 +128,7 @@ def quantize(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     keep: Keep = None,
+    layer_bits: LayerBits = None,
     fail_fast: FailFast = None,
     calibration: Calibration = None,
     no_calibration: NoCalibration = False,
@@ -149,6 +154,7 @@ def quantize(
         max_memory=max_memory,
         threads=threads,
         keep=keep or None,
+        layer_bit_widths=widths_of(layer_bits) if layer_bits else None,
         fail_fast=fail_fast,
         calibration_data=None if calibration is None else str(calibration),
         enable_calibration=False if no_calibration else None,
@@ -234,6 +240,7 @@ def doctor(
     max_memory: MaxMemory = None,
     threads: Threads = None,
     keep: Keep = None,
+    layer_bits: LayerBits = None,
     calibration: Calibration = None,
     no_calibration: NoCalibration = False,
     stats: Stats = None,
@@ -254,6 +261,7 @@ def doctor(
         max_memory=max_memory,
         threads=threads,
         keep=keep or None,
+        layer_bit_widths=widths_of(layer_bits) if layer_bits else None,
         calibration_data=None if calibration is None else str(calibration),
         enable_calibration=False if no_calibration else None,
         stats=None if stats is None else str(stats),

@@ -4,18 +4,33 @@ import contextlib
 import difflib
 import json
 import os
-import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, StringConstraints
 
+from arrow_quant_v2.config_fields import (
+    GROUP_STEP,
+    LARGEST_GROUP,
+    GroupSize,
+    NamedWidth,
+    Pattern,
+    Regex,
+    amount,
+    folder,
+    frozen_list,
+    frozen_pairs,
+    row,
+    whole,
+)
+from arrow_quant_v2.config_text import LONGEST_NAME, Written, text_of, written
 from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.layer_widths import Overrules
 from arrow_quant_v2.packed import WIDTHS, Bits, Grid
 
 if TYPE_CHECKING:
@@ -37,58 +52,14 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 PREFIX = "ARROW_QUANT_"
 RESERVED = frozenset({"kernels", "isa"})  # ARROW_QUANT_KERNELS and _ISA belong to the kernels room
-GROUP_STEP, LARGEST_GROUP = 8, 65_536  # whole bytes of codes at every width
-LARGEST_FILE = 1_000_000
 BREAKS = frozenset("\x85\u2028\u2029\ufeff")  # what YAML readers take for line breaks or marks where it is not escaped
 SMALLEST_MEMORY = 256 * 2**20
-UNITS = {
-    "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
+LISTS = frozenset({"keep", "sensitive_layer_names", "sensitive_layer_patterns"})
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 _repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = LONGEST_NAME = 80
+_repr.maxstring = _repr.maxother = LONGEST_NAME
 _repr.maxlevel, _repr.maxlist = 2, 4
-
-
-# One setting at a time
-
-
-def _whole(value: object) -> object:
-    """Refuse True and 4.0, which Python holds equal to a whole number."""
-    if type(value) is not int:
-        raise ValueError("not a whole number")
-    return value
-
-
-def _row(value: object) -> object:
-    return None if value == "row" else value
-
-
-def _bytes(value: object) -> object:
-    """A number of bytes from "4GB", "1.5 GiB" or a plain int."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgt]?i?b)", value.strip(), re.ASCII | re.IGNORECASE)
-    if not match or match[2].lower() not in UNITS:
-        raise ValueError("not an amount of memory")
-    return int(float(match[1]) * UNITS[match[2].lower()])
-
-
-def _frozen_list(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _folder(value: str) -> str:
-    """Refuse what could lead out of the pipeline's folder."""
-    if value in {"", ".", ".."} or re.search(r"[/\\\x00]", value):
-        raise ValueError("not the name of one folder")
-    return value
-
-
-Pattern: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
-GroupSize: TypeAlias = Annotated[int, Field(ge=GROUP_STEP, le=LARGEST_GROUP, multiple_of=GROUP_STEP)]
 
 
 class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -132,15 +103,20 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     max_memory            bytes the whole process may use, also as "4GB" or "512MiB"; None: no limit
     threads               None: as many as the machine offers
     keep                  fnmatch patterns of tensor names that stay in their own dtype
+    layer_bit_widths      name of a tensor or module, fnmatch pattern, or "re:" and a regular expression -> 2, 4, 8, or
+                          16 for its own dtype; a whole name comes before patterns, then the first that fits
+    sensitive_layer_names     names of tensors or modules that have 8 bits, whatever bit_width is
+    sensitive_layer_patterns  the same by regular expressions
+    skip_sensitive_layers     sensitive layers stay in their own dtype instead
 
     Raises:
         ConfigurationError: names every wrong or unknown setting, what was found and what is allowed.
     """
 
-    bit_width: Annotated[Bits, BeforeValidator(_whole)] = Field(default=4, description="2, 4 or 8")
+    bit_width: Annotated[Bits, BeforeValidator(whole)] = Field(default=4, description="2, 4 or 8")
     modality: Modality | None = Field(default=None, description="text, code, image, audio, or None to detect it")
     num_time_groups: int = Field(default=10, ge=1, le=100, description="a whole number from 1 to 100")
-    group_size: Annotated[GroupSize | None, BeforeValidator(_row)] = Field(
+    group_size: Annotated[GroupSize | None, BeforeValidator(row)] = Field(
         default=128,
         description=f"a multiple of 8 from 8 to {LARGEST_GROUP}, or None or 'row' for one group per output row",
     )
@@ -166,30 +142,40 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     time_groups: Grouping = Field(default="uniform", description="uniform or balanced")
     symmetric: bool = Field(default=False, description="True or False")
-    component: Annotated[str, AfterValidator(_folder)] | None = Field(
+    component: Annotated[str, AfterValidator(folder)] | None = Field(
         default=None, description="the name of one folder of the pipeline, or None for its denoiser"
     )
-    max_memory: Annotated[Annotated[int, Field(ge=SMALLEST_MEMORY)] | None, BeforeValidator(_bytes)] = Field(
+    max_memory: Annotated[Annotated[int, Field(ge=SMALLEST_MEMORY)] | None, BeforeValidator(amount)] = Field(
         default=None, description="at least 256 MiB, in bytes or as '4GB' or '512MiB', or None for no limit"
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="a whole number from 1 to 1024, or None for all"
     )
-    keep: Annotated[tuple[Pattern, ...], BeforeValidator(_frozen_list)] = Field(
+    keep: Annotated[tuple[Pattern, ...], BeforeValidator(frozen_list)] = Field(
         default=(), description="a list of tensor name patterns, such as ['*.bias', 'lm_head.*']"
     )
+    layer_bit_widths: Annotated[tuple[NamedWidth, ...], BeforeValidator(frozen_pairs), PlainSerializer(dict)] = Field(
+        default=(), description="a mapping of names or patterns to 2, 4, 8 or 16, such as {'lm_head': 8}"
+    )
+    sensitive_layer_names: Annotated[tuple[Pattern, ...], BeforeValidator(frozen_list)] = Field(
+        default=(), description="a list of names of tensors or modules, such as ['lm_head']"
+    )
+    sensitive_layer_patterns: Annotated[tuple[Regex, ...], BeforeValidator(frozen_list)] = Field(
+        default=(), description="a list of regular expressions, such as ['time_embed', 'adaLN']"
+    )
+    skip_sensitive_layers: bool = Field(default=False, description="True or False")
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
     def _layered(
-        cls, given: object, handler: "ModelWrapValidatorHandler[Self]", validation: "ValidationInfo[_Written | None]"
+        cls, given: object, handler: "ModelWrapValidatorHandler[Self]", validation: "ValidationInfo[Written | None]"
     ) -> "Self":
         """Lay profile, file, environment and keywords over each other; turn pydantic's refusal into ours."""
         if isinstance(given, cls):
             return given
         if not isinstance(given, dict):
             raise ConfigurationError(f"a configuration is a mapping of settings, not {_repr.repr(given)}")
-        file, environment = validation.context or _Written(), _environment()
+        file, environment = validation.context or Written(), _environment()
         settings = {**file.settings, **environment, **given}
         labels = file.labels | {name: PREFIX + name.upper() for name in environment} | {name: name for name in given}
         try:
@@ -212,12 +198,12 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         Raises:
             ConfigurationError: the file cannot be read, is no YAML mapping, or holds a wrong setting.
         """
-        return cls.model_validate(overrides, context=_written(_text(path), str(path)))
+        return cls.model_validate(overrides, context=written(text_of(path), str(path)))
 
     @classmethod
     def from_yaml_text(cls, text: str, **overrides: Any) -> "Self":
         """The same from YAML text."""
-        return cls.model_validate(overrides, context=_written(text, "YAML text"))
+        return cls.model_validate(overrides, context=written(text, "YAML text"))
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
         """Every setting as YAML text, written to `path` where one is given.
@@ -247,7 +233,20 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         """
         apart = {"deployment_profile", "fail_fast", "max_memory", "threads", "stats"}
         settings = self.model_dump(mode="json", exclude=apart)
-        return dict(sorted((settings | {"keep": sorted(set(self.keep))}).items()))
+        for name in ("keep", "sensitive_layer_names", "sensitive_layer_patterns"):
+            settings[name] = sorted(set(settings[name]))
+        settings["layer_bit_widths"] = [list(pair) for pair in self.layer_bit_widths]  # their order decides
+        return dict(sorted(settings.items()))
+
+    @property
+    def overrules(self) -> Overrules:
+        """What is asked of layers by their names."""
+        return Overrules(
+            widths=self.layer_bit_widths,
+            names=self.sensitive_layer_names,
+            patterns=self.sensitive_layer_patterns,
+            skip=self.skip_sensitive_layers,
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         raise ConfigurationError(f"{name} cannot be set: a configuration is frozen; use replace({name}=...)")
@@ -298,14 +297,6 @@ class LayerSpec:
 # Where settings come from
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Written:
-    """What a YAML file says, and how to name each of its settings in a message."""
-
-    settings: dict[str, object] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
-
-
 def _profile(settings: Mapping[str, object]) -> dict[str, object]:
     """The values that the chosen profile brings; none where the choice is wrong, which validation will say."""
     chosen = settings.get("deployment_profile", "local")
@@ -321,13 +312,22 @@ def _environment() -> dict[str, object]:
 def _from_text(name: str, text: str) -> object:
     """What a variable's text means for this setting; text that means nothing stays text and is refused later."""
     known = DiffusionQuantConfig.model_fields.get(name)
-    if name == "keep":
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if name in LISTS:
+        return parts
+    if name == "layer_bit_widths":
+        return widths_of(parts)
     if known and known.annotation is bool:
         return SWITCH.get(text.lower(), text)
     if text.lower() in {"none", "null"}:
         return None
     return text if name in {"component", "calibration_data", "stats"} else _number(text)
+
+
+def widths_of(entries: Iterable[str]) -> dict[str, object]:
+    """Pattern -> width from entries like "lm_head=8"; a width that is no number is refused later."""
+    parts = (entry.rpartition("=") for entry in entries)
+    return {name.strip(): _number(bits.strip()) for name, _, bits in parts}
 
 
 def _number(text: str) -> object:
@@ -336,66 +336,6 @@ def _number(text: str) -> object:
     with contextlib.suppress(ValueError):
         return float(text)
     return text
-
-
-def _text(path: str | os.PathLike[str]) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > LARGEST_FILE:
-        raise ConfigurationError(f"{path}: larger than {LARGEST_FILE} bytes, which no configuration is")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigurationError(f"{path}, line {line}: not UTF-8 text") from error
-
-
-def _written(text: str, name: str) -> _Written:
-    """Parse YAML of one mapping; names are taken literally, so `on:` is no boolean and `<<:` merges nothing."""
-    try:
-        loader = yaml.SafeLoader(text)
-        pairs = _pairs(loader.get_single_node(), name)
-        settings = {key: _value(loader, value, _at(name, mark)) for key, (mark, value) in pairs.items()}
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigurationError(f"{_at(name, mark)}: not valid YAML: {error.problem}") from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigurationError(f"{name}, line {line}: not valid YAML: {error.reason}") from error
-    except RecursionError as error:
-        raise ConfigurationError(f"{name}: nested too deeply for a configuration") from error
-    labels = {key: f"{key[:LONGEST_NAME]} ({_at(name, mark)})" for key, (mark, _) in pairs.items()}
-    return _Written(settings=settings, labels=labels)
-
-
-def _value(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> object:
-    try:
-        return loader.construct_object(node, deep=True)
-    except ValueError as error:  # a 13th month, a number of 5000 digits
-        raise ConfigurationError(f"{place}: not valid YAML: {error}") from error
-
-
-def _pairs(root: yaml.Node | None, name: str) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
-    """Setting to (place, value) of a YAML mapping; `profile` is short for `deployment_profile`."""
-    if not isinstance(root, yaml.MappingNode):
-        found = "nothing" if root is None else "a list or a single value"
-        raise ConfigurationError(f"{name}, line 1: a configuration is a mapping of settings, not {found}")
-    pairs: dict[str, tuple[yaml.Mark, yaml.Node]] = {}
-    for key, value in root.value:
-        setting = "deployment_profile" if key.value == "profile" else key.value
-        if not isinstance(setting, str):
-            raise ConfigurationError(f"{_at(name, key.start_mark)}: the name of a setting is text, not a collection")
-        if setting in pairs:
-            raise ConfigurationError(f"{_at(name, key.start_mark)}: {_repr.repr(setting)} is given twice")
-        pairs[setting] = key.start_mark, value
-    return pairs
-
-
-def _at(name: str, mark: yaml.Mark | None) -> str:
-    return name if mark is None else f"{name}, line {mark.line + 1}"
 
 
 # What a refusal says

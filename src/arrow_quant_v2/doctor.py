@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget
 from arrow_quant_v2.layers import chunk_bytes
-from arrow_quant_v2.plan import NOTHING_CALIBRATED, calibrated_method, likely_calibrated, plan_model
+from arrow_quant_v2.plan import (
+    NOTHING_CALIBRATED,
+    calibrated_method,
+    likely_calibrated,
+    plan_model,
+    refuse_unused_names,
+)
 from arrow_quant_v2.publish import Description, file_groups, source_hash
 from arrow_quant_v2.store.record import ranges
 from arrow_quant_v2.store.sizes import RowSize, predicted_file_bytes
@@ -60,6 +66,7 @@ def diagnose(
     Raises:
         ConfigurationError: `max_memory` is less than the model needs.
     """
+    refuse_unused_names(source.tensors, config)
     reason = _why_from_the_weights_alone(model, modality, config)
     calibrated = likely_calibrated(source.tensors, config, modality) if reason is None else NOTHING_CALIBRATED
     plans = plan_model(source.tensors, config, calibrated)

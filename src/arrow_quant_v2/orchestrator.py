@@ -14,7 +14,7 @@ from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
 from arrow_quant_v2.layers import checksum_only, records, slices, source_checksum, work
-from arrow_quant_v2.plan import calibrated_method, plan_model
+from arrow_quant_v2.plan import calibrated_method, plan_model, refuse_unused_names
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
@@ -90,6 +90,7 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     """
     started = time.monotonic()
     _refuse_unusable(job)
+    refuse_unused_names(job.source.tensors, job.config)
     plans = plan_model(job.source.tensors, job.config)
     if not plans:
         raise QuantizationError(f"{job.source.location}: holds no tensors; give a folder with a model's weights")

@@ -6,15 +6,18 @@ import math
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.config import LayerSpec
 from arrow_quant_v2.decisions import Decision
+from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.layer_widths import KEPT, LayerWidth
 from arrow_quant_v2.packed import ITEM_BITS, Layout, TensorInfo
 from arrow_quant_v2.store.sizes import row_bytes, stored_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
 
@@ -22,6 +25,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_
 WEIGHTS_ALONE = ("clip", "rtn")
 LOOKUP = re.compile(r"(^|[._])(embed|embeddings?|embed_tokens|embed_positions|emb|wte|wpe|shared)(\.weight)?$")
 FEWEST_WEIGHTS = 1024  # below this the parameters and the file's own bytes eat what packing saves
+RESIDUAL_BELOW = 8  # bits: here the residual grid has too few codes for its second scale
 LONGEST_KERNEL = 31  # a 3-D weight with a longer last axis is a stack of experts, not a 1-D convolution
 
 
@@ -61,6 +65,7 @@ class Calibrated:
 
 
 NOTHING_CALIBRATED = Calibrated()
+NO_WIDTHS: Mapping[str, LayerWidth] = MappingProxyType({})
 
 
 def calibrated_method(config: DiffusionQuantConfig, modality: Modality) -> Method | None:
@@ -70,7 +75,7 @@ def calibrated_method(config: DiffusionQuantConfig, modality: Modality) -> Metho
     """
     if config.method in WEIGHTS_ALONE:
         return None
-    return config.method or ("r2q" if modality in {"text", "code"} and config.bit_width < 8 else "gptq")  # noqa: PLR2004
+    return config.method or ("r2q" if modality in {"text", "code"} and config.bit_width < RESIDUAL_BELOW else "gptq")
 
 
 def likely_calibrated(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig, modality: Modality) -> Calibrated:
@@ -86,44 +91,83 @@ def likely_calibrated(tensors: Iterable[TensorInfo], config: DiffusionQuantConfi
 
 
 def plan_model(
-    tensors: Iterable[TensorInfo], config: DiffusionQuantConfig, calibrated: Calibrated = NOTHING_CALIBRATED
+    tensors: Iterable[TensorInfo],
+    config: DiffusionQuantConfig,
+    calibrated: Calibrated = NOTHING_CALIBRATED,
+    widths: Mapping[str, LayerWidth] = NO_WIDTHS,
 ) -> tuple[LayerPlan, ...]:
-    """One plan per tensor, in the order given; those that are not calibrated are quantized from the weights alone."""
-    return tuple(_plan(tensor, config, calibrated) for tensor in tensors)
+    """One plan per tensor, in the order given; those that are not calibrated are quantized from the weights alone.
+
+    `widths` are those of tensors that shall have others than `bit_width`, by name; what the configuration says of a
+    layer by its name is stronger.
+    """
+    return tuple(_plan(tensor, config, calibrated, width_of(tensor.name, config, widths)) for tensor in tensors)
 
 
-def _method(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated) -> Method:
+def width_of(name: str, config: DiffusionQuantConfig, widths: Mapping[str, LayerWidth] = NO_WIDTHS) -> LayerWidth:
+    """The width that a tensor is asked for, and why: people's word, else what was found out, else bit_width."""
+    found = config.overrules.of(name) or widths.get(name)
+    return found or LayerWidth(bits=config.bit_width, because="")
+
+
+def refuse_unused_names(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig) -> None:
+    """Refuse names in the configuration that no tensor of the model has, before any work.
+
+    Raises:
+        ConfigurationError: there is one; it is a slip, and would be obeyed by nothing.
+    """
+    for name in config.overrules.unused(info.name for info in tensors):
+        raise ConfigurationError(
+            f"{name!r} is given a width or called sensitive, but no tensor of the model has that name or fits it;"
+            " `arrow-quant doctor` lists their names"
+        )
+
+
+def _method(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated, bits: int) -> Method:
     if tensor.name in calibrated.names:
-        return calibrated.method
+        affine = config.method is None and bits >= RESIDUAL_BELOW
+        return "gptq" if affine else calibrated.method
     return config.method if config.method and config.method != "gptq" else "clip"
 
 
-def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated) -> LayerPlan:
-    method = _method(tensor, config, calibrated)
-    spec = LayerSpec(bits=config.bit_width, group_size=config.group_size, method=method, symmetric=config.symmetric)
-    reason = _reason_to_keep(tensor, config)
-    if reason is None:
-        layout = Layout(
-            shape=tensor.shape,
-            bits=spec.bits,
-            quant_axis=quant_axis(tensor.shape),
-            group_size=spec.group_size,
-            grid=spec.grid,
-        )
-        if stored_bytes(layout, symmetric=spec.symmetric) < tensor.nbytes:
-            return LayerPlan(tensor=tensor, spec=spec, layout=layout, decision=_quantized(tensor, spec, layout))
-        reason = f"int{spec.bits} with its parameters would not be smaller than {tensor.dtype}"
-    decision = Decision(layer_name=tensor.name, kind="kept", asked=f"int{spec.bits}", got=tensor.dtype, because=reason)
+def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated, width: LayerWidth) -> LayerPlan:
+    reason, bits = _reason_to_keep(tensor, config), width.bits
+    if reason is not None or bits == KEPT:
+        return _kept(tensor, config, reason or width.because)
+    method = _method(tensor, config, calibrated, bits)
+    spec = LayerSpec(bits=bits, group_size=config.group_size, method=method, symmetric=config.symmetric)
+    layout = Layout(
+        shape=tensor.shape,
+        bits=spec.bits,
+        quant_axis=quant_axis(tensor.shape),
+        group_size=spec.group_size,
+        grid=spec.grid,
+    )
+    if stored_bytes(layout, symmetric=spec.symmetric) >= tensor.nbytes:
+        return _kept(tensor, config, f"int{spec.bits} with its parameters would not be smaller than {tensor.dtype}")
+    decision = _quantized(tensor, spec, layout, config, width)
+    return LayerPlan(tensor=tensor, spec=spec, layout=layout, decision=decision)
+
+
+def _kept(tensor: TensorInfo, config: DiffusionQuantConfig, reason: str) -> LayerPlan:
+    asked = f"int{config.bit_width}"
+    decision = Decision(layer_name=tensor.name, kind="kept", asked=asked, got=tensor.dtype, because=reason)
     return LayerPlan(tensor=tensor, decision=decision)
 
 
-def _quantized(tensor: TensorInfo, spec: LayerSpec, layout: Layout) -> Decision:
+def _quantized(
+    tensor: TensorInfo, spec: LayerSpec, layout: Layout, config: DiffusionQuantConfig, width: LayerWidth
+) -> Decision:
     tail = layout.columns % layout.group
     ragged = f", the last group of a row has {tail} columns" if tail else ""
-    width, _, rest = str(spec).partition(" ")
-    because = f"{rest} as asked{ragged}"
+    got, _, rest = str(spec).partition(" ")
     return Decision(
-        layer_name=tensor.name, kind="quantized", asked=width, got=width, because=because, method=spec.method
+        layer_name=tensor.name,
+        kind="quantized",
+        asked=f"int{config.bit_width}",
+        got=got,
+        because=f"{rest} as asked{ragged}" + (f", {width.because}" if width.because else ""),
+        method=spec.method,
     )
 
 

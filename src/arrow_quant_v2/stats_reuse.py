@@ -77,7 +77,7 @@ def run_on_stats(run: FittedRun, kept: KeptStats) -> CalibratedPlans:
         InterruptedRunError: the run was asked to stop; finished layers are kept.
     """
     calibrated = Calibrated(names=frozenset(kept.summary.layers), method=run.method)
-    plans = plan_model(run.source.tensors, run.config, calibrated)
+    plans = plan_model(run.source.tensors, run.config, calibrated, run.widths)
     by_name = {plan.tensor.name: plan for plan in plans}
     for entry in kept.summary.inputs:
         _refuse_unfit(kept, entry, by_name)

@@ -39,6 +39,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return values.to(dtype)
 
 
+REPORTS = {"report.html", "report.json"}
+
+
 def layers(count: int = 12, rows: int = 64, columns: int = 96) -> dict[str, torch.Tensor]:
     """`count` linear layers with their biases."""
     weights = {f"layers.{i:02d}.weight": normal(rows, columns, seed=i) for i in range(count)}
@@ -55,8 +58,12 @@ def save_model(folder: Path, tensors: Mapping[str, torch.Tensor] | None = None, 
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below a folder, by its relative path, but the reports: they tell times, which differ between runs."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in REPORTS
+    }
 
 
 def run_python(code: str, *arguments: object, timeout: float = 120, **environment: str) -> Run:

@@ -102,9 +102,10 @@ def test_everything_but_the_weights_is_copied(quantized: Callable[..., object]) 
     config = json.loads(after.pop("config.json"))
     assert config.pop("quantization_config")["bits"] == 4
     assert config == json.loads(before.pop("config.json"))
+    before["README.original.md"] = before.pop("README.md")  # that name is our card's
     assert {name: after[name] for name in before} == before
     weights = {f"weights-0000{number}-of-00002.parquet" for number in (1, 2)}  # the embedding is a file of its own
-    assert {name for name in after if name not in before} == {"metadata.json", *weights}
+    assert {name for name in after if name not in before} == {"metadata.json", "README.md", *weights}
 
 
 @pytest.mark.parametrize("name", ["minilm", "antiberty"])
@@ -176,27 +177,31 @@ def test_a_folder_of_npy_files_is_a_model(tmp_path: Path) -> None:
         np.save(folder / f"{name}.npy", tensor.numpy())
     result = quantize(folder, tmp_path / "out", modality="audio", bit_width=8)
     assert (result["quantized_layers"], result["kept_layers"]) == (2, 2)
-    assert sorted(content_of(tmp_path / "out")) == ["metadata.json", "weights-00001-of-00001.parquet"]
+    assert sorted(content_of(tmp_path / "out")) == ["README.md", "metadata.json", "weights-00001-of-00001.parquet"]
 
 
 def test_a_shard_more_or_less_makes_no_difference(tmp_path: Path) -> None:
     tensors = layers(4)
-    save_model(tmp_path / "one", tensors)
-    several = save_model(tmp_path / "several", tensors)
+    save_model(tmp_path / "one" / "model", tensors)  # the card names the folder that the model lay in
+    several = save_model(tmp_path / "several" / "model", tensors)
     (several / "model.safetensors").unlink()
     places = {name: f"model-{1 + i % 3:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
     for shard in set(places.values()):
         save_file({name: tensors[name] for name in tensors if places[name] == shard}, several / shard)
     (several / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     for name in ("one", "several"):
-        quantize(tmp_path / name, tmp_path / f"{name}-out")
+        quantize(tmp_path / name / "model", tmp_path / f"{name}-out")
     assert content_of(tmp_path / "one-out") == content_of(tmp_path / "several-out")
 
 
 def test_one_weight_file_is_a_model_and_the_output_may_lie_beside_it(tmp_path: Path) -> None:
     file = save_model(tmp_path / "model") / "model.safetensors"
     quantize(file, tmp_path / "model" / "out", modality="text")
-    assert sorted(content_of(tmp_path / "model" / "out")) == ["metadata.json", "weights-00001-of-00001.parquet"]
+    assert sorted(content_of(tmp_path / "model" / "out")) == [
+        "README.md",
+        "metadata.json",
+        "weights-00001-of-00001.parquet",
+    ]
 
 
 def test_a_snapshot_of_links_is_a_model(tmp_path: Path) -> None:

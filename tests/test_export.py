@@ -105,7 +105,7 @@ def test_a_pipeline_s_denoiser_is_quantized_and_loaded_again(pipeline: Path, tmp
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert after[name] == before[name]
     assert set(after) == {
-        "metadata.json", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        "README.md", "metadata.json", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
         "unet/weights-00001-of-00001.parquet",
     }  # fmt: skip
     asked = json.loads(after["unet/config.json"])["quantization_config"]

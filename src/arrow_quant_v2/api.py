@@ -17,11 +17,14 @@ from arrow_quant_v2.export import export_model
 from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
 from arrow_quant_v2.orchestrator import Job, quantize_model
 from arrow_quant_v2.quantizers import quantizer
+from arrow_quant_v2.report.stored import with_weights
+from arrow_quant_v2.report.write import known_findings, write_report
 from arrow_quant_v2.results import (
     diagnosis_result,
     generation_result,
     inspection_result,
     quantization_result,
+    report_result,
     stats_result,
     validation_result,
 )
@@ -276,6 +279,34 @@ class ArrowQuantV2:
                     f"{quantized_path}: is not quantized by this program; give a folder that quantize wrote"
                 )
             return inspection_result(model.folder)
+
+    def report(
+        self,
+        quantized_path: PathLike,
+        original_path: PathLike | None = None,
+        *,
+        progress_callback: Report | None = None,
+    ) -> dict[str, Any]:
+        """Write report.html, report.json and the model card README.md into a quantized folder.
+
+        They show what an earlier report measured, else what the files tell. With the original, the weights of both are
+        compared again.
+
+        Returns `files, notes` and `figures`, the content of report.json.
+
+        Raises:
+            SourceError: no model lies there.
+            StoreError: it is damaged, or the disk refuses.
+            ValidationError: the original holds other tensors.
+        """
+        folder = Path(quantized_path)
+        findings = known_findings(folder)
+        if original_path is not None:
+            component = _component_of(folder)
+            with open_model(Path(original_path), component) as original, open_model(folder, component) as other:
+                accuracies = compare_weights(original.source, other.source, progress_callback)
+            findings = with_weights(findings, {one.name: one.cosine for one in accuracies})
+        return report_result(findings, write_report(folder, findings, folder.resolve().name))
 
     def convert(
         self, quantized_path: PathLike, output_path: PathLike, *, progress_callback: Report | None = None

@@ -313,6 +313,24 @@ def validate(
         raise typer.Exit(BAR_MISSED)
 
 
+@app.command("report")
+def write_report(
+    model: Quantized,
+    *,
+    original: Annotated[Path | None, typer.Option(help="the model that it was made from, to compare with")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write report.html, report.json and the model card README.md into a folder that quantize wrote."""
+    with _interruptible(), told_progress(quiet=quiet) as report:
+        found = _api().report(model, original, progress_callback=report)
+    if as_json:
+        _print_json(found["figures"])
+        return
+    for line in (*found["files"], *found["notes"]):
+        typer.echo(line)
+
+
 @app.command()
 def compare(
     quantized: Annotated[list[Path], typer.Argument(help="copies of one model: quantized, converted, or of others")],
@@ -460,6 +478,7 @@ def _print_result(result: dict[str, Any]) -> None:
         )
     for reason, count in _kept(result["decisions"]).items():
         typer.echo(f"  {count} kept: {reason}")
+    typer.echo(f"  report: {result['report']}")
 
 
 def _print_generation(made: dict[str, Any]) -> None:

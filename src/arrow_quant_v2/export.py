@@ -17,7 +17,7 @@ import torch
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.packed import ITEM_BITS
 from arrow_quant_v2.progress import Progress
-from arrow_quant_v2.publish import CONFIG, copy_file, write_json
+from arrow_quant_v2.publish import CONFIG, REPORTS, copy_file, original_name, write_json
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.safetensors import DTYPES
 from arrow_quant_v2.store.writer import fsync
@@ -84,8 +84,8 @@ def _write_all(model: Model, target: Path, report: Callable[[str, float], object
     with explained(weights):
         weights.mkdir(parents=True)
     for path in model.side_files:
-        if path != Path(METADATA) or not is_output(model.root):
-            copy_file(model.root / path, target / path)
+        if (name := _exported_name(path, model)) is not None:
+            copy_file(model.root / path, target / name)
     stem = _stem(weights / CONFIG, model.component)
     tensors = model.source.tensors
     progress = Progress(report, sum(info.nbytes for info in tensors))
@@ -102,6 +102,16 @@ def _write_all(model: Model, target: Path, report: Callable[[str, float], object
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         write_json(weights / f"{stem}.safetensors.index.json", index)
     return Exported(files=tuple(files), tensor_bytes=total)
+
+
+def _exported_name(path: Path, model: Model) -> Path | None:
+    """What a file is called beside dequantized weights: the original's card has its name back, ours are left out."""
+    if not is_output(model.root) or len(path.parts) > 1:
+        return path
+    if path.name in {METADATA, *REPORTS}:
+        return None
+    names = (Path(name) for name in REPORTS if original_name(Path(name), ()) == path)
+    return next(names, path)
 
 
 def _stem(config: Path, component: str) -> str:

@@ -18,6 +18,10 @@ from arrow_quant_v2.plan import calibrated_method, plan_model, refuse_unused_nam
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
+from arrow_quant_v2.report.card import base_model_of
+from arrow_quant_v2.report.facts import run_facts
+from arrow_quant_v2.report.stored import stored_findings
+from arrow_quant_v2.report.write import write_report
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary
 from arrow_quant_v2.store.reader import StoredModel
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.layers import Piece, Slice
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.preparation import Provider
+    from arrow_quant_v2.report.write import Written
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
 
@@ -110,9 +115,11 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
         run = replace(run, plans=calibrated.plans)
         _work_on_layers(job, run, calibrated.names)
         assemble(folder, run.plans, description, job.model)
+        seconds = time.monotonic() - started
+        written = _report(job, folder.model, seconds, calibrated)
         folder.publish()
-    seconds = time.monotonic() - started
-    return Outcome(seconds=seconds, plans=run.plans, calibration=calibrated.summary, notes=calibrated.notes)
+    notes = (*calibrated.notes, *written.notes)
+    return Outcome(seconds=seconds, plans=run.plans, calibration=calibrated.summary, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +130,21 @@ class _Calibration:
     names: frozenset[str] = frozenset()  # of the layers that were fitted
     summary: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
+
+
+def _report(job: Job, folder: Path, seconds: float, calibrated: _Calibration) -> Written:
+    """Show what became of the model, in the folder that is about to be published."""
+    facts = run_facts(_name_of(job), job.out, job.config, seconds, calibrated.summary)
+    findings = stored_findings(folder, facts)
+    return write_report(folder, replace(findings, notes=(*findings.notes, *calibrated.notes)), job.out.name)
+
+
+def _name_of(job: Job) -> str:
+    """What the original is called: no path, which is nobody's business."""
+    if job.model is None:
+        return type(job.module).__name__
+    config = job.model.folder / CONFIG
+    return base_model_of(job.model.root.absolute(), read_json(config) if config.exists() else {})
 
 
 def _calibrated(job: Job, run: _Run) -> _Calibration:

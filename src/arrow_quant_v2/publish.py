@@ -19,10 +19,10 @@ from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.store.merge import merge_parts
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.schema import CONFIGURATION_KEY, SCHEMA_VERSION, SOURCE_KEY, version_text
-from arrow_quant_v2.workfolder import METADATA, explained
+from arrow_quant_v2.workfolder import METADATA, explained, is_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 OWN_FILE_BYTES = 4 * 2**20  # a layer as large as this is a file of its own, which costs no second copy of it
 SHARED_FILE_BYTES = 32 * 2**20  # of a file of smaller layers
 CONFIG = "config.json"
+CARD, REPORT, PAGE = "README.md", "report.json", "report.html"  # ours, in every folder that is published
+REPORTS = (CARD, REPORT, PAGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +112,32 @@ def assemble(folder: WorkFolder, plans: Sequence[LayerPlan], description: Descri
         parts = [folder.part(index) for index in group]
         _one_file(parts, weights / file_name(number, len(groups)), description)
     if model is not None:
-        for path in model.side_files:
-            copy_file(model.root / path, target / path)
+        for path, name in kept_files(model).items():
+            copy_file(model.root / path, target / name)
     _announce(weights / CONFIG, description)
     summary = _summary(weights, plans, description)
     write_json(target / METADATA, summary)
+
+
+def kept_files(model: Model) -> dict[Path, Path]:
+    """The model's files beside its weights, and the name of each in the output: ours give way to none of them.
+
+    A README.md becomes README.original.md. Reports that this program wrote are of the model that was, and left out.
+    """
+    ours = is_output(model.root)
+    taken = set(model.side_files)
+    names: dict[Path, Path] = {}
+    for path in model.side_files:
+        clash = str(path) in REPORTS
+        if not (clash and ours):
+            names[path] = original_name(path, taken) if clash else path
+    return names
+
+
+def original_name(path: Path, taken: Collection[Path]) -> Path:
+    """Under which name a file is kept that has the name of one of ours: "README.md" becomes "README.original.md"."""
+    found = path.with_suffix(f".original{path.suffix}")
+    return original_name(found, taken) if found in taken else found
 
 
 def _one_file(parts: Sequence[Path], target: Path, description: Description) -> None:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from arrow_quant_v2.decisions import fallbacks_per_method
+from arrow_quant_v2.publish import PAGE, REPORT
+from arrow_quant_v2.report.as_json import to_json
 from arrow_quant_v2.store.reader import StoredModel
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.doctor import Diagnosis
     from arrow_quant_v2.orchestrator import Job, Outcome
+    from arrow_quant_v2.report.write import Written
     from arrow_quant_v2.runtime.generate import Generation
     from arrow_quant_v2.stats_run import StatsOutcome
     from arrow_quant_v2.store.entries import LayerEntry
@@ -51,9 +54,21 @@ def quantization_result(job: Job, outcome: Outcome) -> dict[str, Any]:
         "kept_layers": len(first) - len(cosines),
         "fallbacks_per_method": fallbacks_per_method(decisions),
         "calibration": outcome.calibration,
+        "report": str(_report_of(job.out)),
         "notes": list(outcome.notes),
         "decisions": decisions,
     }
+
+
+def report_result(findings: Findings, written: Written) -> dict[str, Any]:
+    """What `ArrowQuantV2.report` returns: what was written, and the figures of report.json."""
+    return {"files": [str(path) for path in written.files], "notes": list(written.notes)} | {
+        "figures": to_json(findings)
+    }
+
+
+def _report_of(out: Path) -> Path:
+    return next((out / name for name in (PAGE, REPORT) if (out / name).exists()), out)
 
 
 def stats_result(outcome: StatsOutcome) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""What the files of real models say of them, and how a run can be made again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from small_pipelines import PIPELINES
+
+from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
+from arrow_quant_v2.errors import StoreError
+from arrow_quant_v2.report.facts import hardware, run_facts, versions
+from arrow_quant_v2.report.stored import LOWEST, mean_error, stored_findings, with_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that saw its own trajectory in three time groups."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    config = DiffusionQuantConfig(
+        bit_width=4, group_size=8, enable_calibration=True, calibration_samples=3, num_time_groups=3, min_accuracy=0.5
+    )
+    ArrowQuantV2().quantize_diffusion_model(PIPELINES["ddpm"].save(folder / "ddpm"), folder / "out", config)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", ["minilm", "antiberty"])
+def test_a_real_model_is_told_as_its_result_tells_it(name: str, quantized: Callable[..., object]) -> None:
+    model = quantized(name, 4)
+    found = stored_findings(model.path)
+    result = model.result
+    assert found.passed == result["passed"]
+    assert found.accuracy == result["worst_cosine_similarity"]
+    assert found.size_bytes == round(1e6 * result["model_size_mb"])
+    assert found.original_bytes / found.size_bytes == pytest.approx(result["compression_ratio"])
+    assert [one.name for one in found.layers] == sorted(one.layer_name for one in result["decisions"])
+    assert {one.name: one.value for one in found.metrics}["weight cosine"] == pytest.approx(result["cosine_similarity"])
+    assert "not run" in found.notes[0]
+
+
+def test_output_errors_come_with_their_time_groups(calibrated: Path) -> None:
+    found = stored_findings(calibrated)
+    seen = [one for one in found.layers if one.output_error is not None]
+    assert len(seen) > 10
+    assert len(found.time_groups) == 3
+    assert all(len(one.output_error) == 3 for one in seen)
+    assert all(0 < mean_error(one) < 1 for one in seen)
+    assert "output error of layers" in {one.name for one in found.metrics}
+
+
+def test_a_worse_original_lowers_the_verdict(calibrated: Path) -> None:
+    found = stored_findings(calibrated)
+    (name, *_) = (one.name for one in found.layers if one.weight_cosine is not None)
+    again = with_weights(found, {name: 0.1})
+    assert (again.accuracy, again.passed) == (0.1, False)
+    assert {one.name: one.value for one in again.metrics}[LOWEST] == 0.1
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="holds no"):
+        stored_findings(tmp_path)
+
+
+def test_the_settings_that_are_shown_give_the_same_configuration(tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(bit_width=2, group_size=32, keep=("a*", "b"))
+    facts = run_facts("org/model", tmp_path / "out", config, 61.0, None)
+    assert DiffusionQuantConfig.from_yaml_text(facts["settings.yaml"]) == config
+    assert str(tmp_path) not in "".join(facts.values())  # paths are nobody's business
+    assert "weights alone" in facts["calibration"]
+
+
+def test_versions_and_machine_are_told() -> None:
+    assert f"torch {torch.__version__}" in versions()
+    assert "cores" in hardware()

@@ -16,9 +16,9 @@ FILES = sorted(HOUSE.rglob("*.py"))
 ORDER = (
     "errors", "knapsack", "decisions", "packed", "layer_widths", "config_fields", "config_text", "config",
     "progress", "time_groups", "kernels", "engines", "store", "sources", "calibration", "runtime", "plan",
-    "quantizers", "one_tensor", "sequential", "layers", "budget", "workfolder", "publish", "report", "export",
-    "doctor", "preparation", "validation", "forecast", "calibrated_run", "stats_reuse", "stats_run", "orchestrator",
-    "results", "api", "cli_progress", "cli_tables", "cli_quality", "cli",
+    "quantizers", "one_tensor", "sequential", "layers", "budget", "workfolder", "publish", "export",
+    "doctor", "preparation", "validation", "report", "forecast", "calibrated_run", "stats_reuse", "stats_run",
+    "orchestrator", "results", "api", "cli_progress", "cli_tables", "cli_quality", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}
 FREE = {"__init__", "__main__"}

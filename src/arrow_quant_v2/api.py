@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from arrow_quant_v2.export import export_model
 from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
 from arrow_quant_v2.orchestrator import Job, quantize_model
 from arrow_quant_v2.quantizers import quantizer
-from arrow_quant_v2.report.stored import with_weights
 from arrow_quant_v2.report.write import known_findings, write_report
 from arrow_quant_v2.results import (
     diagnosis_result,
@@ -286,11 +285,12 @@ class ArrowQuantV2:
         original_path: PathLike | None = None,
         *,
         progress_callback: Report | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         """Write report.html, report.json and the model card README.md into a quantized folder.
 
-        They show what an earlier report measured, else what the files tell. With the original, the weights of both are
-        compared again.
+        They show what an earlier report measured, else what the files tell. With the original both models are compared,
+        on outputs wherever it can be run, and make samples from one seed; `more` is what `validate_quality` takes.
 
         Returns `files, notes` and `figures`, the content of report.json.
 
@@ -302,10 +302,8 @@ class ArrowQuantV2:
         folder = Path(quantized_path)
         findings = known_findings(folder)
         if original_path is not None:
-            component = _component_of(folder)
-            with open_model(Path(original_path), component) as original, open_model(folder, component) as other:
-                accuracies = compare_weights(original.source, other.source, progress_callback)
-            findings = with_weights(findings, {one.name: one.cosine for one in accuracies})
+            measured = self.find_out(original_path, folder, _wish(**more), progress_callback)
+            findings = replace(measured, facts={**findings.facts, **measured.facts})
         return report_result(findings, write_report(folder, findings, folder.resolve().name))
 
     def convert(

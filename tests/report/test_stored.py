@@ -11,7 +11,7 @@ from small_pipelines import PIPELINES
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
 from arrow_quant_v2.errors import StoreError
 from arrow_quant_v2.report.facts import hardware, run_facts, versions
-from arrow_quant_v2.report.stored import LOWEST, mean_error, stored_findings, with_weights
+from arrow_quant_v2.report.stored import mean_error, stored_findings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,14 +51,6 @@ def test_output_errors_come_with_their_time_groups(calibrated: Path) -> None:
     assert all(len(one.output_error) == 3 for one in seen)
     assert all(0 < mean_error(one) < 1 for one in seen)
     assert "output error of layers" in {one.name for one in found.metrics}
-
-
-def test_a_worse_original_lowers_the_verdict(calibrated: Path) -> None:
-    found = stored_findings(calibrated)
-    (name, *_) = (one.name for one in found.layers if one.weight_cosine is not None)
-    again = with_weights(found, {name: 0.1})
-    assert (again.accuracy, again.passed) == (0.1, False)
-    assert {one.name: one.value for one in again.metrics}[LOWEST] == 0.1
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

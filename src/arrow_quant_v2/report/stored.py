@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.publish import content_hash
@@ -63,20 +62,6 @@ def stored_findings(folder: Path, facts: Mapping[str, str] | None = None) -> Fin
         notes=(NOT_RUN,),
         facts={**(facts or {}), **known},
     )
-
-
-def with_weights(findings: Findings, cosines: Mapping[str, float]) -> Findings:
-    """The same with the weight cosines of these quantized layers as they were measured just now."""
-    layers = tuple(
-        replace(one, weight_cosine=cosines[one.name]) if is_quantized(one) and one.name in cosines else one
-        for one in findings.layers
-    )
-    others = [one for one in findings.metrics if one.name not in {MEAN, LOWEST, LAYER_ERROR}]
-    found = replace(findings, layers=layers, metrics=(*others, *_metrics(layers)))
-    if findings.metric != LOWEST:
-        return found
-    lowest = min((one.weight_cosine for one in layers if one.weight_cosine is not None), default=None)
-    return replace(found, accuracy=lowest, passed=lowest is None or lowest >= findings.min_accuracy)
 
 
 def is_fallback(decision: str) -> bool:

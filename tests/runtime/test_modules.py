@@ -48,10 +48,13 @@ def test_a_linear_layer(dtype: torch.dtype, bias: bool, how: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=lambda value: str(value).replace(" ", ""))
 @pytest.mark.parametrize("how", [{}, {"rotation": 8, "equalized": True}])
-def test_a_convolution(layer: nn.Module, shape: tuple[int, ...], how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("batch", [1, 8])  # inputs of fewer values than the weight has, and of more
+def test_a_convolution(layer: nn.Module, shape: tuple[int, ...], how: dict[str, Any], batch: int) -> None:
     plain, layer = both(layer, **how)
-    assert distance(layer(normal(*shape)), plain(normal(*shape))) < 1e-5
-    assert distance(layer(normal(*shape).bfloat16()), plain(normal(*shape))) < 2e-2
+    x = normal(batch * shape[0], *shape[1:])
+    assert distance(layer(x), plain(x)) < 1e-5
+    assert distance(layer(x.bfloat16()), plain(x)) < 2e-2
+    assert distance(layer(x[0]), plain(x[0])) < 1e-5
 
 
 def test_an_embedding() -> None:

@@ -129,8 +129,18 @@ class _QuantizedConv(PackedLayer):
         if not isinstance(self.weight, PackedWeight):
             plain: Tensor = cast("Any", super()).forward(x)
             return plain
-        out: Tensor = layer._conv_forward(x, self.weight.dequantized(x.dtype), self.bias_as(x))  # noqa: SLF001
+        given, weight = self._in_one_basis(x)
+        out: Tensor = layer._conv_forward(given, weight, self.bias_as(x))  # noqa: SLF001
         return self.checked(x, out)
+
+    def _in_one_basis(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and weight: the smaller of the two is brought into the basis of the other."""
+        packed: PackedWeight = self.weight
+        if not packed.has_basis or x.numel() >= packed.numel() or cast("Any", self).groups != 1:
+            return x, packed.dequantized(x.dtype)
+        channels = 1 - len(packed.shape)  # the axis, with a batch before it and without
+        changed = packed.changed(x.movedim(channels, -1)).movedim(-1, channels)
+        return changed.to(x.dtype), packed.in_own_basis(x.dtype)
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):

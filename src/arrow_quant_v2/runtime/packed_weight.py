@@ -111,6 +111,11 @@ class PackedWeight(nn.Module):
         """The shape, or one axis of it."""
         return self.shape if axis is None else self.shape[axis]
 
+    @property
+    def has_basis(self) -> bool:
+        """Whether the codes are those of turned or equalized input channels."""
+        return self.rotation is not None or self.equalization is not None
+
     def numel(self) -> int:
         """How many values there are."""
         return self.shape.numel()
@@ -183,14 +188,22 @@ class PackedWeight(nn.Module):
 
     def rows(self, chosen: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Rows of the code matrix (n, columns) in the original basis: unturned, then divided by the equalization."""
-        parts = (self.codes[chosen], self.scales[chosen], self.zero_points[chosen], self.row_scales[chosen])
         wanted = dtype or self.dtype
-        plain = self.rotation is None and self.equalization is None and wanted in ops.FLOATS
+        if not self.has_basis:
+            return self._coded(chosen, wanted)
+        return self._unchanged(self._coded(chosen, torch.float32)).to(wanted)
+
+    def in_own_basis(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight (*shape) as the codes have it, for inputs that were `changed`; fresh."""
+        return self._coded(slice(None), dtype).reshape(self.shape)
+
+    def _coded(self, chosen: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows as the codes have them."""
+        parts = (self.codes[chosen], self.scales[chosen], self.zero_points[chosen], self.row_scales[chosen])
         dequantize = ops.dequantize_r2q if self.grid == "r2q" else ops.dequantize
-        coded: Tensor = dequantize(*parts, self.bits, self.columns, self.group_size, wanted if plain else torch.float32)
-        if plain:
-            return coded
-        return self._unchanged(coded).to(wanted)
+        made = dtype if dtype in ops.FLOATS else torch.float32
+        coded: Tensor = dequantize(*parts, self.bits, self.columns, self.group_size, made)
+        return coded.to(dtype)
 
     def _unchanged(self, coded: Tensor) -> Tensor:
         along = coded.unflatten(1, (self.channels, -1)).movedim(1, -1)  # (rows, kernel, channels)
@@ -203,7 +216,7 @@ class PackedWeight(nn.Module):
 
     def changed(self, x: Tensor) -> Tensor:
         """Inputs x (..., channels) as the codes of a matrix want them: divided by the equalization, then turned."""
-        if self.equalization is None and self.rotation is None:
+        if not self.has_basis:
             return x
         changed = x.to(torch.float32)
         if self.equalization is not None:

@@ -129,7 +129,7 @@ def page(models: Mapping[str, Findings], title: str | None = None) -> str:
         panels=panels,
         shared=shared,
         galleries=_galleries(models),
-        metric_names=list(dict.fromkeys(one.name for found in models.values() for one in found.metrics)),
+        metric_names=_metric_names(models),
         figures=_script_safe({anchor: chart.figure | {"height": chart.height} for anchor, chart in drawn}),
         script=_own("report.js"),
         style=_own("report.css"),
@@ -137,6 +137,13 @@ def page(models: Mapping[str, Findings], title: str | None = None) -> str:
         policy=_policy(_hash(_own("report.js").encode()), _plotly().hash),
         version=__version__,
     )
+
+
+def _metric_names(models: Mapping[str, Findings]) -> list[str]:
+    """The columns of figures, each once; what the verdict is about has a column of its own already."""
+    judged = {found.metric for found in models.values()}
+    names = dict.fromkeys(one.name for found in models.values() for one in found.metrics)
+    return [name for name in names if judged != {name}]
 
 
 def _panel(anchor: str, name: str, findings: Findings) -> Panel:

@@ -66,6 +66,7 @@ def test_a_wheel_is_built_with_and_without_a_compiler(tmp_path: Path, *, compile
         names = built.namelist()
     assert (LIBRARY in names) == compiler
     assert "arrow_quant_v2/py.typed" in names
+    assert {f"arrow_quant_v2/report/templates/report.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert not [name for name in names if "csrc" in name or name.startswith("tests")]
 
 

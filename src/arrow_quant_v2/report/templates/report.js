@@ -74,7 +74,11 @@
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
     for (const details of document.querySelectorAll("[data-draws]")) details.addEventListener("toggle", draw);
     // paper is white, whatever the screen is
-    addEventListener("beforeprint", () => { root.dataset.paper = ""; draw(); });
+    addEventListener("beforeprint", () => {
+      for (const settings of document.querySelectorAll("dd details")) settings.open = true;
+      root.dataset.paper = "";
+      draw();
+    });
     addEventListener("afterprint", () => { delete root.dataset.paper; draw(); });
     root.dataset.drawn = "";
   }

@@ -143,8 +143,7 @@ def _name_of(job: Job) -> str:
     """What the original is called: no path, which is nobody's business."""
     if job.model is None:
         return type(job.module).__name__
-    config = job.model.folder / CONFIG
-    return base_model_of(job.model.root.absolute(), read_json(config) if config.exists() else {})
+    return base_model_of(job.model.root.absolute())
 
 
 def _calibrated(job: Job, run: _Run) -> _Calibration:

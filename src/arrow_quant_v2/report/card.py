@@ -15,14 +15,12 @@ from arrow_quant_v2.report.stored import is_quantized
 from arrow_quant_v2.report.summary import Summary, figure, kept_reasons, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from arrow_quant_v2.validation.findings import Findings, Metric
 
 MARK = "<!-- arrow-quant wrote this card; without this line it is taken for yours and kept -->"
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -39,13 +37,13 @@ def is_ours(text: str) -> bool:
     return MARK in text
 
 
-def base_model_of(source: Path, config: Mapping[str, Any]) -> str:
-    """The hub's name of a model, from its place in a hub's cache or its config.json; else that of its folder."""
-    for part in source.parts:
-        if found := CACHED.fullmatch(part):
-            return f"{found[1]}/{found[2]}"
-    named = config.get("_name_or_path")
-    return named if isinstance(named, str) and HUB_NAME.fullmatch(named) else source.name
+def base_model_of(source: Path) -> str:
+    """The hub's name of a model, from its place in a hub's cache; else that of its folder.
+
+    `_name_or_path` in a config.json does not tell it: there a fine-tuned model names the one that it was tuned from.
+    """
+    found = (CACHED.fullmatch(part) for part in source.parts)
+    return next((f"{one[1]}/{one[2]}" for one in found if one), source.name)
 
 
 def _front_matter(findings: Findings, summary: Summary, base_model: str, library: str) -> dict[str, Any]:

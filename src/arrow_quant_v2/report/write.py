@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from arrow_quant_v2.errors import StoreError
 from arrow_quant_v2.publish import CARD, CONFIG, PAGE, REPORT, original_name
 from arrow_quant_v2.report.as_json import FORMAT, from_json, to_json
-from arrow_quant_v2.report.card import base_model_of, card, is_ours
+from arrow_quant_v2.report.card import card, is_ours
 from arrow_quant_v2.report.page import HOW_TO_GET, missing_packages, page
 from arrow_quant_v2.report.stored import STORED_CONTENT, stored_findings
 from arrow_quant_v2.sources.files import read_json
@@ -124,7 +124,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _card(folder: Path, findings: Findings, title: str) -> str:
     component = _json(folder / METADATA).get("component")
     config = _json(folder / (component if isinstance(component, str) else "") / CONFIG)
-    base = findings.facts.get("model") or base_model_of(Path(title), config)
+    base = findings.facts.get("model") or title
     return card(findings, base, _library(folder, config), _text_of(folder / original_name(Path(CARD), ())))
 
 

@@ -32,6 +32,7 @@ def layer(number: int, **changes: Any) -> LayerFinding:
             method="gptq",
             decision=f"fallback as int4 instead of int2: cosine 0.8 < 0.85, number {number}" if fallen else because,
             weight_cosine=0.99 - 0.001 * (number % 50),
+            weight_mse=1e-5,
             output_cosine=0.98,
             output_error=(0.001 * (1 + number % 7), 0.002, 0.004, math.nan if number == 1 else 0.03),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from arrow_quant_v2.export import export_model
 from arrow_quant_v2.one_tensor import GRANULARITIES, Granularity, dequantize_tensor, quantize_tensor
 from arrow_quant_v2.orchestrator import Job, quantize_model
 from arrow_quant_v2.quantizers import quantizer
+from arrow_quant_v2.report.stored import with_measured
 from arrow_quant_v2.report.write import known_findings, write_report
 from arrow_quant_v2.results import (
     diagnosis_result,
@@ -303,7 +304,7 @@ class ArrowQuantV2:
         findings = known_findings(folder)
         if original_path is not None:
             measured = self.find_out(original_path, folder, _wish(**more), progress_callback)
-            findings = replace(measured, facts={**findings.facts, **measured.facts})
+            findings = with_measured(findings, measured)
         return report_result(findings, write_report(folder, findings, folder.resolve().name))
 
     def convert(

@@ -54,8 +54,8 @@ def test_the_keys_are_stable() -> None:
     ]  # fmt: skip
     assert {field.name for field in fields(Findings)} <= set(found)
     assert list(found["layers"][0]) == [
-        "name", "shape", "quant_type", "bits_per_weight", "method", "decision", "weight_cosine", "output_cosine",
-        "output_error",
+        "name", "shape", "quant_type", "bits_per_weight", "method", "decision", "weight_cosine", "weight_mse",
+        "output_cosine", "output_error",
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,7 @@ from small_pipelines import PIPELINES
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
 from arrow_quant_v2.errors import StoreError
 from arrow_quant_v2.report.facts import hardware, run_facts, versions
-from arrow_quant_v2.report.stored import mean_error, stored_findings
+from arrow_quant_v2.report.stored import mean_error, stored_findings, with_measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +52,19 @@ def test_output_errors_come_with_their_time_groups(calibrated: Path) -> None:
     assert all(len(one.output_error) == 3 for one in seen)
     assert all(0 < mean_error(one) < 1 for one in seen)
     assert "output error of layers" in {one.name for one in found.metrics}
+
+
+def test_what_was_measured_keeps_how_the_model_was_made(calibrated: Path) -> None:
+    known = stored_findings(calibrated, {"command": "arrow-quant quantize MODEL OUT"})
+    unseen = tuple(replace(one, output_error=None) for one in known.layers)
+    measured = replace(
+        known, metric="output cosine", accuracy=0.9, layers=unseen, time_groups=(), facts={"command": "validate"}
+    )
+    found = with_measured(known, measured)
+    assert (found.metric, found.accuracy) == ("output cosine", 0.9)
+    assert repr(found.layers) == repr(known.layers)
+    assert found.time_groups == known.time_groups
+    assert found.facts == known.facts | {"compared by": "validate"}
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def _layer(one: Mapping[str, Any]) -> LayerFinding:
         method=None if one["method"] is None else str(one["method"]),
         decision=str(one["decision"]),
         weight_cosine=_maybe(one["weight_cosine"]),
+        weight_mse=_maybe(one["weight_mse"]),
         output_cosine=_maybe(one["output_cosine"]),
         output_error=None if errors is None else tuple(math.nan if x is None else float(x) for x in errors),
     )

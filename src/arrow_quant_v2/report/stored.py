@@ -64,6 +64,20 @@ def stored_findings(folder: Path, facts: Mapping[str, str] | None = None) -> Fin
     )
 
 
+def with_measured(known: Findings, measured: Findings) -> Findings:
+    """What was measured just now, and from what was known before: how the model was made, and layers' time groups."""
+    before = {one.name: one for one in known.layers}
+    layers = tuple(
+        replace(one, output_error=before[one.name].output_error)
+        if one.output_error is None and one.name in before
+        else one
+        for one in measured.layers
+    )
+    groups = measured.time_groups or known.time_groups
+    how = {"compared by" if name == "command" else name: fact for name, fact in measured.facts.items()}
+    return replace(measured, layers=layers, time_groups=groups, facts={**known.facts, **how})
+
+
 def is_fallback(decision: str) -> bool:
     """Whether a decision, as it stands in the file, is a fallback."""
     return decision.startswith("fallback")
@@ -89,6 +103,7 @@ def _layer(one: LayerEntry) -> LayerFinding:
         method=one.method,
         decision=one.decision,
         weight_cosine=one.cosine_similarity,
+        weight_mse=one.mse,
         output_error=None if one.output_error is None else tuple(map(_number, one.output_error)),
     )
 

@@ -43,6 +43,7 @@ from arrow_quant_v2.validation.text import (
     hide,
     judged,
     loss_metrics,
+    plain_sentences,
     sequences_of,
     text_pairs,
     written,
@@ -245,6 +246,7 @@ def _prepared(models: _Models) -> tuple[Runnable, Samples]:
     count = wish.count or (TEXTS if is_text(runnable) else TRAJECTORY)
     asked = Asked(count=count, seed=models.seed, data=wish.samples, callable=wish.provider, steps=wish.steps)
     samples = gather(runnable, asked)
+    samples = plain_sentences(runnable, count) or samples if samples.synthetic else samples
     if not samples.calls:
         raise ConfigurationError(f"{samples.origin} gave no samples; give some that fit the model")
     return runnable, samples

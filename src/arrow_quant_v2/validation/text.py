@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arrow_quant_v2.calibration import chance
-from arrow_quant_v2.calibration.given import from_file
+from arrow_quant_v2.calibration.given import from_file, is_text
 from arrow_quant_v2.calibration.masked_text import maskable
+from arrow_quant_v2.calibration.prompts import PICTURES, SOUNDS
+from arrow_quant_v2.calibration.sample import Samples
 from arrow_quant_v2.calibration.tokens import shown, vocabulary_of
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.calibration.unmasking import generate
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 RATIOS = (0.15, 0.5, 0.85)
 SEQUENCES = 4  # whose tokens are hidden and told again
+SENTENCES = (*PICTURES, *SOUNDS)
+STRANGE = 0.1  # share of unknown tokens beyond which a text is in another language
 NATS = "nats/token"
 
 
@@ -59,6 +63,21 @@ def sequences_of(runnable: Runnable, path: Path, seed: int) -> list[torch.Tensor
     ids = [sample.keywords.get("input_ids") for sample in plain.calls]
     whole = [rows[0] for rows in ids if isinstance(rows, torch.Tensor)]
     return [sequence for sequence in whole if not _masked(runnable, sequence).any()]
+
+
+def plain_sentences(runnable: Runnable, count: int) -> Samples | None:
+    """Up to `count` plain English sentences, one a call; None where the model reads no such texts.
+
+    Of models without a trajectory: better than the random tokens that calibration would have made up for them.
+    """
+    if not is_text(runnable) or runnable.tokenizer is None:
+        return None
+    ids = [torch.tensor(runnable.tokenizer(text)["input_ids"], dtype=torch.long) for text in SENTENCES[:count]]
+    unknown = getattr(runnable.tokenizer, "unk_token_id", None)
+    if unknown is not None and int((torch.cat(ids) == unknown).sum()) > STRANGE * sum(map(len, ids)):
+        return None
+    calls = tuple(shown(runnable.module, row, 0.0) for row in ids)
+    return Samples(calls=calls, origin="plain English sentences", identity="plain English sentences")
 
 
 def hide(runnable: Runnable, sequences: Sequence[torch.Tensor], seed: int) -> Hidden:
@@ -169,7 +188,7 @@ def judged(folder: Path, own: Sequence[str], theirs: Sequence[str]) -> Metric:
     """
     with open_model(folder) as model:
         judge = open_transformers(model, "text")
-    if judge.tokenizer is None or judge.mask_token is not None:
+    if judge.tokenizer is None or _looks_ahead(judge):
         lacks = "has no tokenizer" if judge.tokenizer is None else "sees what comes after a token"
         raise ValidationError(f"{folder}: {lacks}; a judge is a causal language model with the files of its tokenizer")
     return Metric(
@@ -178,6 +197,20 @@ def judged(folder: Path, own: Sequence[str], theirs: Sequence[str]) -> Metric:
         original=_judged(judge, own),
         better="lower",
     )
+
+
+def _looks_ahead(judge: Runnable) -> bool:
+    """Whether what is said of a token depends on the next one."""
+    one, other = (_logits(judge, torch.tensor([0, last]))[0, 0] for last in (0, 1))
+    return not torch.allclose(one, other)
+
+
+def _logits(judge: Runnable, ids: torch.Tensor) -> torch.Tensor:
+    logits: Any = getattr(call(judge, shown(judge.module, ids, 0.0)), "logits", None)
+    if logits is None:
+        raise ValidationError(f"{type(judge.module).__name__}: gives no logits; a judge tells the next token of a text")
+    found: torch.Tensor = logits.float()
+    return found
 
 
 def _judged(judge: Runnable, texts: Sequence[str]) -> float:
@@ -192,13 +225,7 @@ def _next_token_losses(judge: Runnable, text: str) -> torch.Tensor | None:
     ids = torch.tensor(judge.tokenizer(text)["input_ids"][:limit], dtype=torch.long)
     if len(ids) < 2:  # noqa: PLR2004 - one to see, one to guess
         return None
-    logits: Any = getattr(call(judge, shown(judge.module, ids, 0.0)), "logits", None)
-    if logits is None:
-        name = type(judge.module).__name__
-        raise ValidationError(
-            f"{name}: gives no logits; a judge is a causal language model, such as AutoModelForCausalLM opens"
-        )
-    return losses(logits[0, :-1].float(), ids[1:])
+    return losses(_logits(judge, ids)[0, :-1], ids[1:])
 
 
 # Embeddings

@@ -37,6 +37,15 @@ def test_the_worst_layers_come_first_and_few_of_them() -> None:
     assert "model.layers.199.mlp.weight" in chart.spoken
 
 
+def test_layers_that_were_kept_hide_no_others() -> None:
+    exact = replace(norm("kept"), weight_cosine=1.0, output_error=(0.0,) * 4)
+    made = findings(layers=(layer(0), exact, layer(2)))
+    for chart in charts(made):
+        assert "kept" not in json.dumps(chart.figure["data"]).replace("--kept", "")
+    theirs = findings(layers=(replace(layer(0), quant_type="float16"), exact))
+    assert '"kept"' in json.dumps([chart.figure for chart in charts(theirs)])
+
+
 def test_without_outputs_weights_are_shown_and_called_so() -> None:
     blind = tuple(replace(layer(n), output_error=None) for n in range(3))
     found = titled(findings(layers=blind))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from arrow_quant_v2.report.stored import mean_error
+from arrow_quant_v2.report.stored import is_quantized, mean_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -43,14 +43,22 @@ class Chart:
 
 def charts(findings: Findings) -> list[Chart]:
     """The charts of one model; those that have nothing to show are left out."""
-    labels = group_labels(findings)
+    labels, layers = group_labels(findings), judged_layers(findings)
     made = (
-        _heat_map(findings.layers, labels),
+        _heat_map(layers, labels),
         _by_time_group({"": findings}, labels),
-        _worst(findings.layers),
-        _bits(findings.layers),
+        _worst(layers),
+        _bits(layers),
     )
     return [chart for chart in made if chart is not None]
+
+
+def judged_layers(findings: Findings) -> Sequence[LayerFinding]:
+    """The quantized layers: those that were kept lose nothing, and would hide the others.
+
+    All of them where none is ours, as of another quantizer's model.
+    """
+    return [one for one in findings.layers if is_quantized(one)] or findings.layers
 
 
 def trajectory(models: Mapping[str, Findings]) -> Chart | None:
@@ -155,7 +163,7 @@ def _by_time_group(models: Mapping[str, Findings], labels: Sequence[str]) -> Cha
         _line(name, list(labels), means, number)
         | {"hovertemplate": "%{x}: mean error %{y:.3g}<extra>" + ("%{fullData.name}" if name else "") + "</extra>"}
         for number, (name, found) in enumerate(models.items())
-        if len(means := _group_means(found.layers, len(labels))) > 1
+        if len(means := _group_means(judged_layers(found), len(labels))) > 1
     ]
     if not lines:
         return None
@@ -254,6 +262,7 @@ def _line(name: str, x: Sequence[object], y: Sequence[float], number: int) -> Js
     return {
         "type": "scatter",
         "mode": "lines+markers",
+        "connectgaps": True,  # over a time group that no sample hit
         "name": _safe(_short(name)),
         "showlegend": bool(name),
         "x": list(x),

@@ -327,10 +327,10 @@ def test_an_unknown_modality_says_how_to_set_it(tmp_path: Path) -> None:
 
 def test_a_missed_bar_is_a_warning_or_with_fail_fast_an_error(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
-    with pytest.warns(UserWarning, match=r"layers\.\d+\.weight: weight cosine 0\.9\d+ is below min_accuracy 0.999"):
-        result = quantize(model, tmp_path / "out", bit_width=2, min_accuracy=0.999)
+    with pytest.warns(UserWarning, match=r"layers\.\d+\.weight: weight cosine 0\.9\d+ at int2 is below 0.999"):
+        result = quantize(model, tmp_path / "out", bit_width=2, min_accuracy=0.999, fallback="none")
     assert not result["passed"]
-    with pytest.raises(QuantizationError, match=r"at 2 bits is below min_accuracy 0\.999; use more bits"):
+    with pytest.raises(QuantizationError, match=r"at int2 is below 0\.999; leave fail_fast out"):
         quantize(model, tmp_path / "other", bit_width=2, min_accuracy=0.999, fail_fast=True)
     assert not api.validate_quality(model, tmp_path / "out")["passed"]  # the bar that it was made with
     assert api.validate_quality(model, tmp_path / "out", min_accuracy=0.5)["passed"]

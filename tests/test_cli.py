@@ -242,11 +242,13 @@ def test_errors_are_one_message_on_stderr(
 
 
 def test_a_missed_bar_is_three(model: Path, tmp_path: Path, arrow_quant: Command) -> None:
-    done = arrow_quant("quantize", model, tmp_path / "out", "--bits", "2", "--min-accuracy", "0.99", "--json")
+    done = arrow_quant(
+        "quantize", model, tmp_path / "out", "--bits", "2", "--min-accuracy", "0.99", "--json", "--fallback", "none"
+    )
     assert done.code == 3
     assert not json.loads(done.out)["passed"]
     (warning,) = [line for line in lines(done.err) if line.startswith("warning: ")]
-    assert "is below min_accuracy 0.99; use more bits or smaller groups" in warning
+    assert "is below 0.99 (min_accuracy 0.99); use more bits, smaller groups or fallback='layer'" in warning
 
     done = arrow_quant("validate", model, tmp_path / "out")
     assert done.code == 3

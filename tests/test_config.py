@@ -25,6 +25,7 @@ DEFAULTS = {
     "calibration_samples": 128,
     "calibration_tokens": 32_768,
     "deployment_profile": "local",
+    "fallback": "layer",
     "fail_fast": False,
     "method": None,
     "enable_calibration": True,
@@ -59,6 +60,8 @@ WRONG: list[tuple[str, Any]] = [
     *[("calibration_tokens", value) for value in (-1, 10**9 + 1, 1.5, True)],
     *[("deployment_profile", value) for value in ("laptop", "EDGE", None, 3, ["edge"])],
     ("fail_fast", "no"),
+    ("fallback", "all"),
+    ("fallback", None),
     *[("method", value) for value in ("gguf", "", "GPTQ", 2)],
     *[("enable_calibration", value) for value in (1, "yes", None)],
     *[("calibration_data", value) for value in ("", 3, Path("texts.jsonl"))],
@@ -363,7 +366,7 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
         "bit_width: 2\nmodality: null\nnum_time_groups: 5\ngroup_size: null\nenable_time_aware: true\n"
         "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\n"
         "calibration_tokens: 32768\ndeployment_profile: edge\n"
-        "fail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\n"
+        "fallback: layer\nfail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\n"
         "stats: null\nmask_token: null\nenable_rotation: true\ngrid_refits: 2\nerror_correction: 0.5\nseed: 0\n"
         "time_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
@@ -386,6 +389,7 @@ configs = st.builds(
     calibration_samples=st.integers(1, 1_000_000),
     calibration_tokens=st.integers(0, 10**9),
     deployment_profile=st.sampled_from(list(PROFILES)),
+    fallback=st.sampled_from(("layer", "model", "none")),
     fail_fast=st.booleans(),
     method=st.sampled_from([None, *METHODS]),
     enable_calibration=st.booleans(),

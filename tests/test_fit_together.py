@@ -19,7 +19,7 @@ from arrow_quant_v2.quantizers.calibrated import (
     Sight,
     Weight,
     fit_together,
-    output_error,
+    outputs_beside,
 )
 from arrow_quant_v2.quantizers.gptq_factor import suitable_damping
 
@@ -221,7 +221,7 @@ def test_the_less_was_seen_the_less_it_is_trusted(columns: int, count: int, damp
 def test_output_error_of_numbers_on_paper() -> None:
     left, whole = torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0]])
     probes = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.ones(0, 2), torch.zeros(3, 2)]
-    first, second, none, zeros = output_error(left, whole, probes)
+    first, second, none, zeros = outputs_beside(left, whole, probes).errors
     assert (first, second) == (0.0, pytest.approx(20.0 / 32.0))
     assert none != none  # noqa: PLR0124 - NaN
     assert zeros == 0.0

@@ -110,11 +110,11 @@ class ArrowQuantV2:
                 overwrite=overwrite,
                 should_stop=should_stop,
             )
-            result = quantization_result(job, quantize_model(job, progress_callback))
-        if not result["passed"]:
+            outcome = quantize_model(job, progress_callback)
+            result = quantization_result(job, outcome)
+        if missed := outcome.verdict.missed:
             warnings.warn(
-                f"{result['worst_layer']}: weight cosine {result['worst_cosine_similarity']:.4f} is below min_accuracy"
-                f" {config.min_accuracy}; use more bits or smaller groups",
+                f"{missed} (min_accuracy {config.min_accuracy}); use more bits, smaller groups or fallback='layer'",
                 stacklevel=2,
             )
         return result

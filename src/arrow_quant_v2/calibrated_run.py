@@ -12,11 +12,12 @@ import torch
 
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.errors import InterruptedRunError, StoreError
+from arrow_quant_v2.fallback import Bar, warn_of_fallback
 from arrow_quant_v2.forecast import seconds_to_fit
 from arrow_quant_v2.kernels.tensors import dequantized
-from arrow_quant_v2.layers import calibrated_records
+from arrow_quant_v2.layers import calibrated_records, stored_plan
 from arrow_quant_v2.packed import PackedTensor
-from arrow_quant_v2.plan import NO_WIDTHS, Calibrated, plan_model, quant_axis
+from arrow_quant_v2.plan import NO_WIDTHS, Calibrated, asked_bits, plan_model, quant_axis, wider_plan
 from arrow_quant_v2.progress import duration
 from arrow_quant_v2.quantizers.calibrated import Freedom
 from arrow_quant_v2.sequential import Fitting, fit_in_sequence
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.workfolder import WorkFolder
 
 EFFORT = 100  # times as long as quantizing a layer from its weights alone, about
+GIVEN_UP = "the calibrated fit failed"
+NOT_CALIBRATED = ", not calibrated: "
 NOT_REACHED = "no inputs of it were seen, or only zeros"
 
 
@@ -56,6 +59,15 @@ class FittedRun:
     progress: Progress
     should_stop: Callable[[], bool]
     widths: Mapping[str, LayerWidth] = field(default_factory=dict)  # of layers that shall have others than bit_width
+
+    def asked(self, plan: LayerPlan) -> int:
+        """The width that a layer was asked for at first."""
+        return asked_bits(plan.tensor.name, self.config, self.widths)
+
+    def at(self, plan: LayerPlan, bits: int) -> LayerPlan | None:
+        """The plan of a fitted layer at the width behind `bits`; None where it may have none."""
+        calibrated = Calibrated(names=frozenset({plan.tensor.name}), method=self.method)
+        return wider_plan(plan, bits, self.config, calibrated)
 
     @property
     def freedom(self) -> Freedom:
@@ -158,6 +170,10 @@ def _fitting(
         keep=keeper.keep,
         holding=run.prepared.runnable.holding,
         strength=run.config.error_correction,
+        bar=Bar.of(run.config),
+        asked=run.asked,
+        at=run.at,
+        give_up=keeper.give_up,
     )
 
 
@@ -175,6 +191,7 @@ class Keeper:
         self.run, self.plans, self.names = run, plans, names
         self.numbers = {plan.tensor.name: number for number, plan in enumerate(plans)}
         self.decided: dict[str, LayerPlan] = {}
+        self.given_up: dict[str, str] = {}
 
     def finished(self, plan: LayerPlan) -> torch.Tensor | None:
         """The weight (rows, columns) that an earlier run made of a layer; None where it made none, or it is damaged."""
@@ -185,14 +202,19 @@ class Keeper:
             with StoredModel(part) as stored:
                 chunks = [one for one in stored.read(plan.tensor.name) if isinstance(one, PackedTensor)]
                 weights = [dequantized(chunk) for chunk in chunks]
-                weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-                text = stored.entries[0].decision
+                entry = stored.entries[0]
         except StoreError:
             return None
-        decision = replace(plan.decision, because=text.partition(": ")[2])
-        self.decided[plan.tensor.name] = replace(plan, decision=decision)
+        if not weights:
+            return None  # it was kept in the end
+        self.decided[plan.tensor.name] = stored_plan(plan, entry)
         self.run.progress.skip(effort(plan, self.names))
-        return weight
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def give_up(self, plan: LayerPlan, because: str) -> None:
+        """No way of fitting could be gone with this layer."""
+        self.given_up[plan.tensor.name] = because
+        warn_of_fallback(plan.tensor.name, f"{GIVEN_UP} ({because}), so from its weights alone")
 
     def keep(self, layer: CalibratedLayer) -> None:
         """Write one layer, tell how far the run is, and stop when that was asked."""
@@ -214,7 +236,16 @@ class Keeper:
         """All plans with what was decided; layers that were not fitted, for this reason, go by their weights alone."""
         run = self.run
         plans = (self.decided.get(p.tensor.name) or left_out(p, run.config, reason, run.widths) for p in self.plans)
-        return CalibratedPlans(plans=tuple(plans), names=frozenset(self.decided))
+        told = (self._told(plan) for plan in plans)
+        return CalibratedPlans(plans=tuple(told), names=frozenset(self.decided))
+
+    def _told(self, plan: LayerPlan) -> LayerPlan:
+        """The same plan; where fitting failed, it says so."""
+        error = self.given_up.get(plan.tensor.name)
+        if error is None or plan.tensor.name in self.decided:
+            return plan
+        because = f"{plan.decision.because.partition(NOT_CALIBRATED)[0]}; {GIVEN_UP} ({error})"
+        return replace(plan, decision=replace(plan.decision, kind="fallback", because=because))
 
 
 def left_out(
@@ -224,5 +255,5 @@ def left_out(
     if plan.spec is None:
         return plan
     (alone,) = plan_model([plan.tensor], config, widths=widths)
-    because = f"{alone.decision.because}, not calibrated: {reason}"
+    because = f"{alone.decision.because}{NOT_CALIBRATED}{reason}"
     return replace(alone, decision=replace(alone.decision, because=because))

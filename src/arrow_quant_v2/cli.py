@@ -68,7 +68,10 @@ MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides 
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
 Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]
-MinAccuracy = Annotated[float | None, typer.Option(help="weight cosine that every quantized layer must reach")]
+MinAccuracy = Annotated[
+    float | None,
+    typer.Option(help="cosine that outputs must reach, beside the original's; weights where it cannot be run"),
+]
 MinOutput = Annotated[
     float | None, typer.Option("--min-accuracy", help="the bar: cosine of outputs, or of each layer's weight")
 ]
@@ -86,6 +89,9 @@ Keep = Annotated[list[str] | None, typer.Option(help="pattern of tensor names th
 LayerBits = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=BITS", help="2, 4, 8 or 16 (as it is) for layers of a name or pattern; may be repeated"),
+]
+Fallback = Annotated[
+    str | None, typer.Option(help="what gets more bits below --min-accuracy: layer (those that hurt), model or none")
 ]
 FailFast = Annotated[bool | None, typer.Option("--fail-fast", help="stop at the first layer below --min-accuracy")]
 
@@ -129,6 +135,7 @@ def quantize(
     threads: Threads = None,
     keep: Keep = None,
     layer_bits: LayerBits = None,
+    fallback: Fallback = None,
     fail_fast: FailFast = None,
     calibration: Calibration = None,
     no_calibration: NoCalibration = False,
@@ -155,6 +162,7 @@ def quantize(
         threads=threads,
         keep=keep or None,
         layer_bit_widths=widths_of(layer_bits) if layer_bits else None,
+        fallback=fallback,
         fail_fast=fail_fast,
         calibration_data=None if calibration is None else str(calibration),
         enable_calibration=False if no_calibration else None,
@@ -472,13 +480,21 @@ def _print_result(result: dict[str, Any]) -> None:
     if cosine is None:
         typer.echo("  nothing was quantized: every tensor is kept as it is")
     else:
-        typer.echo(f"  {result['quantized_layers']} layers at {bits:.3f} bits per weight, everything stored counted")
+        typer.echo(f"  {_widths(result)} at {bits:.3f} bits per weight, everything stored counted")
         typer.echo(
             f"  weight cosine {cosine:.5f} on average, {result['worst_cosine_similarity']:.5f} for the worst layer"
         )
     for reason, count in _kept(result["decisions"]).items():
         typer.echo(f"  {count} kept: {reason}")
     typer.echo(f"  report: {result['report']}")
+
+
+def _widths(result: dict[str, Any]) -> str:
+    """Like "39 layers", or "36 layers int2, 3 int4" where some have other widths."""
+    if len(result["bit_widths"]) == 1:
+        return f"{result['quantized_layers']} layers"
+    counts = [f"{count} int{bits}" for bits, count in result["bit_widths"].items()]
+    return f"{result['quantized_layers']} layers ({', '.join(counts)})"
 
 
 def _print_generation(made: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ Method: TypeAlias = Literal["clip", "gptq", "r2q", "rtn"]
 Modality: TypeAlias = Literal["text", "code", "image", "audio"]
 Grouping: TypeAlias = Literal["uniform", "balanced"]
 Profile: TypeAlias = Literal["edge", "local", "cloud"]
+Fallback: TypeAlias = Literal["layer", "model", "none"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -85,7 +86,9 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     calibration_samples   samples that calibration looks at
     calibration_tokens    of text that calibration looks at, at least: short sequences are more than calibration_samples
     deployment_profile    where the values not named otherwise come from
-    fail_fast             raise at the first layer that misses the bar, never fall back
+    fallback              what gets more bits where the bar is missed: "layer": those that hurt, "model": all of them,
+                          "none": nothing, the result says that it misses the bar
+    fail_fast             raise at the first layer that misses the bar or cannot be done as asked, never fall back
     method                "r2q": residual grid, "gptq": affine grid, in the column loop where a layer was calibrated;
                           "clip": clip search with refit, "rtn": round to nearest, both from the weights alone;
                           None: r2q for text and code, gptq for image and audio, clip what was not calibrated
@@ -126,6 +129,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     calibration_samples: int = Field(default=128, ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
     calibration_tokens: int = Field(default=32_768, ge=0, le=10**9, description="a whole number from 0 to 1000000000")
     deployment_profile: Profile = Field(default="local", description="edge, local or cloud")
+    fallback: Fallback = Field(default="layer", description="layer, model or none")
     fail_fast: bool = Field(default=False, description="True or False")
     method: Method | None = Field(default=None, description="clip, gptq, r2q or rtn, or None to choose by modality")
     enable_calibration: bool = Field(default=True, description="True or False")

@@ -3,6 +3,7 @@
 ArrowQuantError
 ├── ConfigurationError     a setting is unknown, contradictory or out of range
 ├── QuantizationError      a tensor or a model could not be quantized
+│   └── BarMissedError     min_accuracy is missed, and no width is left that may be tried
 ├── ValidationError        two models cannot be compared, or the quality bar was missed
 ├── SourceError            a model cannot be read: missing, truncated, hostile or unknown
 ├── StoreError             a quantized model cannot be read or written
@@ -22,6 +23,10 @@ class ConfigurationError(ArrowQuantError):
 
 class QuantizationError(ArrowQuantError):
     """A tensor or a model could not be quantized."""
+
+
+class BarMissedError(QuantizationError):
+    """min_accuracy is missed, and there is no width left that may be tried."""
 
 
 class ValidationError(ArrowQuantError):

@@ -20,10 +20,14 @@ Named: TypeAlias = tuple[tuple[str, Width], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWidth:
-    """The width of one layer, 16 where it is kept in its own dtype, and the reason in words."""
+    """The width of one layer, 16 where it is kept in its own dtype, and the reason in words.
+
+    `fallback`: it is more than what was asked for, because that was not enough.
+    """
 
     bits: Width
     because: str
+    fallback: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

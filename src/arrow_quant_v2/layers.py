@@ -5,15 +5,17 @@ Knows nothing of files, of other layers or of the order in which slices are done
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from arrow_quant_v2.decisions import decision_of
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels.cpu import threads_per_call
+from arrow_quant_v2.plan import LayerPlan
 from arrow_quant_v2.quantizers import quantizer
 from arrow_quant_v2.quantizers.result import QuantizedRows, joined, not_finite, weight_error
 from arrow_quant_v2.store.crc32 import combine, crc32
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.config import Modality
     from arrow_quant_v2.packed import Bytes, PackedTensor, WeightError
-    from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.sequential import CalibratedLayer
     from arrow_quant_v2.sources.base import Source
+    from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.store.record import Structure
 
 CHUNK_BYTES = 256 * 2**20  # a layer that packs to more becomes several rows of the file
@@ -52,12 +54,15 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Piece:
-    """What became of one slice: rows of codes, the untouched bytes, or nothing where only the CRC was asked."""
+    """What became of one slice: rows of codes, the untouched bytes, or nothing where only the CRC was asked.
+
+    Where a method failed on good values, its error: the whole layer is to be done otherwise.
+    """
 
     slice: Slice
     crc: int
     source_bytes: int
-    result: QuantizedRows | Bytes | None
+    result: QuantizedRows | Bytes | QuantizationError | None
 
 
 def slices(plan: LayerPlan, slice_bytes: int) -> Iterator[Slice]:
@@ -79,7 +84,7 @@ def work(source: Source, piece: Slice) -> Piece:
     """
     values = source.read(piece.plan.tensor.name, piece.start, piece.stop)
     raw = _bytes_of(values)
-    result = raw if piece.plan.layout is None else _quantized(values, piece)
+    result = raw if piece.plan.layout is None else _quantized_or_why_not(values, piece)
     return Piece(slice=piece, crc=crc32(raw), source_bytes=raw.nbytes, result=result)
 
 
@@ -169,6 +174,16 @@ def _payload(plan: LayerPlan, pieces: Sequence[Piece]) -> tuple[PackedTensor | R
     return _kept(plan, [result for result in results if isinstance(result, np.ndarray)]), None
 
 
+def stored_plan(plan: LayerPlan, entry: LayerEntry) -> LayerPlan:
+    """The plan of a layer that an earlier run finished, as it was followed in the end: it may have fallen back."""
+    decision = replace(decision_of(plan.tensor.name, entry.decision, entry.method), asked=plan.decision.asked)
+    layout = entry.layout
+    if layout is None or plan.spec is None:
+        return LayerPlan(tensor=plan.tensor, decision=decision)
+    spec = replace(plan.spec, bits=layout.bits, group_size=layout.group_size, method=entry.method or plan.spec.method)
+    return LayerPlan(tensor=plan.tensor, decision=decision, spec=spec, layout=layout)
+
+
 def chunk_bytes(plan: LayerPlan) -> int:
     """How many bytes of the layer one row of the file holds at most."""
     return KEPT_CHUNK_BYTES if plan.layout is None else CHUNK_BYTES
@@ -188,6 +203,15 @@ def _packed(plan: LayerPlan, whole: QuantizedRows) -> PackedTensor:
 def _kept(plan: LayerPlan, parts: Sequence[Bytes]) -> RawTensor:
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return RawTensor(name=plan.tensor.name, shape=plan.tensor.shape, dtype=plan.tensor.dtype, values=values)
+
+
+def _quantized_or_why_not(values: torch.Tensor, piece: Slice) -> QuantizedRows | QuantizationError:
+    try:
+        return _quantized(values, piece)
+    except QuantizationError as error:
+        if not values.to(torch.float32).isfinite().all():  # no method mends that
+            raise
+        return error
 
 
 def _quantized(values: torch.Tensor, piece: Slice) -> QuantizedRows:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.budget import give_back_memory, plan_budget
-from arrow_quant_v2.calibrated_run import CalibratedRun, FittedRun, left_out, run_calibrated
+from arrow_quant_v2.calibrated_run import NOT_CALIBRATED, CalibratedRun, FittedRun, left_out, run_calibrated
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
-from arrow_quant_v2.layers import checksum_only, records, slices, source_checksum, work
-from arrow_quant_v2.plan import calibrated_method, plan_model, refuse_unused_names
+from arrow_quant_v2.fallback import Bar, Verdict, verdict_by_layers
+from arrow_quant_v2.layers import checksum_only, slices, source_checksum, stored_plan, work
+from arrow_quant_v2.plan import asked_bits, calibrated_method, plan_model, refuse_unused_names, wider_plan
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
@@ -26,6 +27,7 @@ from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
+from arrow_quant_v2.weights_alone import Alone, settled
 from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.sources.folder import Model
 
 
+BY_WEIGHTS = "weight cosine of each layer"
+BY_OUTPUTS = "output cosine of each layer on its calibration inputs, weight cosine where they are not known"
 WORTH_GIVING_BACK = 32 * 2**20  # memory given back after smaller layers would only have to be fetched again
 
 
@@ -76,6 +80,7 @@ class Outcome:
     plans: Sequence[LayerPlan]
     calibration: Mapping[str, object] | None
     notes: tuple[str, ...]
+    verdict: Verdict
 
 
 def quantize_model(job: Job, report: Callable[[str, float], object] | None = None) -> Outcome:
@@ -113,13 +118,18 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
         with cores_at_most(budget.workers):
             calibrated = _calibrated(job, run) if kept is None else _on_stats(job, run, kept)
         run = replace(run, plans=calibrated.plans)
-        _work_on_layers(job, run, calibrated.names)
+        run = replace(run, plans=_work_on_layers(job, run, calibrated.names))
         assemble(folder, run.plans, description, job.model)
         seconds = time.monotonic() - started
         written = _report(job, folder.model, seconds, calibrated)
         folder.publish()
-    notes = (*calibrated.notes, *written.notes)
-    return Outcome(seconds=seconds, plans=run.plans, calibration=calibrated.summary, notes=notes)
+    return Outcome(
+        seconds=seconds,
+        plans=run.plans,
+        calibration=calibrated.summary,
+        notes=(*calibrated.notes, *written.notes),
+        verdict=verdict_by_layers((plan.decision for plan in run.plans), calibrated.judged_by),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +140,11 @@ class _Calibration:
     names: frozenset[str] = frozenset()  # of the layers that were fitted
     summary: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def judged_by(self) -> str:
+        """What every layer's bar is about."""
+        return BY_OUTPUTS if self.names else BY_WEIGHTS
 
 
 def _report(job: Job, folder: Path, seconds: float, calibrated: _Calibration) -> Written:
@@ -255,13 +270,16 @@ class _Run:
     progress: Progress
 
 
-def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> None:
+def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> tuple[LayerPlan, ...]:
     """Make the part of every layer that has none, and make sure that those of an earlier run still fit.
 
-    Those that were just calibrated are in the progress already.
+    Those that were just calibrated are in the progress already. The plans come back as they were followed.
     """
-    plans, budget, folder, progress = run.plans, run.budget, run.folder, run.progress
-    done = {index for index in range(len(plans)) if _is_whole(folder.part(index), plans[index])}
+    budget, folder, progress = run.budget, run.folder, run.progress
+    found = [_finished(folder.part(index), plan) for index, plan in enumerate(run.plans)]
+    plans = [plan if done is None else done for plan, done in zip(run.plans, found, strict=True)]
+    done = {index for index, plan in enumerate(found) if plan is not None}
+    alone = _alone(job, run)
 
     def one(item: tuple[int, Slice]) -> Piece:
         index, piece = item
@@ -283,7 +301,7 @@ def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> None:
             if index in done:
                 _refuse_changed(folder.part(index), plans[index], pieces)
             else:
-                _write_layer(job, run, index, pieces)
+                plans[index] = _write_layer(run, index, pieces, alone)
                 if has_own_file(plans[index]):
                     later(make_durable, folder.part(index))
             if plans[index].stored_bytes >= WORTH_GIVING_BACK:
@@ -293,13 +311,33 @@ def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> None:
                 raise InterruptedRunError(
                     f"stopped after {index + 1} of {len(plans)} layers; they are kept in {folder.folder}"
                 )
+    return tuple(plans)
 
 
-def _write_layer(job: Job, run: _Run, index: int, pieces: list[Piece]) -> None:
+def _write_layer(run: _Run, index: int, pieces: list[Piece], alone: Alone) -> LayerPlan:
     """A function of its own, so that a layer is not in memory while the next one is read."""
-    layer = list(records(run.plans[index], pieces, job.modality))
-    _refuse_poor(job.config, layer[0].payload.name, layer[0].cosine_similarity)
+    plan, layer = settled(run.plans[index], pieces, alone)
     write_part(run.folder.part(index), layer, run.description.file_metadata())
+    return plan
+
+
+def _alone(job: Job, run: _Run) -> Alone:
+    """What is asked of layers that no inputs are known of."""
+
+    def wider(plan: LayerPlan, bits: int) -> LayerPlan | None:
+        wide = wider_plan(plan, bits, job.config)
+        _, why, reason = plan.decision.because.partition(NOT_CALIBRATED)
+        return wide and replace(wide, decision=replace(wide.decision, because=wide.decision.because + why + reason))
+
+    return Alone(
+        source=job.source,
+        modality=job.modality,
+        slice_bytes=run.budget.slice_bytes,
+        bar=Bar.of(job.config),
+        fail_fast=job.config.fail_fast,
+        asked=lambda plan: asked_bits(plan.tensor.name, job.config),
+        wider=wider,
+    )
 
 
 def _by_layer(results: Iterator[Piece], progress: Progress, counted: frozenset[str]) -> Iterator[list[Piece]]:
@@ -317,16 +355,16 @@ def _by_layer(results: Iterator[Piece], progress: Progress, counted: frozenset[s
             pieces = []
 
 
-def _is_whole(part: Path, plan: LayerPlan) -> bool:
-    """Whether an earlier run finished this layer; a damaged part is made again."""
+def _finished(part: Path, plan: LayerPlan) -> LayerPlan | None:
+    """The plan by which an earlier run finished this layer; None: it did not, or a damaged part is to be made again."""
     if not part.exists():
-        return False
+        return None
     try:
         with StoredModel(part) as stored:
             stored.read(plan.tensor.name)
-            return stored.names == (plan.tensor.name,)
+            return stored_plan(plan, stored.entries[0]) if stored.names == (plan.tensor.name,) else None
     except StoreError:
-        return False
+        return None
 
 
 def _refuse_changed(part: Path, plan: LayerPlan, pieces: Sequence[Piece]) -> None:
@@ -336,12 +374,4 @@ def _refuse_changed(part: Path, plan: LayerPlan, pieces: Sequence[Piece]) -> Non
         raise ConfigurationError(
             f"{plan.tensor.name}: has other values than when this run was interrupted: the model was changed;"
             f" restore it, or remove {part.parent.parent} to start anew"
-        )
-
-
-def _refuse_poor(config: DiffusionQuantConfig, name: str, cosine: float | None) -> None:
-    if config.fail_fast and cosine is not None and cosine < config.min_accuracy:
-        raise QuantizationError(
-            f"{name}: weight cosine {cosine:.4f} at {config.bit_width} bits is below min_accuracy"
-            f" {config.min_accuracy}; use more bits, smaller groups or a lower bar"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from arrow_quant_v2.config import LayerSpec
 from arrow_quant_v2.decisions import Decision
 from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.fallback import wider
 from arrow_quant_v2.layer_widths import KEPT, LayerWidth
 from arrow_quant_v2.packed import ITEM_BITS, Layout, TensorInfo
 from arrow_quant_v2.store.sizes import row_bytes, stored_bytes
@@ -149,6 +150,33 @@ def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrat
     return LayerPlan(tensor=tensor, spec=spec, layout=layout, decision=decision)
 
 
+def wider_plan(
+    plan: LayerPlan, bits: int, config: DiffusionQuantConfig, calibrated: Calibrated = NOTHING_CALIBRATED
+) -> LayerPlan | None:
+    """The plan of the same tensor at the width behind `bits`; None where there is none that it may have.
+
+    A width that people gave it by name stays, and a tensor is not stored in more bytes than it has.
+    """
+    more = wider(bits)
+    if more is None:
+        return None
+    width = LayerWidth(bits=more, because="", fallback=True)
+    (wide,) = plan_model([plan.tensor], config, calibrated, {plan.tensor.name: width})
+    return wide if wide.spec is not None and wide.spec.bits == more else None
+
+
+def asked_bits(name: str, config: DiffusionQuantConfig, widths: Mapping[str, LayerWidth] = NO_WIDTHS) -> int:
+    """The width that a layer was asked for at first, whatever it has fallen back to."""
+    width = width_of(name, config, widths)
+    return config.bit_width if width.fallback else width.bits
+
+
+def kept_plan(plan: LayerPlan, because: str) -> LayerPlan:
+    """The same tensor in its own dtype, because nothing else could be done with it."""
+    decision = replace(plan.decision, kind="fallback", got=plan.tensor.dtype, because=because, method=None)
+    return LayerPlan(tensor=plan.tensor, decision=decision)
+
+
 def _kept(tensor: TensorInfo, config: DiffusionQuantConfig, reason: str) -> LayerPlan:
     asked = f"int{config.bit_width}"
     decision = Decision(layer_name=tensor.name, kind="kept", asked=asked, got=tensor.dtype, because=reason)
@@ -163,7 +191,7 @@ def _quantized(
     got, _, rest = str(spec).partition(" ")
     return Decision(
         layer_name=tensor.name,
-        kind="quantized",
+        kind="fallback" if width.fallback else "quantized",
         asked=f"int{config.bit_width}",
         got=got,
         because=f"{rest} as asked{ragged}" + (f", {width.because}" if width.because else ""),

@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
-from arrow_quant_v2.decisions import fallbacks_per_method
+from arrow_quant_v2.decisions import fallback_rates, fallbacks_per_method
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.store.merge import merge_parts
@@ -204,6 +205,7 @@ def _summary(weights: Path, plans: Sequence[LayerPlan], description: Description
         entries = [one for one in stored.entries if one.chunk == 0]
         content = content_hash((one.layer_name, one.dtype, one.shape, one.source_checksum) for one in entries)
         cosines = [one.cosine_similarity for one in entries if one.cosine_similarity is not None]
+        widths = Counter(one.layout.bits for one in entries if one.layout is not None)
         files = [path.name for path in stored.files]
     decisions = [plan.decision for plan in plans]
     return {
@@ -224,5 +226,8 @@ def _summary(weights: Path, plans: Sequence[LayerPlan], description: Description
         "mean_weight_cosine": sum(cosines) / len(cosines) if cosines else None,
         "min_weight_cosine": min(cosines, default=None),
         "kept": {d.layer_name: d.because for d in decisions if d.kind == "kept"},
+        "bit_widths": {str(bits): count for bits, count in sorted(widths.items())},
+        "fallbacks": {d.layer_name: str(d) for d in decisions if d.kind == "fallback"},
         "fallbacks_per_method": fallbacks_per_method(decisions),
+        "fallback_rate_per_method": fallback_rates(decisions),
     }

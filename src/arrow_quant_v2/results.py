@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from arrow_quant_v2.decisions import fallbacks_per_method
+from arrow_quant_v2.decisions import fallback_rates, fallbacks_per_method
 from arrow_quant_v2.publish import PAGE, REPORT
 from arrow_quant_v2.report.as_json import to_json
 from arrow_quant_v2.store.reader import StoredModel
@@ -42,9 +43,11 @@ def quantization_result(job: Job, outcome: Outcome) -> dict[str, Any]:
         "model_size_mb": size / 1e6,
         "modality": job.modality,
         "bit_width": job.config.bit_width,
+        "bit_widths": dict(sorted(Counter(one.layout.bits for one in first if one.layout is not None).items())),
         "quantization_time_s": outcome.seconds,
         "metric": WEIGHT_METRIC,
-        "passed": worst is None or cosines[worst] >= job.config.min_accuracy,
+        "judged_by": outcome.verdict.judged_by,
+        "passed": not outcome.verdict.missed,
         "min_accuracy": job.config.min_accuracy,
         "worst_layer": worst,
         "worst_cosine_similarity": None if worst is None else cosines[worst],
@@ -53,6 +56,7 @@ def quantization_result(job: Job, outcome: Outcome) -> dict[str, Any]:
         "quantized_layers": len(cosines),
         "kept_layers": len(first) - len(cosines),
         "fallbacks_per_method": fallbacks_per_method(decisions),
+        "fallback_rate_per_method": fallback_rates(decisions),
         "calibration": outcome.calibration,
         "report": str(_report_of(job.out)),
         "notes": list(outcome.notes),

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from arrow_quant_v2.attempts import fit_somehow, refuse_wild
 from arrow_quant_v2.calibration.drift import Drift, Originals
 from arrow_quant_v2.calibration.observe import observe, strata
 from arrow_quant_v2.engines.one_core import each_on_one_core
-from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.errors import BarMissedError, QuantizationError
+from arrow_quant_v2.fallback import Bar, warn_of_fallback
 from arrow_quant_v2.kernels.tensors import dequantized
-from arrow_quant_v2.quantizers.calibrated import Freedom, Sight, Weight, fit_together, output_error
+from arrow_quant_v2.quantizers.calibrated import Sight, Weight, outputs_beside
 from arrow_quant_v2.quantizers.correction import corrected
 from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
@@ -31,9 +33,12 @@ if TYPE_CHECKING:
     from arrow_quant_v2.decisions import Decision, Kind
     from arrow_quant_v2.packed import PackedTensor, WeightError
     from arrow_quant_v2.plan import LayerPlan
-    from arrow_quant_v2.quantizers.calibrated import Fitted
+    from arrow_quant_v2.quantizers.calibrated import Fitted, Freedom, Outputs
     from arrow_quant_v2.quantizers.time_aware import TimeGroupParameters
     from arrow_quant_v2.time_groups import TimeGroups
+
+OUTPUT_COSINE = "output cosine"
+NO_BAR = Bar()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +68,10 @@ class Fitting:
     keep      takes each layer as it is done
     holding   keeps a part's weights in memory
     strength  how much of the drift of its inputs a weight makes up for, 0 to 1
+    bar       what the outputs of each layer must reach
+    asked     a plan -> the width that was asked of this layer at first
+    at        a plan and the bits that it missed its bar with -> its plan at the next width, or None
+    give_up   takes each layer that no way of fitting can be gone with, and why
     """
 
     plans: Mapping[str, LayerPlan]
@@ -75,6 +84,10 @@ class Fitting:
     keep: Callable[[CalibratedLayer], None]
     holding: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
     strength: float = 0.0
+    bar: Bar = NO_BAR
+    asked: Callable[[LayerPlan], int] = lambda plan: 0 if plan.spec is None else plan.spec.bits
+    at: Callable[[LayerPlan, int], LayerPlan | None] = lambda _plan, _bits: None
+    give_up: Callable[[LayerPlan, str], None] = lambda _plan, _because: None
 
 
 def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
@@ -138,40 +151,104 @@ def fit_input(
 ) -> dict[str, torch.Tensor]:
     """Fit layers that share one input and hand them on; the weight (rows, columns) that each of them became.
 
+    A layer whose outputs are not close enough is fitted again at the next width, before anything is fitted to what it
+    gives. Where no fit can be done, the layers are given up: they are the caller's to quantize without calibration.
     `drift` is D of that input (see calibration.drift); None: it has none, or it is not known.
 
     Raises:
-        QuantizationError: a weight is not finite, or H has no Cholesky factor.
+        QuantizationError: a weight is not finite; or, by the bar, a layer may not have more bits or nothing may fail.
     """
-    weights = [_weight(ask.plans[layer], ask) for layer in layers]
-    if drift is not None:
-        values = [weight.values for weight in weights]
-        wanted = corrected(values, stats.second.matrix, drift, stats.count, ask.strength)
-        weights = [replace(weight, wanted=one) for weight, one in zip(weights, wanted, strict=True)]
-    sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
-    fitted, trouble = _spatial_or_per_channel(weights, sight, ask.freedom)
-    for layer, weight, one in zip(layers, weights, fitted, strict=True):
-        ask.keep(_layer(ask.plans[layer], weight, one, stats, ask, trouble=trouble))
-    return {layer: dequantized(one.packed) for layer, one in zip(layers, fitted, strict=True)}  # bits as stored
-
-
-def _spatial_or_per_channel(
-    weights: Sequence[Weight], sight: Sight, freedom: Freedom
-) -> tuple[list[Fitted], tuple[str, ...]]:
-    """The fit; where equalization fails, one without it and with one group per row, and what failed."""
+    tries = [_Try(plan=ask.plans[layer], weight=_weight(ask.plans[layer], ask)) for layer in layers]
     try:
-        return fit_together(weights, sight, freedom), ()
+        fits = _close_enough(_made_up_for(tries, stats, drift, ask), stats, ask)
+    except BarMissedError:
+        raise
     except QuantizationError as error:
-        if not freedom.equalize:
+        refuse_wild([one.weight for one in tries])
+        if ask.bar.fail_fast:
             raise
-        plain = [_per_channel(weight) for weight in weights]
-        fitted = fit_together(plain, sight, replace(freedom, equalize=False))
-        return fitted, (f"spatial quantization failed ({error}), so per channel",)
+        for one in tries:
+            ask.give_up(one.plan, str(error))
+        return {}
+    for fit in fits:
+        ask.keep(_layer(fit, stats, ask))
+    return {layer: dequantized(fit.fitted.packed) for layer, fit in zip(layers, fits, strict=True)}  # bits as stored
 
 
-def _per_channel(weight: Weight) -> Weight:
-    """The same weight, asked for one group per row."""
-    return replace(weight, layout=replace(weight.layout, group_size=None), spec=replace(weight.spec, group_size=None))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Try:
+    """A layer to be fitted, and in words what did not go as asked."""
+
+    plan: LayerPlan
+    weight: Weight
+    trouble: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Fit(_Try):
+    """A layer that was fitted, and how close its outputs are."""
+
+    fitted: Fitted
+    outputs: Outputs
+
+
+def _made_up_for(tries: list[_Try], stats: InputStats, drift: torch.Tensor | None, ask: Fitting) -> list[_Try]:
+    """The weights that suit their inputs, where those have drifted."""
+    if drift is None:
+        return tries
+    values = [one.weight.values for one in tries]
+    try:
+        wanted = corrected(values, stats.second.matrix, drift, stats.count, ask.strength)
+    except QuantizationError as error:
+        if ask.bar.fail_fast:
+            raise
+        trouble = f"making up for earlier layers failed ({error}), so not made up for"
+        return [replace(one, trouble=(trouble,)) for one in tries]
+    return [replace(one, weight=replace(one.weight, wanted=aim)) for one, aim in zip(tries, wanted, strict=True)]
+
+
+def _close_enough(tries: Sequence[_Try], stats: InputStats, ask: Fitting) -> list[_Fit]:
+    """All of them fitted, those that miss their bar again at ever more bits."""
+    fits = _fitted(tries, stats, ask)
+    while low := [place for place, fit in enumerate(fits) if _demands_more(fit, ask)]:
+        again = _fitted([_widened(fits[place], ask) for place in low], stats, ask)
+        for place, fit in zip(low, again, strict=True):
+            fits[place] = fit
+    return fits
+
+
+def _demands_more(fit: _Fit, ask: Fitting) -> bool:
+    asked = ask.asked(fit.plan)
+    name, bits = fit.plan.tensor.name, fit.weight.spec.bits
+    more = ask.bar.demands_more(name, OUTPUT_COSINE, fit.outputs.cosine, bits, asked)
+    return more and ask.at(fit.plan, bits) is not None
+
+
+def _widened(fit: _Fit, ask: Fitting) -> _Try:
+    """The same layer, asked for at the next width."""
+    bits = fit.weight.spec.bits
+    plan = ask.at(fit.plan, bits)
+    if plan is None or plan.spec is None or plan.layout is None:
+        raise QuantizationError(f"{fit.plan.tensor.name}: has no next width; this is a bug, please report it")
+    missed = ask.bar.missed(OUTPUT_COSINE, fit.outputs.cosine, bits, ask.asked(fit.plan))
+    weight = replace(fit.weight, spec=plan.spec, layout=plan.layout)
+    return _Try(plan=plan, weight=weight, trouble=(*fit.trouble, missed))
+
+
+def _fitted(tries: Sequence[_Try], stats: InputStats, ask: Fitting) -> list[_Fit]:
+    """The layers fitted together, and how close each of them is."""
+    sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
+    made, trouble = fit_somehow([one.weight for one in tries], sight, ask.freedom, fail_fast=ask.bar.fail_fast)
+    return [
+        _Fit(
+            plan=one.plan,
+            weight=result.weight,
+            trouble=(*one.trouble, *trouble),
+            fitted=result.fitted,
+            outputs=outputs_beside(result.fitted.left, result.weight.aim, stats.probes),
+        )
+        for one, result in zip(tries, made, strict=True)
+    ]
 
 
 def _weight(plan: LayerPlan, ask: Fitting) -> Weight:
@@ -180,34 +257,36 @@ def _weight(plan: LayerPlan, ask: Fitting) -> Weight:
     return Weight(values=ask.values(plan), info=plan.tensor, layout=plan.layout, spec=plan.spec)
 
 
-def _layer(
-    plan: LayerPlan, weight: Weight, fitted: Fitted, stats: InputStats, ask: Fitting, *, trouble: tuple[str, ...]
-) -> CalibratedLayer:
-    errors = tuple(output_error(fitted.left, weight.aim, stats.probes))
-    spread = stats.spread()
+def _layer(fit: _Fit, stats: InputStats, ask: Fitting) -> CalibratedLayer:
+    spread, trouble = stats.spread(), fit.trouble
     ranges: tuple[TimeGroupParameters, ...] | None = None
     try:
         ranges = TimeAwareQuantizer(ask.groups).parameters(spread["min"], spread["max"]) if ask.time_aware else None
     except QuantizationError as error:
+        if ask.bar.fail_fast:
+            raise
         trouble = (*trouble, f"time-aware quantization failed ({error}), so no activation ranges are stored")
+    decision = _decision(fit, trouble, ask)
+    if trouble:
+        warn_of_fallback(decision.layer_name, f"{decision.got} {decision.method}: {'; '.join(trouble)}")
     return CalibratedLayer(
-        plan=plan,
-        packed=fitted.packed,
-        error=fitted.error,
-        decision=_decision(plan, fitted, errors, trouble, ask.shown),
-        output_error=errors,
+        plan=replace(fit.plan, spec=fit.weight.spec, layout=fit.weight.layout),
+        packed=fit.fitted.packed,
+        error=fit.fitted.error,
+        decision=decision,
+        output_error=fit.outputs.errors,
         activations=ranges,
         spread=spread,
     )
 
 
-def _decision(
-    plan: LayerPlan, fitted: Fitted, errors: Sequence[float], trouble: tuple[str, ...], shown: str
-) -> Decision:
+def _decision(fit: _Fit, trouble: tuple[str, ...], ask: Fitting) -> Decision:
     """What the plan said, and what calibration adds to it; a fallback where a part of the strategy failed."""
-    known = [error for error in errors if error == error]  # noqa: PLR0124 - not NaN
-    basis = f", {fitted.basis}" if str(fitted.basis) else ""
+    known = [error for error in fit.outputs.errors if error == error]  # noqa: PLR0124 - not NaN
+    basis = f", {fit.fitted.basis}" if str(fit.fitted.basis) else ""
     mean = sum(known) / max(1, len(known))
-    because = f"{plan.decision.because}, calibrated on {shown}{basis}, output error {mean:.2g}"
-    kind: Kind = "fallback" if trouble else plan.decision.kind
-    return replace(plan.decision, kind=kind, because="; ".join((because, *trouble)))
+    planned = fit.plan.decision
+    because = f"{planned.because}, calibrated on {ask.shown}{basis}, output error {mean:.2g}"
+    kind: Kind = "fallback" if trouble else planned.kind
+    remark = ask.bar.remark(OUTPUT_COSINE, fit.outputs.cosine, fit.weight.spec.bits, ask.asked(fit.plan))
+    return replace(planned, kind=kind, because="; ".join((because, *trouble, *remark)), method=fit.weight.spec.method)

@@ -11,6 +11,7 @@ from arrow_quant_v2.calibrated_run import Keeper, effort, weight_of
 from arrow_quant_v2.calibration.stored_stats import KeptStats
 from arrow_quant_v2.engines.local import ordered_map
 from arrow_quant_v2.errors import ConfigurationError, StoreError
+from arrow_quant_v2.fallback import Bar
 from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
 from arrow_quant_v2.publish import content_hash, source_hash
 from arrow_quant_v2.sequential import Fitting, fit_input
@@ -94,6 +95,10 @@ def run_on_stats(run: FittedRun, kept: KeptStats) -> CalibratedPlans:
         values=lambda plan: weight_of(run.source, plan),
         finished=keeper.finished,
         keep=keeper.keep,
+        bar=Bar.of(run.config),
+        asked=run.asked,
+        at=run.at,
+        give_up=keeper.give_up,
     )
     for number, entry in enumerate(kept.summary.inputs):
         planned = [layer for layer in entry.layers if layer in names]

@@ -186,10 +186,33 @@ def _squares(weight: Tensor, quantized: Tensor) -> tuple[float, float, float]:
     return original, other, difference
 
 
-def output_error(left: Tensor, weight: Tensor, probes: Sequence[Tensor]) -> list[float]:
-    """||dW x||^2 / ||W x||^2 over some inputs x of each time group, (tokens, columns); NaN without any."""
-    errors = []
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """How close the outputs Q x of a quantized weight are to those of W, over some inputs x.
+
+    errors  |W x - Q x|^2 / |W x|^2 in each time group; NaN without any input
+    cosine  between W x and Q x over all of them; 1.0 where both are zero
+    """
+
+    errors: tuple[float, ...]
+    cosine: float
+
+
+def outputs_beside(left: Tensor, weight: Tensor, probes: Sequence[Tensor]) -> Outputs:
+    """Outputs of W and of Q = W - `left` for inputs (tokens, columns) of each time group."""
+    errors, total = [], np.zeros(3)
     for inputs in probes:
-        lost, whole = (float((inputs @ part.mT).square().sum(dtype=torch.float64)) for part in (left, weight))
+        missed, given = (inputs @ part.mT for part in (left, weight))
+        products = ((missed, missed), (given, given), (missed, given))
+        lost, whole, both = (float((one * other).sum(dtype=torch.float64)) for one, other in products)
         errors.append(lost / whole if whole > 0.0 else float("nan") if not len(inputs) else 0.0)
-    return errors
+        total += (lost, whole, both)
+    return Outputs(errors=tuple(errors), cosine=_cosine(*total.tolist()))
+
+
+def _cosine(lost: float, whole: float, both: float) -> float:
+    """Of W x and Q x, from |(W - Q) x|^2, |W x|^2 and their product."""
+    other = whole - 2.0 * both + lost
+    if not whole > 0.0:
+        return 1.0
+    return (whole - both) / float(np.sqrt(whole * other)) if other > 0.0 else 0.0

@@ -80,13 +80,14 @@ def test_no_command_shows_the_help(arrow_quant: Command) -> None:
 def test_quantize_tells_what_it_did(model: Path, tmp_path: Path, arrow_quant: Command) -> None:
     done = arrow_quant("quantize", model, tmp_path / "out", "--bits", 8, "--group-size", "row", "--threads", 1)
     assert done.code == 0
-    first, second, third, fourth, kept, report = lines(done.out)
+    first, second, third, fourth, verdict, kept, report = lines(done.out)
     assert first.startswith(f"{tmp_path / 'out'}: 0.")
     assert first.endswith("times smaller")
     assert second.startswith("  text, ")
     assert second.endswith(", from the weights alone")
     assert "12 layers at 8.3" in third
     assert "weight cosine 0.9999" in fourth
+    assert verdict == "  weight cosine of each layer: bar 0.85 passed"
     assert kept == "  12 kept: a bias, norm or other 1-D tensor"
     assert report == f"  report: {tmp_path / 'out' / 'report.html'}"
     progress = lines(done.err)

@@ -109,6 +109,15 @@ def test_the_whole_chain_is_gone_and_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_told")
+def test_the_whole_model_gets_more_bits_where_that_is_asked(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", one_is_hard())
+    result = quantize(model, tmp_path / "out", bit_width=2, min_accuracy=0.93, fallback="model")
+    assert (result["bit_widths"], result["passed"]) == ({4: 4}, True)
+    said = decisions(tmp_path / "out")
+    assert all("layers.01.weight: weight cosine 0.90873 at int2" in said[f"layers.0{n}.weight"] for n in range(4))
+
+
+@pytest.mark.usefixtures("_told")
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_miss_at_int8_ends_the_run(bits: int, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")

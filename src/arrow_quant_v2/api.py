@@ -87,13 +87,15 @@ class ArrowQuantV2:
         `calibration_data`, or else the model's own denoising trajectory, is what layers are fitted to.
 
         Returns `quantized_path, compression_ratio, cosine_similarity` (of the weights: see `metric`),
-        `model_size_mb` (10^6 bytes of weight files), `modality, bit_width, quantization_time_s`, and more of ours.
+        `model_size_mb` (10^6 bytes of weight files), `modality, bit_width, quantization_time_s`, and more of ours:
+        `bit_widths` (how many layers came out at each width), `accuracy` and `judged_by` (what `min_accuracy` was held
+        against), `passed`, `fallbacks_per_method` ... Each fallback is a warning too.
         A run that was killed goes on where it stopped when it is called again with the same arguments.
 
         Raises:
             ConfigurationError: a setting or the output path is not allowed.
             SourceError: the model cannot be read, or its modality is unknown.
-            QuantizationError: a tensor cannot be quantized.
+            QuantizationError: a tensor cannot be quantized, or `min_accuracy` is missed even with 8 bits.
             StoreError: the output cannot be written.
             InterruptedRunError: `should_stop`, asked after every layer, said so.
         """

@@ -88,10 +88,14 @@ class CalibratedRun(FittedRun):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedPlans:
-    """All plans with what was decided in the end, and the names of the layers that were fitted."""
+    """All plans with what was decided in the end, and the names of the layers that were fitted.
+
+    order   those that share an input, in the order in which inputs were looked at; each may depend on all before it
+    """
 
     plans: tuple[LayerPlan, ...]
     names: frozenset[str]
+    order: tuple[tuple[str, ...], ...] = ()
 
 
 def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
@@ -119,7 +123,9 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
         run.progress.begin(sum(effort(plan, names) for plan in plans))
         run.progress.tell(f"{_announcement(walk, run, len(names))}, about {duration(seconds)}")
         fit_in_sequence(walk, fitting)
-    return keeper.result(NOT_REACHED)
+        inputs = [layers for block in walk.blocks for layers in block.inputs]
+    order = tuple(tuple(module_names[layer] for layer in layers) for layers in inputs)
+    return replace(keeper.result(NOT_REACHED), order=order)
 
 
 def effort(plan: LayerPlan, calibrated: frozenset[str]) -> int:

@@ -484,6 +484,7 @@ def _print_result(result: dict[str, Any]) -> None:
         typer.echo(
             f"  weight cosine {cosine:.5f} on average, {result['worst_cosine_similarity']:.5f} for the worst layer"
         )
+        typer.echo(f"  {_verdict(result)}")
     for reason, count in _kept(result["decisions"]).items():
         typer.echo(f"  {count} kept: {reason}")
     typer.echo(f"  report: {result['report']}")
@@ -495,6 +496,18 @@ def _widths(result: dict[str, Any]) -> str:
         return f"{result['quantized_layers']} layers"
     counts = [f"{count} int{bits}" for bits, count in result["bit_widths"].items()]
     return f"{result['quantized_layers']} layers ({', '.join(counts)})"
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """What the bar was held against, and how that ended."""
+    reached = "" if result["accuracy"] is None else f" {result['accuracy']:.5f}"
+    fallen = sum(result["fallbacks_per_method"].values())
+    layers = f", {fallen} layers fell back" if fallen else ""
+    return f"{result['judged_by']}{reached}: bar {result['min_accuracy']} {_passed(result)}{layers}"
+
+
+def _passed(result: dict[str, Any]) -> str:
+    return "passed" if result["passed"] else "MISSED"
 
 
 def _print_generation(made: dict[str, Any]) -> None:

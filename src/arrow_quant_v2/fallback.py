@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 LEAST: Mapping[int, float] = {4: 0.85, 8: 0.95}  # of a width that was not asked for: more bits have to be worth it
 REMEDY = "use smaller groups, more calibration samples or a lower min_accuracy"
 
+LEAVE_FAIL_FAST = f"leave fail_fast out to have more bits where they are needed, or {REMEDY}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
@@ -61,12 +63,13 @@ class Bar:
 
     def missed(self, metric: str, cosine: float, bits: int, asked: int) -> str:
         """In words."""
-        return f"{metric} {cosine:.5g} at int{bits} is below {self.at(bits, asked):g}"
+        least = self.at(bits, asked)
+        return f"{metric} {told_below(cosine, least)} at int{bits} is below {least:g}"
 
     def _remedy(self, bits: int) -> str:
         if wider(bits) is None:
             return f"{REMEDY}, or keep it as it is (--keep)"
-        return "leave fail_fast out to have it in more bits, or " + REMEDY
+        return LEAVE_FAIL_FAST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,12 @@ def verdict_by_layers(decisions: Iterable[Decision], judged_by: str) -> Verdict:
     """The verdict where every layer has its own bar."""
     low = next((f"{one.layer_name}: {one.missed}" for one in decisions if one.missed), "")
     return Verdict(judged_by=judged_by, missed=low)
+
+
+def told_below(cosine: float, least: float) -> str:
+    """A cosine that is below a bar, with as many digits as show it."""
+    short = f"{cosine:.5g}"
+    return short if float(short) < least else repr(cosine)
 
 
 def wider(bits: int) -> Bits | None:

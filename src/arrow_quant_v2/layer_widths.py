@@ -30,6 +30,18 @@ class LayerWidth:
     fallback: bool = False
 
 
+def fallen_back(bits: int, because: str) -> LayerWidth:
+    """The width that a layer has instead of one that was not enough.
+
+    Raises:
+        ValueError: there is no such width.
+    """
+    known = {int(width): width for width in LAYER_WIDTHS}
+    if bits not in known:
+        raise ValueError(f"{bits} bits; allowed are {', '.join(map(str, known))}")
+    return LayerWidth(bits=known[bits], because=because, fallback=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Overrules:
     """What people say of layers by name; it is stronger than what anything else finds out.

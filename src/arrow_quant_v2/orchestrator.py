@@ -5,15 +5,31 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.budget import give_back_memory, plan_budget
-from arrow_quant_v2.calibrated_run import NOT_CALIBRATED, CalibratedRun, FittedRun, left_out, run_calibrated
+from arrow_quant_v2.calibrated_run import (
+    NOT_CALIBRATED,
+    CalibratedPlans,
+    CalibratedRun,
+    FittedRun,
+    left_out,
+    run_calibrated,
+)
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.engines.one_core import cores_at_most
-from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError, StoreError
-from arrow_quant_v2.fallback import Bar, Verdict, verdict_by_layers
+from arrow_quant_v2.errors import (
+    ConfigurationError,
+    InterruptedRunError,
+    QuantizationError,
+    SourceError,
+    StoreError,
+    ValidationError,
+)
+from arrow_quant_v2.fallback import Bar
+from arrow_quant_v2.judging import Judge, hold_out
 from arrow_quant_v2.layers import checksum_only, slices, source_checksum, stored_plan, work
 from arrow_quant_v2.plan import asked_bits, calibrated_method, plan_model, refuse_unused_names, wider_plan
 from arrow_quant_v2.preparation import data_identity, prepare
@@ -23,6 +39,7 @@ from arrow_quant_v2.report.card import base_model_of
 from arrow_quant_v2.report.facts import run_facts
 from arrow_quant_v2.report.stored import stored_findings
 from arrow_quant_v2.report.write import write_report
+from arrow_quant_v2.rounds import Pass, Rounds
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary
 from arrow_quant_v2.store.reader import StoredModel
@@ -38,10 +55,12 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.budget import Budget
     from arrow_quant_v2.calibration.stored_stats import KeptStats
-    from arrow_quant_v2.config import DiffusionQuantConfig, Modality
+    from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
+    from arrow_quant_v2.fallback import Verdict
+    from arrow_quant_v2.layer_widths import LayerWidth
     from arrow_quant_v2.layers import Piece, Slice
     from arrow_quant_v2.plan import LayerPlan
-    from arrow_quant_v2.preparation import Provider
+    from arrow_quant_v2.preparation import Prepared, Provider
     from arrow_quant_v2.report.write import Written
     from arrow_quant_v2.sources.base import Source
     from arrow_quant_v2.sources.folder import Model
@@ -116,42 +135,58 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
         progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
         run = _Run(plans=plans, budget=budget, description=description, folder=folder, progress=progress)
         with cores_at_most(budget.workers):
-            calibrated = _calibrated(job, run) if kept is None else _on_stats(job, run, kept)
-        run = replace(run, plans=calibrated.plans)
-        run = replace(run, plans=_work_on_layers(job, run, calibrated.names))
-        assemble(folder, run.plans, description, job.model)
+            shown = _shown(job, run, kept)
+            done, verdict = _rounds(job, run, shown).until_met(partial(_one_pass, job, run, shown))
+        assemble(folder, done.plans, description, job.model)
         seconds = time.monotonic() - started
-        written = _report(job, folder.model, seconds, calibrated)
+        written = _report(job, folder.model, seconds, shown, verdict)
         folder.publish()
     return Outcome(
         seconds=seconds,
-        plans=run.plans,
-        calibration=calibrated.summary,
-        notes=(*calibrated.notes, *written.notes),
-        verdict=verdict_by_layers((plan.decision for plan in run.plans), calibrated.judged_by),
+        plans=done.plans,
+        calibration=shown.summary,
+        notes=(*shown.notes, *written.notes),
+        verdict=verdict,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Calibration:
-    """What the calibrated half left: plans as decided, what was shown, and what a person should know."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Shown:
+    """What layers are fitted to: a model that can be called, or stats; and what people should know of it.
 
-    plans: Sequence[LayerPlan]
-    names: frozenset[str] = frozenset()  # of the layers that were fitted
+    judge   compares the model's outputs; None: the model cannot be run, or not with other weights, or nothing is asked
+    reason  why nothing is known, where something was to be
+    """
+
+    prepared: Prepared | None = None
+    kept: KeptStats | None = None
+    judge: Judge | None = None
+    reason: str = ""
+    method: Method | None = None
     summary: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def judged_by(self) -> str:
-        """What every layer's bar is about."""
-        return BY_OUTPUTS if self.names else BY_WEIGHTS
+
+def _rounds(job: Job, run: _Run, shown: _Shown) -> Rounds:
+    return Rounds(
+        source=job.source,
+        config=job.config,
+        bar=Bar.of(job.config),
+        folder=run.folder,
+        judge=shown.judge,
+        method=shown.method,
+        tell=run.progress.tell,
+    )
 
 
-def _report(job: Job, folder: Path, seconds: float, calibrated: _Calibration) -> Written:
+def _report(job: Job, folder: Path, seconds: float, shown: _Shown, verdict: Verdict) -> Written:
     """Show what became of the model, in the folder that is about to be published."""
-    facts = run_facts(_name_of(job), job.out, job.config, seconds, calibrated.summary)
+    facts = run_facts(_name_of(job), job.out, job.config, seconds, shown.summary)
     findings = stored_findings(folder, facts)
-    return write_report(folder, replace(findings, notes=(*findings.notes, *calibrated.notes)), job.out.name)
+    findings = replace(findings, notes=(*findings.notes, *shown.notes), passed=not verdict.missed)
+    if verdict.accuracy is not None:
+        findings = replace(findings, accuracy=verdict.accuracy, metric=verdict.judged_by)
+    return write_report(folder, findings, job.out.name)
 
 
 def _name_of(job: Job) -> str:
@@ -161,31 +196,31 @@ def _name_of(job: Job) -> str:
     return base_model_of(job.model.root.absolute())
 
 
-def _calibrated(job: Job, run: _Run) -> _Calibration:
-    """Fit what can be fitted to its inputs; where nothing can, say why."""
+def _one_pass(job: Job, run: _Run, shown: _Shown, widths: Mapping[str, LayerWidth]) -> Pass:
+    """Every layer once, at these widths: fitted where its inputs are known, and then the others."""
+    fitted = _fitted(job, run, shown, widths)
+    plans = _work_on_layers(job, replace(run, plans=fitted.plans), fitted.names, shown.judge)
+    judged_by = BY_OUTPUTS if fitted.names else BY_WEIGHTS
+    return Pass(plans=plans, names=fitted.names, order=fitted.order, judged_by=judged_by)
+
+
+def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
+    """Gather what layers are fitted to; where there is nothing, say why."""
     method = calibrated_method(job.config, job.modality)
+    if kept is not None:
+        return _stats_shown(job, kept, method)
     if not job.config.enable_calibration or method is None:
-        return _Calibration(plans=run.plans)
+        return _Shown()
     run.progress.tell("gathering calibration samples")
     try:
         prepared = prepare(job.model, job.module, job.modality, job.config, job.provider, tell=run.progress.tell)
     except (ConfigurationError, SourceError, QuantizationError) as error:
         if job.config.calibration_data or job.provider or job.config.mask_token is not None:
             raise  # what a person asked for is not left out silently
-        return _not_calibrated(run.plans, job.config, str(error))
-    done = run_calibrated(
-        CalibratedRun(
-            source=job.source,
-            config=job.config,
-            modality=job.modality,
-            method=method,
-            prepared=prepared,
-            description=run.description,
-            folder=run.folder,
-            progress=run.progress,
-            should_stop=job.should_stop,
-        )
-    )
+        note = f"not calibrated, quantized from the weights alone: {error}"
+        warnings.warn(note, stacklevel=3)
+        return _Shown(reason=str(error), notes=(note,))
+    judge, notes = _judge(job, prepared)
     samples = prepared.samples
     summary = {
         "samples": samples.count,
@@ -194,36 +229,55 @@ def _calibrated(job: Job, run: _Run) -> _Calibration:
         "time_groups": [list(edges) for edges in prepared.groups.ranges()],
         "method": method,
     }
-    return _Calibration(plans=done.plans, names=done.names, summary=summary, notes=(*prepared.notes, *samples.notes))
+    notes = (*prepared.notes, *samples.notes, *notes)
+    return _Shown(prepared=prepared, judge=judge, method=method, summary=summary, notes=notes)
 
 
-def _on_stats(job: Job, run: _Run, kept: KeptStats) -> _Calibration:
-    """Fit the layers that the stats know; the model is not run."""
-    method = calibrated_method(job.config, job.modality)
+def _judge(job: Job, prepared: Prepared) -> tuple[Judge | None, tuple[str, ...]]:
+    """Who compares the model's outputs; or nobody, and why."""
+    if not job.config.min_accuracy:
+        return None, ()
+    if prepared.runnable.on_demand is not None:
+        return None, ("larger than memory: the bar is held against each layer's outputs, not against the model's",)
+    try:
+        return Judge(prepared.runnable, job.source, hold_out(prepared, job.config, job.provider)), ()
+    except ValidationError as error:
+        return None, (f"the bar is held against each layer's outputs, not against the model's: {error}",)
+
+
+def _stats_shown(job: Job, kept: KeptStats, method: Method | None) -> _Shown:
+    """Stats that were kept; the model is not run."""
     if method is None or job.provider is not None:
         raise ConfigurationError("stats and a calibration function were given; leave one of them out")
     summary = stats_summary(kept, method)
     if summary["synthetic"]:
         warnings.warn(f"{kept.folder}: stats of random inputs, which the model will not see in use", stacklevel=3)
+    return _Shown(kept=kept, method=method, summary=summary)
+
+
+def _fitted(job: Job, run: _Run, shown: _Shown, widths: Mapping[str, LayerWidth]) -> CalibratedPlans:
+    """Fit the layers whose inputs are known; the others' plans are to be followed from their weights alone."""
+    if shown.method is None:
+        plans = plan_model(job.source.tensors, job.config, widths=widths)
+        if shown.reason:
+            plans = tuple(left_out(plan, job.config, shown.reason, widths) for plan in plans)
+        return CalibratedPlans(plans=plans, names=frozenset())
     fitted = FittedRun(
         source=job.source,
         config=job.config,
         modality=job.modality,
-        method=method,
+        method=shown.method,
         description=run.description,
         folder=run.folder,
         progress=run.progress,
         should_stop=job.should_stop,
+        widths=widths,
     )
-    done = run_on_stats(fitted, kept)
-    return _Calibration(plans=done.plans, names=done.names, summary=summary)
-
-
-def _not_calibrated(plans: Sequence[LayerPlan], config: DiffusionQuantConfig, reason: str) -> _Calibration:
-    """The plans from the weights alone, each of which says why."""
-    note = f"not calibrated, quantized from the weights alone: {reason}"
-    warnings.warn(note, stacklevel=3)
-    return _Calibration(plans=[left_out(plan, config, reason) for plan in plans], notes=(note,))
+    if shown.kept is not None:
+        return run_on_stats(fitted, shown.kept)
+    if shown.prepared is None:
+        raise QuantizationError("nothing is known of the layers' inputs; this is a bug, please report it")
+    return run_calibrated(CalibratedRun(**vars(fitted), prepared=shown.prepared))
 
 
 def _identity(description: Description) -> dict[str, object]:
@@ -270,7 +324,7 @@ class _Run:
     progress: Progress
 
 
-def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> tuple[LayerPlan, ...]:
+def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str], judge: Judge | None) -> tuple[LayerPlan, ...]:
     """Make the part of every layer that has none, and make sure that those of an earlier run still fit.
 
     Those that were just calibrated are in the progress already. The plans come back as they were followed.
@@ -279,7 +333,7 @@ def _work_on_layers(job: Job, run: _Run, calibrated: frozenset[str]) -> tuple[La
     found = [_finished(folder.part(index), plan) for index, plan in enumerate(run.plans)]
     plans = [plan if done is None else done for plan, done in zip(run.plans, found, strict=True)]
     done = {index for index, plan in enumerate(found) if plan is not None}
-    alone = _alone(job, run)
+    alone = _alone(job, run, None if judge else Bar.of(job.config))
 
     def one(item: tuple[int, Slice]) -> Piece:
         index, piece = item
@@ -321,7 +375,7 @@ def _write_layer(run: _Run, index: int, pieces: list[Piece], alone: Alone) -> La
     return plan
 
 
-def _alone(job: Job, run: _Run) -> Alone:
+def _alone(job: Job, run: _Run, bar: Bar | None) -> Alone:
     """What is asked of layers that no inputs are known of."""
 
     def wider(plan: LayerPlan, bits: int) -> LayerPlan | None:
@@ -333,7 +387,7 @@ def _alone(job: Job, run: _Run) -> Alone:
         source=job.source,
         modality=job.modality,
         slice_bytes=run.budget.slice_bytes,
-        bar=Bar.of(job.config),
+        bar=bar,
         fail_fast=job.config.fail_fast,
         asked=lambda plan: asked_bits(plan.tensor.name, job.config),
         wider=wider,

@@ -31,7 +31,7 @@ class Progress:
 
     def begin(self, total: int) -> None:
         """The whole work, once it is known better; the time until now says nothing about speed."""
-        self._total = total
+        self._total = self._done + total
         self._started = time.monotonic()
 
     def advance(self, amount: int, what: str) -> None:

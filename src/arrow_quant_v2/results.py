@@ -47,6 +47,7 @@ def quantization_result(job: Job, outcome: Outcome) -> dict[str, Any]:
         "quantization_time_s": outcome.seconds,
         "metric": WEIGHT_METRIC,
         "judged_by": outcome.verdict.judged_by,
+        "accuracy": outcome.verdict.accuracy,
         "passed": not outcome.verdict.missed,
         "min_accuracy": job.config.min_accuracy,
         "worst_layer": worst,

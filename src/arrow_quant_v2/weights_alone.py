@@ -5,6 +5,7 @@ Knows nothing of other layers, of inputs, or of where results are kept.
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,8 @@ def settled(plan: LayerPlan, pieces: list[Piece], ask: Alone) -> tuple[LayerPlan
                 return _finished(plan, layer, said, ask)
         plan, because = following
         said = (*said, because)
-        pieces = [work(ask.source, one) for one in slices(plan, ask.slice_bytes)]
+        apart = copy_context()  # the work sets how many threads the kernels may use
+        pieces = [apart.run(work, ask.source, one) for one in slices(plan, ask.slice_bytes)]
 
 
 def _finished(

@@ -2,6 +2,7 @@
 
     OUT.partial/run.json         whose work this is; another model or configuration is refused
     OUT.partial/parts/00017.part one finished layer; no *.parquet, so that nobody takes the folder for a model
+    OUT.partial/widths.json      the widths that layers have fallen back to, where some have
     OUT.partial/model/           the output, while it is put together
     OUT.partial/old/             what is being replaced, for a moment
     OUT.partial/scratch/         what calibration has no memory for; of no use to a later run
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 METADATA = "metadata.json"
-RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
+RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS = "run.json", "parts", "model", "old", "scratch", "widths.json"
+OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp"}
 
 
 class WorkFolder:
@@ -66,6 +68,27 @@ class WorkFolder:
     def part(self, index: int) -> Path:
         """Where the finished layer of this number lies, or will lie."""
         return self._parts / f"{index:05d}.part"
+
+    def recall(self) -> str | None:
+        """What `remember` was given last, by this run or the one that it goes on with."""
+        path = self.folder / WIDTHS
+        with explained(path):
+            return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def remember(self, text: str) -> None:
+        """Keep a text for a run that goes on with this work; it is there whole, or the one before it is."""
+        path = self.folder / WIDTHS
+        fresh = path.with_name(path.name + ".tmp")
+        with explained(path):
+            fresh.write_text(text, encoding="utf-8")
+            fsync(fresh)
+            fresh.rename(path)
+
+    def forget(self, indexes: Iterable[int]) -> None:
+        """These layers are not finished any more."""
+        with explained(self._parts):
+            for index in indexes:
+                self.part(index).unlink(missing_ok=True)
 
     def fresh_model(self) -> Path:
         """An empty folder in which the output is put together."""
@@ -127,13 +150,7 @@ class WorkFolder:
         """Refuse a folder that happens to have our name: it will be removed in the end."""
         if not os.path.lexists(self.folder):
             return
-        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - {
-            RUN,
-            PARTS,
-            MODEL,
-            OLD,
-            SCRATCH,
-        }:
+        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} - OURS:
             raise ConfigurationError(
                 f"{self.folder}: is needed for the unfinished output, but is something else;"
                 " rename it, or choose another output folder"
@@ -176,6 +193,7 @@ class WorkFolder:
                 f" finish that with the same settings, remove the folder, or choose another output"
             )
         with explained(self.folder):
+            (self.folder / WIDTHS).unlink(missing_ok=True)  # of other work
             self._lock.truncate(0)
             while identity:  # the system may take a part, and say why only at the next one
                 identity = identity[self._lock.write(identity) :]

@@ -46,6 +46,8 @@ DEFAULTS = {
     "sensitive_layer_names": (),
     "sensitive_layer_patterns": (),
     "skip_sensitive_layers": False,
+    "target_bits": None,
+    "target_size": None,
 }
 
 WRONG: list[tuple[str, Any]] = [
@@ -77,6 +79,8 @@ WRONG: list[tuple[str, Any]] = [
     *[("sensitive_layer_names", value) for value in ("a", [""], [1], None)],
     *[("sensitive_layer_patterns", value) for value in ("a", ["("], [""], None)],
     ("skip_sensitive_layers", 1),
+    *[("target_bits", value) for value in (0.0, -1.0, 64.5, "3", float("nan"), True)],
+    *[("target_size", value) for value in (0, -1, "3XB", 1.5, True)],
 ]
 
 
@@ -371,7 +375,7 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
         "time_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
         "layer_bit_widths:\n  lm_head: 8\nsensitive_layer_names: []\nsensitive_layer_patterns: []\n"
-        "skip_sensitive_layers: false\n"
+        "skip_sensitive_layers: false\ntarget_bits: null\ntarget_size: null\n"
     )
     assert DiffusionQuantConfig.from_yaml(str(tmp_path / "c.yaml")) == config
 

@@ -93,6 +93,12 @@ LayerBits = Annotated[
 Fallback = Annotated[
     str | None, typer.Option(help="what gets more bits below --min-accuracy: layer (those that hurt), model or none")
 ]
+TargetSize = Annotated[
+    str | None, typer.Option(help="bytes of the weight files, such as 3GB: each layer gets the width that serves best")
+]
+TargetBits = Annotated[
+    float | None, typer.Option(help="the same by stored bits per weight on the average, such as 2.5")
+]
 FailFast = Annotated[bool | None, typer.Option("--fail-fast", help="stop at the first layer below --min-accuracy")]
 
 
@@ -136,6 +142,8 @@ def quantize(
     keep: Keep = None,
     layer_bits: LayerBits = None,
     fallback: Fallback = None,
+    target_size: TargetSize = None,
+    target_bits: TargetBits = None,
     fail_fast: FailFast = None,
     calibration: Calibration = None,
     no_calibration: NoCalibration = False,
@@ -163,6 +171,8 @@ def quantize(
         keep=keep or None,
         layer_bit_widths=widths_of(layer_bits) if layer_bits else None,
         fallback=fallback,
+        target_size=_size(target_size),
+        target_bits=target_bits,
         fail_fast=fail_fast,
         calibration_data=None if calibration is None else str(calibration),
         enable_calibration=False if no_calibration else None,
@@ -249,6 +259,8 @@ def doctor(
     threads: Threads = None,
     keep: Keep = None,
     layer_bits: LayerBits = None,
+    target_size: TargetSize = None,
+    target_bits: TargetBits = None,
     calibration: Calibration = None,
     no_calibration: NoCalibration = False,
     stats: Stats = None,
@@ -270,6 +282,8 @@ def doctor(
         threads=threads,
         keep=keep or None,
         layer_bit_widths=widths_of(layer_bits) if layer_bits else None,
+        target_size=_size(target_size),
+        target_bits=target_bits,
         calibration_data=None if calibration is None else str(calibration),
         enable_calibration=False if no_calibration else None,
         stats=None if stats is None else str(stats),
@@ -420,6 +434,10 @@ def _config(file: Path | None, **options: Any) -> DiffusionQuantConfig:
     return DiffusionQuantConfig(**given)
 
 
+def _size(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
 def _group(text: str | None) -> int | str | None:
     return int(text) if text is not None and text.isdecimal() else text
 
@@ -549,6 +567,12 @@ def _print_diagnosis(found: dict[str, Any]) -> None:
     print_table(("layer", "shape", "dtype", "becomes", "bits/weight", "because"), rows)
     size, ratio = found["predicted_size_mb"], found["predicted_compression_ratio"]
     typer.echo(f"{found['modality']}: {found['source_mb']:.2f} MB become {size:.2f} MB, {ratio:.2f} times smaller")
+    if found["reach"] is not None:
+        low, high = (f"{found['reach'][key]:.2f} MB" for key in ("smallest_mb", "largest_mb"))
+        few, many = (f"{found['reach'][f'{key}_bits_per_weight']:.2f}" for key in ("smallest", "largest"))
+        typer.echo(
+            f"possible: {low} to {high}, {few} to {many} bits per weight; the run measures which layers get them"
+        )
     count = found["calibrated_layers"]
     typer.echo(f"calibration: {found['calibration']}" + (f", about {count} layers" if count else ""))
     for what, needed, given, verdict in (

@@ -55,6 +55,7 @@ PREFIX = "ARROW_QUANT_"
 RESERVED = frozenset({"kernels", "isa"})  # ARROW_QUANT_KERNELS and _ISA belong to the kernels room
 BREAKS = frozenset("\x85\u2028\u2029\ufeff")  # what YAML readers take for line breaks or marks where it is not escaped
 SMALLEST_MEMORY = 256 * 2**20
+MOST_BITS = 64  # of a weight in any dtype
 LISTS = frozenset({"keep", "sensitive_layer_names", "sensitive_layer_patterns"})
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -111,6 +112,9 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     sensitive_layer_names     names of tensors or modules that have 8 bits, whatever bit_width is
     sensitive_layer_patterns  the same by regular expressions
     skip_sensitive_layers     sensitive layers stay in their own dtype instead
+    target_bits           stored bits per weight on the average, for which each layer gets the width that serves the
+                          outputs best; stands in place of bit_width
+    target_size           the same by the bytes of all weight files, also as "3GB"
 
     Raises:
         ConfigurationError: names every wrong or unknown setting, what was found and what is allowed.
@@ -168,6 +172,12 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         default=(), description="a list of regular expressions, such as ['time_embed', 'adaLN']"
     )
     skip_sensitive_layers: bool = Field(default=False, description="True or False")
+    target_bits: Annotated[float, Field(gt=0, le=MOST_BITS)] | None = Field(
+        default=None, description=f"a number above 0, at most {MOST_BITS}, or None"
+    )
+    target_size: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(amount)] = Field(
+        default=None, description="bytes, also as '3GB' or '800MiB', or None"
+    )
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -188,6 +198,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             wrong = dict.fromkeys(part["loc"][0] for part in error.errors(include_url=False))
             raise ConfigurationError(_listed(_refusal(n, labels.get(n, n), settings.get(n)) for n in wrong)) from None
         _refuse_contradiction(config)
+        _refuse_two_sizes(config, settings)
         return config
 
     @classmethod
@@ -241,6 +252,11 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             settings[name] = sorted(set(settings[name]))
         settings["layer_bit_widths"] = [list(pair) for pair in self.layer_bit_widths]  # their order decides
         return dict(sorted(settings.items()))
+
+    @property
+    def has_target(self) -> bool:
+        """Whether widths are chosen for a size, not for all layers alike."""
+        return self.target_bits is not None or self.target_size is not None
 
     @property
     def overrules(self) -> Overrules:
@@ -357,6 +373,19 @@ def _refuse_contradiction(config: "DiffusionQuantConfig") -> None:
                 f"stats is {_repr.repr(config.stats)} and {name} is {_repr.repr(getattr(config, name))}, which"
                 " contradict each other; leave one of them out"
             )
+
+
+def _refuse_two_sizes(config: "DiffusionQuantConfig", settings: Mapping[str, object]) -> None:
+    """Refuse a width for all layers beside a size that decides the width of each, and two such sizes.
+
+    The width that the profile brings is no contradiction: nobody asked for it.
+    """
+    asked = {name: settings.get(name) for name in ("target_bits", "target_size") if settings.get(name) is not None}
+    if asked and config.bit_width != _profile(settings).get("bit_width"):
+        asked = {"bit_width": config.bit_width} | asked
+    if len(asked) > 1:
+        found = " and ".join(f"{name} is {_repr.repr(value)}" for name, value in asked.items())
+        raise ConfigurationError(f"{found}, which contradict each other; leave one of them out")
 
 
 def _refusal(name: str | int, label: str | int, found: object) -> str:

@@ -6,23 +6,21 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from arrow_quant_v2.allocation import Scope, forethought, reach, refuse_unreachable
 from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget
-from arrow_quant_v2.layers import chunk_bytes
 from arrow_quant_v2.plan import (
     NOTHING_CALIBRATED,
     calibrated_method,
     likely_calibrated,
-    plan_model,
     refuse_unused_names,
 )
-from arrow_quant_v2.publish import Description, file_groups, source_hash
-from arrow_quant_v2.store.record import ranges
-from arrow_quant_v2.store.sizes import RowSize, predicted_file_bytes
+from arrow_quant_v2.prediction import predicted_weight_bytes
+from arrow_quant_v2.publish import file_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
+    from arrow_quant_v2.allocation import Reach
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.plan import Calibrated, LayerPlan
     from arrow_quant_v2.sources.base import Source
@@ -30,12 +28,14 @@ if TYPE_CHECKING:
 
 Verdict = Literal["fits", "tight", "will not fit"]
 COMFORTABLE = 0.7  # of what is available; above this other programs may have to make way
-TOLD = 90  # bytes that the decision of a calibrated layer says more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The answer to "what would happen?"; all sizes in bytes."""
+    """The answer to "what would happen?"; all sizes in bytes.
+
+    Where widths follow from a size, `plans` are only about right: which layer gets which is measured by the run.
+    """
 
     plans: tuple[LayerPlan, ...]
     modality: Modality
@@ -49,6 +49,7 @@ class Diagnosis:
     needed_disk: int
     memory_verdict: Verdict
     disk_verdict: Verdict
+    reach: Reach | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -67,15 +68,18 @@ def diagnose(
         ConfigurationError: `max_memory` is less than the model needs.
     """
     refuse_unused_names(source.tensors, config)
+    component = model.component if model else ""
     reason = _why_from_the_weights_alone(model, modality, config)
     calibrated = likely_calibrated(source.tensors, config, modality) if reason is None else NOTHING_CALIBRATED
-    plans = plan_model(source.tensors, config, calibrated)
+    scope = Scope(tensors=source.tensors, config=config, modality=modality, component=component, calibrated=calibrated)
+    possible = _reach(scope)
+    plans = scope.plans(forethought(scope) if possible else {})
     budget = plan_budget(plans, config)
     fitting = calibration_bytes(
         plans, calibrated.names, equalized=config.enable_spatial and modality in {"image", "audio"}
     )
     peak = max(budget.peak_bytes, fitting)
-    predicted = predicted_weight_bytes(plans, modality, config, model.component if model else "", calibrated.names)
+    predicted = predicted_weight_bytes(plans, modality, config, component, calibrated.names)
     beside = sum((model.root / path).stat().st_size for path in model.side_files) if model else 0
     needed_disk = predicted + _merged_bytes(plans) + beside  # parts that are merged lie there twice for a moment
     memory, disk = available_bytes(), _free_bytes(out_disk)
@@ -92,7 +96,20 @@ def diagnose(
         needed_disk=needed_disk,
         memory_verdict=_verdict(peak, memory),
         disk_verdict=_verdict(needed_disk, disk),
+        reach=possible,
     )
+
+
+def _reach(scope: Scope) -> Reach | None:
+    """What sizes are possible, where one is asked for.
+
+    Raises:
+        ConfigurationError: the one that is asked for is not.
+    """
+    if not scope.config.has_target:
+        return None
+    refuse_unreachable(scope)
+    return reach(scope)
 
 
 def _why_from_the_weights_alone(model: Model | None, modality: Modality, config: DiffusionQuantConfig) -> str | None:
@@ -116,50 +133,6 @@ def _what_is_shown(config: DiffusionQuantConfig, calibrated: Calibrated) -> str:
         return f"{calibrated.method}, calibrated on stats {config.stats}"
     origin = config.calibration_data or "the model's own trajectory, or of random inputs where it has none"
     return f"{calibrated.method}, calibrated on {config.calibration_samples} samples of {origin}"
-
-
-def predicted_weight_bytes(
-    plans: tuple[LayerPlan, ...],
-    modality: Modality,
-    config: DiffusionQuantConfig,
-    component: str,
-    calibrated: frozenset[str] = frozenset(),
-) -> int:
-    """Bytes of all Parquet files that a run will write, pages and footers included."""
-    description = Description(
-        config=config, modality=modality, component=component, source_hash=source_hash(p.tensor for p in plans)
-    )
-    metadata = description.file_metadata()
-    return sum(
-        predicted_file_bytes(
-            [row for index in group for row in _rows(plans[index], modality, *_seen(plans[index], config, calibrated))],
-            metadata=metadata,
-            grouped=len(group) > 1,
-        )
-        for group in file_groups(plans)
-    )
-
-
-def _seen(plan: LayerPlan, config: DiffusionQuantConfig, calibrated: frozenset[str]) -> tuple[int, int]:
-    """Time groups in which a layer's inputs are seen, and how many of their ranges are kept; samples may fill fewer."""
-    if plan.spec is None or plan.tensor.name not in calibrated:
-        return 0, 0
-    return config.num_time_groups, config.num_time_groups * config.enable_time_aware
-
-
-def _rows(plan: LayerPlan, modality: Modality, time_groups: int, kept: int) -> Iterator[RowSize]:
-    """The rows of the store that a layer will be, one per chunk."""
-    grid = plan.layout.grid if plan.layout is not None and plan.layout.grid != "affine" else ""
-    texts = (grid, plan.tensor.dtype, plan.decision.got, modality, plan.decision.method or "", str(plan.decision))
-    rows, row_bytes = plan.rows_and_bytes
-    for start, stop in ranges(rows, row_bytes, chunk_bytes(plan)):
-        yield RowSize(
-            layer_name=plan.tensor.name,
-            payload_bytes=(stop - start) * row_bytes,
-            text_bytes=sum(len(text.encode()) for text in texts) + TOLD * (time_groups > 0),
-            time_groups=time_groups,
-            ranges=kept,
-        )
 
 
 def _merged_bytes(plans: tuple[LayerPlan, ...]) -> int:

@@ -36,8 +36,9 @@ class Bar:
 
     @classmethod
     def of(cls, config: DiffusionQuantConfig) -> Bar:
-        """The bar that a configuration sets."""
-        return cls(min_accuracy=config.min_accuracy, fallback=config.fallback, fail_fast=config.fail_fast)
+        """The bar that a configuration sets; within a size that was asked for, nothing gets more bits."""
+        fallback = "none" if config.has_target else config.fallback
+        return cls(min_accuracy=config.min_accuracy, fallback=fallback, fail_fast=config.fail_fast)
 
     def at(self, bits: int, asked: int) -> float:
         """What must be reached at a width: `min_accuracy`, and no less than LEAST where another one was asked for."""

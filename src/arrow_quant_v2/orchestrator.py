@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
+from arrow_quant_v2.allocation import Scope, allocate, kept_widths, refuse_unreachable
 from arrow_quant_v2.budget import give_back_memory, plan_budget
 from arrow_quant_v2.calibrated_run import (
     NOT_CALIBRATED,
@@ -30,8 +31,18 @@ from arrow_quant_v2.errors import (
 )
 from arrow_quant_v2.fallback import Bar
 from arrow_quant_v2.judging import Judge, hold_out
+from arrow_quant_v2.layer_widths import LayerWidth
 from arrow_quant_v2.layers import checksum_only, slices, source_checksum, stored_plan, work
-from arrow_quant_v2.plan import asked_bits, calibrated_method, plan_model, refuse_unused_names, wider_plan
+from arrow_quant_v2.losses import losses_of_weights, losses_on_stats, measured_losses
+from arrow_quant_v2.plan import (
+    Calibrated,
+    asked_bits,
+    calibrated_method,
+    likely_calibrated,
+    plan_model,
+    refuse_unused_names,
+    wider_plan,
+)
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
@@ -57,8 +68,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.calibration.stored_stats import KeptStats
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
     from arrow_quant_v2.fallback import Verdict
-    from arrow_quant_v2.layer_widths import LayerWidth
     from arrow_quant_v2.layers import Piece, Slice
+    from arrow_quant_v2.losses import Losses
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.preparation import Prepared, Provider
     from arrow_quant_v2.report.write import Written
@@ -120,9 +131,11 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     started = time.monotonic()
     _refuse_unusable(job)
     refuse_unused_names(job.source.tensors, job.config)
-    plans = plan_model(job.source.tensors, job.config)
+    plans = plan_model(job.source.tensors, job.config, widths=_widest(job))
     if not plans:
         raise QuantizationError(f"{job.source.location}: holds no tensors; give a folder with a model's weights")
+    if job.config.has_target:
+        refuse_unreachable(_scope(job, likely_calibrated(job.source.tensors, job.config, job.modality)))
     budget = plan_budget(plans, job.config)
     description = Description(
         config=job.config, modality=job.modality, component=job.component, source_hash=source_hash(job.source.tensors)
@@ -135,9 +148,10 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
         progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
         run = _Run(plans=plans, budget=budget, description=description, folder=folder, progress=progress)
         with cores_at_most(budget.workers):
-            shown = _shown(job, run, kept)
+            shown = _with_widths(job, run, _shown(job, run, kept))
             done, verdict = _rounds(job, run, shown).until_met(partial(_one_pass, job, run, shown))
         assemble(folder, done.plans, description, job.model)
+        _refuse_too_large(job, folder)
         seconds = time.monotonic() - started
         written = _report(job, folder.model, seconds, shown, verdict)
         folder.publish()
@@ -156,6 +170,7 @@ class _Shown:
 
     judge   compares the model's outputs; None: the model cannot be run, or not with other weights, or nothing is asked
     reason  why nothing is known, where something was to be
+    widths  of each layer, where a size was asked for
     """
 
     prepared: Prepared | None = None
@@ -165,6 +180,7 @@ class _Shown:
     method: Method | None = None
     summary: Mapping[str, object] | None = None
     notes: tuple[str, ...] = ()
+    widths: Mapping[str, LayerWidth] = field(default_factory=dict)
 
 
 def _rounds(job: Job, run: _Run, shown: _Shown) -> Rounds:
@@ -198,7 +214,7 @@ def _name_of(job: Job) -> str:
 
 def _one_pass(job: Job, run: _Run, shown: _Shown, widths: Mapping[str, LayerWidth]) -> Pass:
     """Every layer once, at these widths: fitted where its inputs are known, and then the others."""
-    fitted = _fitted(job, run, shown, widths)
+    fitted = _fitted(job, run, shown, {**shown.widths, **widths})
     plans = _work_on_layers(job, replace(run, plans=fitted.plans), fitted.names, shown.judge)
     judged_by = BY_OUTPUTS if fitted.names else BY_WEIGHTS
     return Pass(plans=plans, names=fitted.names, order=fitted.order, judged_by=judged_by)
@@ -262,22 +278,86 @@ def _fitted(job: Job, run: _Run, shown: _Shown, widths: Mapping[str, LayerWidth]
         if shown.reason:
             plans = tuple(left_out(plan, job.config, shown.reason, widths) for plan in plans)
         return CalibratedPlans(plans=plans, names=frozenset())
-    fitted = FittedRun(
+    fitted = _fitted_run(job, run, shown.method, widths)
+    if shown.kept is not None:
+        return run_on_stats(fitted, shown.kept)
+    return run_calibrated(_calibrated_run(fitted, shown.prepared))
+
+
+def _fitted_run(job: Job, run: _Run, method: Method, widths: Mapping[str, LayerWidth]) -> FittedRun:
+    return FittedRun(
         source=job.source,
         config=job.config,
         modality=job.modality,
-        method=shown.method,
+        method=method,
         description=run.description,
         folder=run.folder,
         progress=run.progress,
         should_stop=job.should_stop,
         widths=widths,
     )
-    if shown.kept is not None:
-        return run_on_stats(fitted, shown.kept)
-    if shown.prepared is None:
+
+
+def _calibrated_run(fitted: FittedRun, prepared: Prepared | None) -> CalibratedRun:
+    if prepared is None:
         raise QuantizationError("nothing is known of the layers' inputs; this is a bug, please report it")
-    return run_calibrated(CalibratedRun(**vars(fitted), prepared=shown.prepared))
+    return CalibratedRun(**vars(fitted), prepared=prepared)
+
+
+# Widths that follow from a size
+
+
+def _with_widths(job: Job, run: _Run, shown: _Shown) -> _Shown:
+    """The same with the width of each layer, where a size is asked for: as an earlier run chose it, or by measuring."""
+    if not job.config.has_target:
+        return shown
+    notes: list[str] = []
+
+    def choose() -> dict[str, LayerWidth]:
+        losses = _losses(job, run, shown)
+        notes.extend(losses.notes)
+        calibrated = Calibrated(names=losses.seen, method=shown.method or "gptq")
+        return allocate(_scope(job, calibrated), losses.layers)
+
+    widths = kept_widths(run.folder.allocation, choose)
+    return replace(shown, widths=widths, notes=(*shown.notes, *notes))
+
+
+def _losses(job: Job, run: _Run, shown: _Shown) -> Losses:
+    if shown.method is None:
+        return losses_of_weights(job.source, job.config)
+    fitted = _fitted_run(job, run, shown.method, {})
+    if shown.kept is not None:
+        return losses_on_stats(fitted, shown.kept)
+    return measured_losses(_calibrated_run(fitted, shown.prepared))
+
+
+def _scope(job: Job, calibrated: Calibrated) -> Scope:
+    return Scope(
+        tensors=job.source.tensors,
+        config=job.config,
+        modality=job.modality,
+        component=job.component,
+        calibrated=calibrated,
+    )
+
+
+def _widest(job: Job) -> dict[str, LayerWidth]:
+    """What takes most memory, before widths are chosen."""
+    if not job.config.has_target:
+        return {}
+    return {info.name: LayerWidth(bits=8, because="") for info in job.source.tensors}
+
+
+def _refuse_too_large(job: Job, folder: WorkFolder) -> None:
+    """Keep the promise of a size: files are counted before they get their name."""
+    target = job.config.target_size
+    size = sum(path.stat().st_size for path in folder.model.rglob("*.parquet"))
+    if target is not None and size > target:
+        raise QuantizationError(
+            f"{job.out}: the weight files take {size} bytes, more than target_size, {target};"
+            f" ask for {2 * target - size}"
+        )
 
 
 def _identity(description: Description) -> dict[str, object]:

@@ -13,14 +13,15 @@ from arrow_quant_v2.config import LayerSpec
 from arrow_quant_v2.decisions import Decision
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.fallback import wider
-from arrow_quant_v2.layer_widths import KEPT, LayerWidth
+from arrow_quant_v2.layer_widths import KEPT, LAYER_WIDTHS, LayerWidth
 from arrow_quant_v2.packed import ITEM_BITS, Layout, TensorInfo
 from arrow_quant_v2.store.sizes import row_bytes, stored_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
+    from arrow_quant_v2.layer_widths import Width
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 WEIGHTS_ALONE = ("clip", "rtn")
@@ -111,6 +112,18 @@ def width_of(name: str, config: DiffusionQuantConfig, widths: Mapping[str, Layer
     return found or LayerWidth(bits=config.bit_width, because="")
 
 
+def plans_by_width(
+    tensors: Sequence[TensorInfo], config: DiffusionQuantConfig, calibrated: Calibrated = NOTHING_CALIBRATED
+) -> dict[Width, dict[str, LayerPlan]]:
+    """What becomes of each tensor at each width, by name; of one that people named a width for always the same."""
+    every = {}
+    for bits in LAYER_WIDTHS:
+        width = LayerWidth(bits=bits, because="")
+        plans = plan_model(tensors, config, calibrated, {info.name: width for info in tensors})
+        every[bits] = {plan.tensor.name: plan for plan in plans}
+    return every
+
+
 def refuse_unused_names(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig) -> None:
     """Refuse names in the configuration that no tensor of the model has, before any work.
 
@@ -134,7 +147,7 @@ def _method(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibr
 def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated, width: LayerWidth) -> LayerPlan:
     reason, bits = _reason_to_keep(tensor, config), width.bits
     if reason is not None or bits == KEPT:
-        return _kept(tensor, config, reason or width.because)
+        return _kept(tensor, f"int{config.bit_width}", reason or width.because)
     method = _method(tensor, config, calibrated, bits)
     spec = LayerSpec(bits=bits, group_size=config.group_size, method=method, symmetric=config.symmetric)
     layout = Layout(
@@ -145,7 +158,9 @@ def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrat
         grid=spec.grid,
     )
     if stored_bytes(layout, symmetric=spec.symmetric) >= tensor.nbytes:
-        return _kept(tensor, config, f"int{spec.bits} with its parameters would not be smaller than {tensor.dtype}")
+        return _kept(
+            tensor, f"int{spec.bits}", f"int{spec.bits} with its parameters would not be smaller than {tensor.dtype}"
+        )
     decision = _quantized(tensor, spec, layout, config, width)
     return LayerPlan(tensor=tensor, spec=spec, layout=layout, decision=decision)
 
@@ -177,8 +192,7 @@ def kept_plan(plan: LayerPlan, because: str) -> LayerPlan:
     return LayerPlan(tensor=plan.tensor, decision=decision)
 
 
-def _kept(tensor: TensorInfo, config: DiffusionQuantConfig, reason: str) -> LayerPlan:
-    asked = f"int{config.bit_width}"
+def _kept(tensor: TensorInfo, asked: str, reason: str) -> LayerPlan:
     decision = Decision(layer_name=tensor.name, kind="kept", asked=asked, got=tensor.dtype, because=reason)
     return LayerPlan(tensor=tensor, decision=decision)
 
@@ -192,7 +206,7 @@ def _quantized(
     return Decision(
         layer_name=tensor.name,
         kind="fallback" if width.fallback else "quantized",
-        asked=f"int{config.bit_width}",
+        asked=got if config.has_target and not width.fallback else f"int{config.bit_width}",
         got=got,
         because=f"{rest} as asked{ragged}" + (f", {width.because}" if width.because else ""),
         method=spec.method,

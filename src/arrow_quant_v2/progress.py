@@ -34,6 +34,11 @@ class Progress:
         self._total = self._done + total
         self._started = time.monotonic()
 
+    @property
+    def left(self) -> int:
+        """What is still to do, in bytes."""
+        return max(0, self._total - self._done)
+
     def advance(self, amount: int, what: str) -> None:
         """`amount` bytes of fresh work are done; told when the last report is long ago."""
         self._done += amount

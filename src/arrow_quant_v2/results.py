@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from arrow_quant_v2.allocation import Reach
     from arrow_quant_v2.doctor import Diagnosis
     from arrow_quant_v2.orchestrator import Job, Outcome
     from arrow_quant_v2.report.write import Written
@@ -183,6 +184,7 @@ def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
         "needed_disk_mb": diagnosis.needed_disk / 1e6,
         "free_disk_mb": diagnosis.free_disk / 1e6,
         "disk_verdict": diagnosis.disk_verdict,
+        "reach": None if diagnosis.reach is None else _reach(diagnosis.reach),
         "layers": [
             {
                 "layer_name": plan.tensor.name,
@@ -196,6 +198,15 @@ def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
             }
             for plan in diagnosis.plans
         ],
+    }
+
+
+def _reach(reach: Reach) -> dict[str, float]:
+    return {
+        "smallest_mb": reach.smallest_bytes / 1e6,
+        "largest_mb": reach.largest_bytes / 1e6,
+        "smallest_bits_per_weight": reach.smallest_bits,
+        "largest_bits_per_weight": reach.largest_bits,
     }
 
 

@@ -3,6 +3,7 @@
     OUT.partial/run.json         whose work this is; another model or configuration is refused
     OUT.partial/parts/00017.part one finished layer; no *.parquet, so that nobody takes the folder for a model
     OUT.partial/widths.json      the widths that layers have fallen back to, where some have
+    OUT.partial/allocation.json  the width of each layer, where that was found out by measuring
     OUT.partial/model/           the output, while it is put together
     OUT.partial/old/             what is being replaced, for a moment
     OUT.partial/scratch/         what calibration has no memory for; of no use to a later run
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 METADATA = "metadata.json"
-RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS = "run.json", "parts", "model", "old", "scratch", "widths.json"
-OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp"}
+RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
+WIDTHS, ALLOCATION = "widths.json", "allocation.json"
+OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp", ALLOCATION}
 
 
 class WorkFolder:
@@ -49,6 +51,7 @@ class WorkFolder:
         self.folder = partial_of(out)
         self.model, self.scratch = self.folder / MODEL, self.folder / SCRATCH
         self._parts, self._old = self.folder / PARTS, self.folder / OLD
+        self.allocation = self.folder / ALLOCATION
         self._overwrite = overwrite
         with explained(self.folder):
             self._refuse_existing()
@@ -130,7 +133,7 @@ class WorkFolder:
         """Keep finished layers for the next run, unless the same settings can never finish it."""
         shutil.rmtree(self.model, ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        hopeless = isinstance(error, QuantizationError) or not self._finished()
+        hopeless = isinstance(error, QuantizationError) or not (self._finished() or self.allocation.exists())
         if hopeless and not self._old.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -193,7 +196,8 @@ class WorkFolder:
                 f" finish that with the same settings, remove the folder, or choose another output"
             )
         with explained(self.folder):
-            (self.folder / WIDTHS).unlink(missing_ok=True)  # of other work
+            for name in (WIDTHS, ALLOCATION):
+                (self.folder / name).unlink(missing_ok=True)  # of other work, and nothing was made by them
             self._lock.truncate(0)
             while identity:  # the system may take a part, and say why only at the next one
                 identity = identity[self._lock.write(identity) :]

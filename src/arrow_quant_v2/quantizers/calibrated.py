@@ -74,10 +74,15 @@ class Weight:
         rows = len(self.values)
         if rows <= count:
             return self
-        chosen = torch.linspace(0, rows - 1, count).long()
+        chosen = spaced(rows, count)
         layout = replace(self.layout, shape=(count, *self.layout.shape[self.layout.quant_axis or 0 :]), quant_axis=1)
         wanted = None if self.wanted is None else self.wanted[chosen]
         return replace(self, values=self.values[chosen], layout=layout, wanted=wanted)
+
+
+def spaced(rows: int, count: int) -> Tensor:
+    """The numbers of at most `count` of some rows, evenly spaced."""
+    return torch.arange(rows) if rows <= count else torch.linspace(0, rows - 1, count).long()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,265 @@
+"""Bits spent where they matter: the width of each layer, so that the loss is least within a size. Measures nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from arrow_quant_v2.errors import ConfigurationError
+from arrow_quant_v2.knapsack import Choice, cheapest
+from arrow_quant_v2.layer_widths import LAYER_WIDTHS, LayerWidth
+from arrow_quant_v2.packed import WIDTHS
+from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, plan_model, plans_by_width
+from arrow_quant_v2.prediction import predicted_weight_bytes
+from arrow_quant_v2.store.sizes import equalization_bytes
+from arrow_quant_v2.workfolder import explained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from arrow_quant_v2.config import DiffusionQuantConfig, Modality
+    from arrow_quant_v2.layer_widths import Width
+    from arrow_quant_v2.packed import Bits, Layout, TensorInfo
+    from arrow_quant_v2.plan import LayerPlan
+
+Told: TypeAlias = Literal["outputs", "inputs", "weights"]
+
+NEAR = 0.9995  # of a target: nearer than this nothing more is tried
+TRIES = 16
+REASON = "0.0012 % of the model's loss at int2, told from its weights alone, target 999.999 MB"  # as long as any
+MARGIN = 0.06  # of what files hold beside codes and parameters: the prediction is less sure of it
+WHY: dict[Told, str] = {
+    "outputs": "",
+    "inputs": ", told from its own outputs",
+    "weights": ", told from its weights alone",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoss:
+    """The part of the model's output that a layer loses at each width.
+
+    told  by what: the model's outputs; or the layer's own outputs, or its weights, each of which is taken to matter as
+          much as those of the layers that outputs tell of do in the middle
+    """
+
+    at: Mapping[Bits, float]
+    told: Told = "outputs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """What bits are spent on: the tensors of a model, and what is known of the run before its layers are."""
+
+    tensors: Sequence[TensorInfo]
+    config: DiffusionQuantConfig
+    modality: Modality
+    component: str
+    calibrated: Calibrated = NOTHING_CALIBRATED
+
+    def plans(self, widths: Mapping[str, LayerWidth]) -> tuple[LayerPlan, ...]:
+        """One plan for each tensor."""
+        return plan_model(self.tensors, self.config, self.calibrated, widths)
+
+    def stored(self, plan: LayerPlan) -> int:
+        """The most that a layer takes, parameters included: whether channels are equalized is not known before."""
+        may_be = self.config.enable_spatial and self.modality in {"image", "audio"}
+        if plan.layout is None or not may_be or plan.tensor.name not in self.calibrated.names:
+            return plan.stored_bytes
+        return plan.stored_bytes + equalization_bytes(plan.layout.channels)
+
+    def files(self, plans: tuple[LayerPlan, ...]) -> int:
+        """The most that all weight files take."""
+        names = self.calibrated.names
+        predicted = predicted_weight_bytes(plans, self.modality, self.config, self.component, names)
+        beside = predicted - sum(plan.stored_bytes for plan in plans)
+        return sum(map(self.stored, plans)) + math.ceil((1.0 + MARGIN) * beside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What is possible: bytes of all weight files, and stored bits per weight of the layers that may be quantized."""
+
+    smallest_bytes: int
+    largest_bytes: int
+    smallest_bits: float
+    largest_bits: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A layer that may be quantized: what can become of it, and the least width that makes it so."""
+
+    name: str
+    weights: int
+    ways: tuple[tuple[Width, LayerPlan], ...]
+
+
+def reach(scope: Scope) -> Reach:
+    """The smallest and the largest size, told from shapes."""
+    layers = _layers(scope)
+    sizes = [[scope.stored(plan) for _, plan in layer.ways] for layer in layers]
+    weights = max(1, sum(layer.weights for layer in layers))
+    small, large = ([size.index(pick(size)) for size in sizes] for pick in (min, max))
+    files = [scope.files(scope.plans(_named(layers, chosen, REASON))) for chosen in (small, large)]
+    bits = [8 * sum(map(pick, sizes)) / weights for pick in (min, max)]
+    return Reach(smallest_bytes=files[0], largest_bytes=files[1], smallest_bits=bits[0], largest_bits=bits[1])
+
+
+def refuse_unreachable(scope: Scope) -> None:
+    """Refuse a target that no choice of widths meets.
+
+    Raises:
+        ConfigurationError: says what is possible.
+    """
+    config, possible = scope.config, reach(scope)
+    bits = config.target_bits
+    if bits is not None and not possible.smallest_bits <= bits <= possible.largest_bits:
+        raise ConfigurationError(
+            f"target_bits is {bits:g}; the layers of this model can take {_up(possible.smallest_bits)} to"
+            f" {possible.largest_bits:.2f} bits per weight, all counted; {_remedy(bits < possible.largest_bits)}"
+        )
+    size = config.target_size
+    if size is not None and not possible.smallest_bytes <= size <= possible.largest_bytes:
+        raise ConfigurationError(
+            f"target_size is {_mb(size)}; the weight files of this model can take {_mb(possible.smallest_bytes)} to"
+            f" {_mb(possible.largest_bytes)}; {_remedy(size < possible.largest_bytes)}"
+        )
+
+
+def allocate(scope: Scope, losses: Mapping[str, LayerLoss]) -> dict[str, LayerWidth]:
+    """The width of every layer of which there is a choice: least loss within the target, by name.
+
+    Raises:
+        ConfigurationError: no choice meets the target.
+    """
+    layers = _layers(scope)
+    table = [_choices(scope, layer, losses) for layer in layers]
+    if scope.config.target_bits is not None:
+        budget = math.floor(scope.config.target_bits * sum(layer.weights for layer in layers) / 8)
+        chosen = cheapest(table, budget)
+    else:
+        chosen = _within_files(scope, layers, table)
+    if chosen is None:
+        refuse_unreachable(scope)
+        raise ConfigurationError(f"no widths meet the target of {_target(scope.config)}; ask for a little more")
+    return _told(scope, layers, losses, chosen)
+
+
+def forethought(scope: Scope) -> dict[str, LayerWidth]:
+    """Widths of about the right size before anything is measured, as if all weights mattered alike."""
+    even = {info.name: LayerLoss(at={bits: info.numel / 4**bits for bits in WIDTHS}) for info in scope.tensors}
+    return {name: LayerWidth(bits=one.bits, because=FORETOLD) for name, one in allocate(scope, even).items()}
+
+
+FORETOLD = "widths are chosen by measuring"
+
+
+def kept_widths(path: Path, choose: Callable[[], Mapping[str, LayerWidth]]) -> dict[str, LayerWidth]:
+    """The widths that an earlier run wrote into this file, or else those chosen now, written for a later one.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    with explained(path):
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                return {name: LayerWidth(bits=bits, because=because) for name, (bits, because) in found.items()}
+            except (ValueError, TypeError, AttributeError):  # cut short when the run was killed: chosen again
+                path.unlink()
+    widths = dict(choose())
+    text = json.dumps({name: [one.bits, one.because] for name, one in sorted(widths.items())}, indent=1)
+    with explained(path):
+        fresh = path.with_suffix(".fresh")
+        fresh.write_text(text + "\n", encoding="utf-8")
+        fresh.replace(path)
+    return widths
+
+
+def _layers(scope: Scope) -> list[_Layer]:
+    """What may be quantized, in the order of the tensors."""
+    plans = plans_by_width(scope.tensors, scope.config, scope.calibrated)
+    found = []
+    for info in scope.tensors:
+        ways: dict[Layout | None, tuple[Width, LayerPlan]] = {}
+        for bits in LAYER_WIDTHS:
+            plan = plans[bits][info.name]
+            ways.setdefault(plan.layout, (bits, plan))
+        if set(ways) != {None}:
+            found.append(_Layer(name=info.name, weights=info.numel, ways=tuple(ways.values())))
+    return found
+
+
+def _choices(scope: Scope, layer: _Layer, losses: Mapping[str, LayerLoss]) -> list[Choice]:
+    at = losses[layer.name].at if layer.name in losses else {}
+    return [
+        Choice(size=scope.stored(plan), loss=0.0 if plan.layout is None else at.get(plan.layout.bits, 0.0))
+        for _, plan in layer.ways
+    ]
+
+
+def _within_files(scope: Scope, layers: Sequence[_Layer], table: Sequence[Sequence[Choice]]) -> tuple[int, ...] | None:
+    """The choice that fills the files best: what they hold beside layers follows from the choice itself."""
+    target = scope.config.target_size or 0
+    smallest = tuple(item.index(min(item, key=lambda one: one.size)) for item in table)
+    size = scope.files(scope.plans(_named(layers, smallest, REASON)))
+    best = (size, smallest) if size <= target else None
+    room = target
+    for _ in range(TRIES):
+        chosen = cheapest(table, room)
+        if chosen is None:
+            break
+        size = scope.files(scope.plans(_named(layers, chosen, REASON)))
+        if size <= target and (best is None or size > best[0]):
+            best = size, chosen
+        if NEAR * target <= size <= target:
+            break
+        payload = sum(item[number].size for item, number in zip(table, chosen, strict=True))
+        room = min(room + target - size, payload - 1) if size > target else room + target - size
+    return None if best is None else best[1]
+
+
+def _named(layers: Sequence[_Layer], chosen: Sequence[int], because: str = "") -> dict[str, LayerWidth]:
+    pairs = ((layer, layer.ways[number][0]) for layer, number in zip(layers, chosen, strict=True))
+    return {layer.name: LayerWidth(bits=bits, because=because) for layer, bits in pairs if len(layer.ways) > 1}
+
+
+def _told(
+    scope: Scope, layers: Sequence[_Layer], losses: Mapping[str, LayerLoss], chosen: Sequence[int]
+) -> dict[str, LayerWidth]:
+    """The widths, each with the reason."""
+    widths = _named(layers, chosen)
+    total = sum(losses[name].at[2] for name in widths if name in losses) or 1.0
+    reasons = {
+        name: f"{100 * losses[name].at[2] / total:.2g} % of the model's loss at int2{WHY[losses[name].told]}"
+        for name in widths
+        if name in losses
+    }
+    target = f"target {_target(scope.config)}"
+    return {
+        name: LayerWidth(bits=one.bits, because=f"{reasons.get(name, 'not measured')}, {target}")
+        for name, one in widths.items()
+    }
+
+
+def _target(config: DiffusionQuantConfig) -> str:
+    return f"{config.target_bits:g} bits" if config.target_bits is not None else _mb(config.target_size or 0)
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e9:.3f} GB" if count >= 10**9 else f"{count / 1e6:.3f} MB"
+
+
+def _up(bits: float) -> str:
+    """Rounded so that what is said can be asked for."""
+    return f"{math.ceil(100 * bits) / 100:.2f}"
+
+
+def _remedy(too_small: bool) -> str:  # noqa: FBT001 - one half of a sentence
+    if too_small:
+        return "ask for more, use larger groups, or quantize more tensors (see `arrow-quant doctor`)"
+    return "it fits already: ask for less, or leave the target out"

@@ -1,0 +1,255 @@
+"""How much a model's output changes when weights change a little, told by gradients while the model runs.
+
+For an output y of the model and a random direction r, E (r . dy)^2 = |dy|^2. To first order r . dy is the sum of
+g_t . (dW x_t) over tokens t, where g_t is the gradient of r . y with respect to what the layer gives for x_t. Errors of
+different rows of a weight have nothing to do with each other, so their squares add up:
+
+    |dy|^2 ~ E sum_rows (sum_t g_t,row (dW_row . x_t))^2
+
+which sees what a row's error does to all tokens together, and needs few calls of the model. y is divided by its norm.
+Where y are logits of tokens, the direction is that of the logarithm of a probability, for a word that is drawn by
+those probabilities: then it is twice the divergence (KL, in nats) of what the model says of a hidden token.
+Knows nothing of where changes come from.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from arrow_quant_v2.calibration.blocks import candidates, matrices
+from arrow_quant_v2.calibration.collect import CONVOLUTIONS, Watch
+from arrow_quant_v2.engines.one_core import each_on_one_core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import nn
+
+    from arrow_quant_v2.calibration.runnable import Runnable
+    from arrow_quant_v2.calibration.sample import Sample
+
+AT_ONCE = 4  # samples whose gradients are in memory together; part of the result, so it never follows the machine
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Change:
+    """Ways in which some rows of a weight may change.
+
+    rows    (n,) int64: their numbers
+    errors  (ways, n, *shape of one row) float32: dW of each way
+    """
+
+    rows: Tensor
+    errors: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Felt:
+    """By how much the output feels changes.
+
+    changes  name of a weight that inputs are multiplied with -> (ways,) float64: the part of |y|^2 that each way costs
+    tables   name of a weight whose rows are looked up -> (columns,) float64: the part of |y|^2 that errors of 1 in that
+             column of all rows cost, which have nothing to do with each other
+    """
+
+    changes: dict[str, Tensor] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: Felt, weight: float = 1.0) -> None:
+        """Add what was felt elsewhere, `weight` times."""
+        for mine, theirs in ((self.changes, other.changes), (self.tables, other.tables)):
+            for name, felt in theirs.items():
+                mine[name] = mine[name] + weight * felt if name in mine else weight * felt
+
+
+def sensitivity(
+    runnable: Runnable,
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    changes: Mapping[str, Change],
+    *,
+    tables: Sequence[str] = (),
+    seed: int = 0,
+    tell: Callable[[int], object] = int,
+) -> Felt:
+    """The mean over all samples, each with its weight; parameters that the output does not depend on are not in it.
+
+    `changes` and `tables` are by the module's own names of its parameters; `tell` hears how many samples are done.
+
+    Raises:
+        RuntimeError: the model, or one of its operators, has no gradient, or it cannot be called.
+    """
+    parameters = runnable.parameters(dict.fromkeys((*changes, *tables)))
+    total = Felt()
+    now = _Now()
+
+    def one_call(number: int) -> Felt:
+        return _of_one(runnable, Gradients(parameters, changes), samples[number], seed + number, now)
+
+    with _block_by_block(runnable, now):
+        for start in range(0, len(samples), AT_ONCE):
+            numbers = range(start, min(start + AT_ONCE, len(samples)))
+            found = each_on_one_core(
+                lambda n: _of_one(runnable, Gradients(parameters, changes), samples[n], seed + n, now), numbers
+            )
+            for number, one in zip(numbers, found, strict=True):
+                total.add(one, weights[number] / len(samples))
+            tell(numbers.stop)
+    return total
+
+
+class _Now(threading.local):
+    """What watches the call that this thread makes."""
+
+    gradients: Gradients | None = None
+
+
+def _of_one(runnable: Runnable, gradients: Gradients, sample: Sample, seed: int, now: _Now) -> Felt:
+    """What is felt in one call of the model."""
+    now.gradients = gradients
+    with torch.enable_grad(), gradients:
+        output = first_tensor(runnable.module(*sample.arguments, **sample.keywords))
+        if output.requires_grad:
+            told = _told(output, runnable, sample, torch.Generator().manual_seed(seed))
+            torch.autograd.backward(told)
+    return gradients.felt()
+
+
+def first_tensor(outputs: object) -> Tensor:
+    """What a model's answer is, however it wraps it: the first tensor of floats in it."""
+    leaves = tree_leaves(outputs)
+    return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+def _told(output: Tensor, runnable: Runnable, sample: Sample, draw: torch.Generator) -> Tensor:
+    """The scalar whose gradient is taken, divided so that each call of the model has the same say."""
+    given = (*sample.arguments, *sample.keywords.values())
+    ids = next((value for value in given if _are_tokens(value, output)), None)
+    if runnable.mask_token is None or not isinstance(ids, Tensor):
+        direction = torch.randn(output.shape, generator=draw)
+        size = float(output.detach().norm()) or 1.0
+        return (direction * output).sum() / size
+    hidden = ids == runnable.mask_token
+    logits = output[hidden] if hidden.any() else output.flatten(0, -2)
+    words = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
+    told: Tensor = logits.log_softmax(-1).gather(-1, words).sum() / math.sqrt(len(logits))
+    return told
+
+
+def _are_tokens(value: object, output: Tensor) -> bool:
+    """Whether these are ids of the tokens of which the output tells the probabilities."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.shape == output.shape[:-1]
+
+
+class Gradients(Watch):
+    """Sees the gradient of what each product with the parameters named gives, and of what is looked up in them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
+        """Watch for these parameters, by the names that the products shall have."""
+        super().__init__(parameters, keep=False)
+        self._changes = changes
+        self._sums: dict[str, Tensor] = {}  # (ways, n): sum over tokens of g (dW x)
+        self._tables: dict[str, Tensor] = {}
+
+    def felt(self) -> Felt:
+        """What was felt in this call."""
+        changes = {}
+        for name, sums in self._sums.items():
+            whole, probed = len(self._parameters[name]), len(self._changes[name].rows)
+            changes[name] = sums.square().sum(dim=1) * (whole / probed)
+        return Felt(changes=changes, tables=self._tables)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do what was asked, and see its gradient when it is a product with one of the parameters."""
+        before, given = len(self.log), kwargs or {}
+        result = super().__torch_function__(func, types, args, given)
+        if not torch.is_grad_enabled():
+            return result
+        if func is embedding:
+            name = self._name_of(args[1] if len(args) > 1 else given["weight"])
+            return result if name is None else self._looked_up(name, result)
+        if len(self.log) > before and (func is linear or func in CONVOLUTIONS):
+            name = self.log[-1][0]
+            if name in self._changes:
+                return self._multiplied(name, result, func, args, given)
+        return result
+
+    def _multiplied(
+        self, name: str, result: Tensor, func: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any]
+    ) -> Tensor:
+        """The result as a part of the graph; what the changes give in its place is multiplied with its gradient."""
+        change = self._changes[name]
+        with torch.no_grad(), torch._C.DisableTorchFunction():  # noqa: SLF001 - the mode itself is not meant
+            errors = _with_weight(func, args, given, change.errors.flatten(0, 1))
+        axis = -1 if func is linear else -1 - CONVOLUTIONS[func]
+        errors = errors.movedim(axis, 0).unflatten(0, change.errors.shape[:2]).flatten(2)  # (ways, n, tokens)
+
+        def add(gradient: Tensor) -> None:
+            rows = gradient.detach().movedim(axis, 0).flatten(1)[change.rows]  # (n, tokens)
+            sums = (errors * rows).sum(dim=-1, dtype=torch.float64)
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+        return _in_the_graph(result, add)
+
+    def _looked_up(self, name: str, result: Tensor) -> Tensor:
+        def add(gradient: Tensor) -> None:
+            squares = gradient.detach().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
+            self._tables[name] = self._tables[name] + squares if name in self._tables else squares
+
+        return _in_the_graph(result, add)
+
+
+def _with_weight(func: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any], weight: Tensor) -> Tensor:
+    """The same product with another weight, and without bias."""
+    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | {
+        key: value for key, value in given.items() if key in {"input", "weight", "bias"}
+    }
+    rest = {key: value for key, value in given.items() if key not in named}
+    result: Tensor = func(named["input"].detach(), weight, None, *args[3:], **rest)
+    return result
+
+
+def _in_the_graph(result: Tensor, add: Callable[[Tensor], None]) -> Tensor:
+    """The result, whose gradient `add` is given; a copy where nothing before it has a gradient."""
+    if not result.requires_grad:
+        result = result.detach().requires_grad_().clone()
+    result.register_hook(add)
+    return result
+
+
+@contextmanager
+def _block_by_block(runnable: Runnable, now: _Now) -> Iterator[None]:
+    """Where weights are read on demand, only what goes into each part is remembered: it runs again for its gradient."""
+    with ExitStack() as undo:
+        if runnable.on_demand is not None:
+            for part in dict(candidates(runnable.module, matrices(runnable.module))).values():
+                undo.callback(setattr, part, "forward", part.forward)
+                part.forward = _remembered(part, now)
+        yield
+
+
+def _remembered(part: nn.Module, now: _Now) -> Callable[..., Any]:
+    forward = part.forward
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[object]]:
+        """The first run is watched anyway; the second one happens inside torch, where nothing is unless it is said."""
+        return nullcontext(), now.gradients or nullcontext()
+
+    def again(*arguments: Any, **keywords: Any) -> Any:
+        return checkpoint(
+            forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **keywords
+        )
+
+    return again

@@ -1,0 +1,255 @@
+"""Bits spent by a size: never more than it, where they matter, the same ones after a kill, and people's word obeyed."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from real_models import minilm_states
+from small_models import Run, content_of, layers, run_python, save_model
+from text_models import save_folder, small_module
+
+from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig, losses
+from arrow_quant_v2.allocation import LayerLoss, Scope, allocate, forethought, reach
+from arrow_quant_v2.calibration.transformers_model import open_transformers
+from arrow_quant_v2.packed import TensorInfo
+from arrow_quant_v2.sources.folder import open_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+api = ArrowQuantV2()
+CALIBRATED = {"ARROW_QUANT_ENABLE_CALIBRATION": "true"}
+MINILM = {"group_size": 64, "keep": ("*embeddings*", "pooler*"), "min_accuracy": 0.0}
+TEXTS = [
+    f"The {one} {other} before the {last}."
+    for one, other, last in zip(
+        ("ferry leaves the harbour", "bread rises slowly", "letters were opened", "compiler turns words into code",
+         "snow fell all night", "bank raised its rates", "clock was repaired", "bacteria share genes",
+         "violin was played", "rain is expected", "list was sorted", "train stopped at the bridge"),
+        ("at seven", "in a cold kitchen", "by nobody at all", "line by line", "without a sound", "twice as fast",
+         "with a hairpin", "among strangers", "in the old house", "in the north", "for no good reason", "for hours"),
+        ("storm", "dinner", "funeral", "deadline", "thaw", "election", "auction", "antibiotics", "concert", "harvest",
+         "meeting", "strike"),
+        strict=True,
+    )
+]  # fmt: skip
+
+
+def scope(shapes: dict[str, tuple[int, ...]], **asked: Any) -> Scope:
+    infos = [TensorInfo(name=name, shape=shape, dtype="float16") for name, shape in shapes.items()]
+    return Scope(tensors=infos, config=DiffusionQuantConfig(**asked), modality="text", component="")
+
+
+shape_tables = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=6),
+    st.tuples(st.integers(1, 6).map(lambda n: 64 * n), st.integers(4, 40).map(lambda n: 8 * n)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes=shape_tables, share=st.floats(0, 1), seed=st.integers(0, 99), files=st.booleans())
+def test_a_size_is_never_passed(shapes: dict[str, tuple[int, ...]], share: float, seed: int, files: bool) -> None:
+    possible = reach(scope(shapes, target_bits=3.0))
+    low, high = possible.smallest_bits, possible.largest_bits
+    asked: dict[str, Any] = {"target_bits": min(high, 1e-9 + low + share * (high - low))}
+    if files:
+        low, high = possible.smallest_bytes, possible.largest_bytes - 100
+        asked = {"target_size": round(low + 100 + share * (high - low))}  # the size itself is text as well
+    draw = torch.Generator().manual_seed(seed)
+    table = {
+        name: LayerLoss(at=dict(zip((2, 4, 8), sorted(torch.rand(3, generator=draw).tolist())[::-1], strict=True)))
+        for name in shapes
+    }
+    whole = scope(shapes, **asked)
+    plans = whole.plans(allocate(whole, table))
+    stored = sum(plan.stored_bytes for plan in plans)
+    assert stored * 8 <= asked.get("target_bits", 99) * sum(plan.tensor.numel for plan in plans)
+    assert whole.files(plans) <= asked.get("target_size", float("inf"))
+
+
+def test_bits_go_where_the_loss_is_and_the_reason_says_so() -> None:
+    shapes = dict.fromkeys(("calm", "wild", "blind"), (256, 256))
+    asked = scope(shapes, target_bits=4.5)
+    table = {
+        "calm": LayerLoss(at={2: 0.01, 4: 0.001, 8: 0.0}),
+        "wild": LayerLoss(at={2: 0.98, 4: 0.06, 8: 0.0}),
+        "blind": LayerLoss(at={2: 0.01, 4: 0.001, 8: 0.0}, told="weights"),
+    }
+    widths = allocate(asked, table)
+    assert {name: one.bits for name, one in widths.items()} == {"calm": 2, "wild": 8, "blind": 2}
+    plans = {plan.tensor.name: str(plan.decision) for plan in asked.plans(widths)}
+    assert plans["wild"] == "int8: g128 clip as asked, 98 % of the model's loss at int2, target 4.5 bits"
+    assert plans["blind"].endswith("1 % of the model's loss at int2, told from its weights alone, target 4.5 bits")
+
+
+# A real model
+
+
+def texts(folder: Path) -> str:
+    (folder / "texts.txt").write_text("\n".join(TEXTS))
+    return str(folder / "texts.txt")
+
+
+def cosine(original: Path, out: Path, folder: Path) -> float:
+    """Of the states of tokens of texts that calibration did not see."""
+    api.convert(out, folder)
+    states = []
+    for path in (original, folder):
+        with open_model(path) as model:
+            runnable = open_transformers(model, "text")
+        states.append(minilm_states(runnable.module, runnable.tokenizer, HELD_OUT)["token cosine"])
+    return float(torch.nn.functional.cosine_similarity(*states, dim=-1).mean())
+
+
+HELD_OUT = (
+    "The violin was older than the house it was kept in.",
+    "Heavy rain is expected in the north until Thursday.",
+    "Sorting a list twice gives the same list.",
+    "Whoever arrives first opens the windows and makes coffee.",
+)
+
+
+def test_minilm_at_3_bits_is_closer_than_one_width_of_the_same_size(minilm: Path, tmp_path: Path) -> None:
+    shown = {"enable_calibration": True, "calibration_data": texts(tmp_path), "calibration_tokens": 0, "method": "gptq"}
+    asked = {
+        "uniform": MINILM | shown | {"bit_width": 2, "group_size": 16},
+        "allocated": MINILM | shown | {"target_bits": 3.0},
+    }
+    found = {}
+    for name, own in asked.items():
+        result = api.quantize_diffusion_model(minilm, tmp_path / name, DiffusionQuantConfig(**own, grid_refits=0))
+        found[name] = result["bits_per_weight"], cosine(minilm, tmp_path / name, tmp_path / f"{name}-again")
+    assert found["allocated"][0] <= 3.0 <= found["uniform"][0]
+    assert found["allocated"][1] > found["uniform"][1] + 0.005
+
+
+def test_a_size_of_files_is_met_within_one_percent_and_foretold(
+    minilm: Path, tmp_path: Path, arrow_quant: Callable[..., Run]
+) -> None:
+    doctor = json.loads(arrow_quant("doctor", minilm, "--target-size", "9MB", "--json").out)
+    quick = ("--min-accuracy", 0, "-q", "--json")
+    ran = arrow_quant("quantize", minilm, tmp_path / "out", "--target-size", "9MB", *quick)
+    assert ran.code == 0, ran.err
+    size = json.loads(ran.out)["model_size_mb"]
+    assert 8.91 < size <= 9.0
+    assert doctor["predicted_size_mb"] == pytest.approx(size, rel=0.01)
+    assert doctor["reach"]["smallest_mb"] < 9.0 < doctor["reach"]["largest_mb"]
+    widths = json.loads(ran.out)["bit_widths"]
+    assert sum(widths.values()) == json.loads(ran.out)["quantized_layers"]
+    assert len(widths) > 1
+    reasons = [x["decision"] for x in api.inspect(tmp_path / "out")["layers"] if x["method"]]
+    assert all("told from its weights alone, target 9.000 MB" in reason for reason in reasons)
+
+
+# Going on, overruling, refusing
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    module = small_module("BertForMaskedLM", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    return save_folder(tmp_path_factory.mktemp("bert"), module, mask_token_id=4)
+
+
+SMALL: dict[str, Any] = {
+    "target_bits": 4.0, "group_size": 16, "calibration_samples": 6, "calibration_tokens": 0, "threads": 2,
+    "enable_calibration": True, "min_accuracy": 0.0,
+}  # fmt: skip
+KILLED = """
+import json, os, signal, sys
+from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
+def report(message, _):
+    if message.startswith(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+config = DiffusionQuantConfig(**json.loads(sys.argv[3]))
+ArrowQuantV2().quantize_diffusion_model(sys.argv[1], sys.argv[2], config, report)
+"""
+
+
+def test_a_killed_run_goes_on_with_the_same_widths(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    config = DiffusionQuantConfig(**SMALL)
+    result = api.quantize_diffusion_model(bert, tmp_path / "whole", config, lambda message, _: said.append(message))
+    assert len(result["bit_widths"]) > 1
+    assert any(re.match(r"measuring what \d+ layers lose", message) for message in said)
+    killed = run_python(KILLED, bert, tmp_path / "out", json.dumps(SMALL), "3/", timeout=300, **CALIBRATED)
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert (tmp_path / "out.partial" / "allocation.json").exists()
+    monkeypatch.setattr(losses, "sensitivity", None)  # nothing is measured again
+    api.quantize_diffusion_model(bert, tmp_path / "out", config)
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+
+
+def test_a_table_and_the_outputs_are_measured(bert: Path, tmp_path: Path) -> None:
+    api.quantize_diffusion_model(bert, tmp_path / "out", DiffusionQuantConfig(**SMALL))
+    found = {x["layer_name"]: x["decision"] for x in api.inspect(tmp_path / "out")["layers"]}
+    for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"):
+        assert re.search(r"% of the model's loss at int2, target 4 bits", found[name])
+
+
+def test_people_overrule_what_is_measured(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", layers(6))
+    config = DiffusionQuantConfig(
+        target_bits=4.0, group_size=32, min_accuracy=0.0, layer_bit_widths={"layers.00": 8},
+        sensitive_layer_patterns=[r"\.05\."], skip_sensitive_layers=True,
+    )  # fmt: skip
+    result = api.quantize_diffusion_model(model, tmp_path / "out", config)
+    got = {one.layer_name: one.got for one in result["decisions"]}
+    assert (got["layers.00.weight"], got["layers.05.weight"]) == ("int8", "float32")
+    assert result["bits_per_weight"] <= 4.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"target_bits": 2.0}, r"target_bits is 2; the layers of this model can take 2\.\d+ to 32\.00 bits per weight"),
+        ({"target_bits": 33.0}, r"target_bits is 33; .* it fits already"),
+        ({"target_size": "3kB"}, r"target_size is 0\.003 MB; the weight files of this model can take 0\.\d+ MB to "),
+        ({"target_size": "1GB"}, r"target_size is 1\.000 GB; .* it fits already"),
+    ],
+)
+def test_what_is_out_of_reach_is_refused_before_any_work(asked: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", layers(6))
+    config = DiffusionQuantConfig(**asked)
+    with pytest.raises(ConfigurationError, match=said):
+        api.quantize_diffusion_model(model, tmp_path / "out", config)
+    with pytest.raises(ConfigurationError, match=said):
+        api.doctor(model, config)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_sizes_contradict_each_other(tmp_path: Path, arrow_quant: Callable[..., Run]) -> None:
+    model = save_model(tmp_path / "model", layers(2))
+    for asked in (("--bits", 2, "--target-bits", 3), ("--target-size", "3GB", "--target-bits", 3)):
+        refused = arrow_quant("quantize", model, tmp_path / "out", *asked)
+        assert refused.code == 2
+        assert "which contradict each other; leave one of them out" in refused.err
+    config = DiffusionQuantConfig.from_profile("edge", target_bits=3.0)
+    assert config.replace(threads=1).target_bits == 3.0
+    assert DiffusionQuantConfig.from_yaml_text(config.to_yaml()) == config
+
+
+def test_the_size_before_measuring_is_about_right() -> None:
+    asked = scope({f"layer{n}": (64 * n, 256) for n in range(1, 9)}, target_bits=3.3, group_size=64)
+    plans = asked.plans(forethought(asked))
+    stored, weights = (sum(x) for x in zip(*((p.stored_bytes, p.tensor.numel) for p in plans), strict=True))
+    assert 3.2 < 8 * stored / weights <= 3.3
+
+
+@pytest.mark.filterwarnings("ignore:.*weight cosine .* is below min_accuracy")
+def test_what_the_page_shows_runs(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "minilm").symlink_to(minilm)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "allocation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "allocation.md", "exec"), names := {"__name__": "allocation"})
+    assert 2.9 < names["result"]["bits_per_weight"] <= 3.0

@@ -399,6 +399,7 @@ def _refusal(name: str | int, label: str | int, found: object) -> str:
 def _hint(name: str, label: str) -> str:
     """The closest known name, in the spelling of the place that named it, or all of them."""
     asked, fields = name[:LONGEST_NAME].lower(), list(DiffusionQuantConfig.model_fields)
+    asked = "bit_width" if asked == "bits" else asked  # as the command line calls it; target_bits is spelt more alike
     reserved = sorted(RESERVED) if label.startswith(PREFIX) else []
     spelt = {known: PREFIX + known.upper() if reserved else known for known in fields + reserved}
     for names, cutoff in ((reserved, 0.75), (fields, 0.4)):

@@ -81,14 +81,15 @@ def plain_sentences(runnable: Runnable, count: int) -> Samples | None:
 
 
 def hide(runnable: Runnable, sequences: Sequence[torch.Tensor], seed: int) -> Hidden:
-    """Each sequence at every ratio, and once at a ratio stratified over (0, 1] for the bound.
+    """Each sequence at every ratio, and twice at ratios stratified over (0, 1] for the bound.
 
     Places are drawn evenly from those that hold no special token.
     """
     draw = chance.generator(seed, "hidden tokens")
     special = vocabulary_of(runnable).special
     asked: list[tuple[float | None, float, torch.Tensor]] = [(r, r, ids) for r in RATIOS for ids in sequences]
-    asked += [(None, t, ids) for t, ids in zip(chance.stratified(len(sequences), draw), sequences, strict=True)]
+    twice = [*sequences, *sequences]
+    asked += [(None, t, ids) for t, ids in zip(chance.stratified(len(twice), draw), twice, strict=True)]
     states = [_hidden(ids, ratio, int(runnable.mask_token or 0), special, draw) for _, ratio, ids in asked]
     found = [i for i, (_, ratio, ids) in enumerate(asked) if _masked(runnable, states[i]).any()]
     return Hidden(

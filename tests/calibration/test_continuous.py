@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from arrow_quant_v2.errors import QuantizationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.sample import Sample, Samples
@@ -143,6 +145,21 @@ def test_the_class_that_stands_for_none_is_the_number_of_classes(found: Callable
     labels = Counter(int(sample.keywords["class_labels"]) for sample in found("dit").samples.calls)
     assert labels[10] == 6
     assert all(0 <= label <= 10 for label in labels)
+
+
+@pytest.mark.parametrize("named", [{"3": "three", "7": "seven"}, {"3": "three", "7": "seven", "99": "beyond"}])
+def test_classes_that_the_pipeline_names_are_the_ones_that_are_shown(named: dict[str, str], tmp_path: Path) -> None:
+    index = PIPELINES["dit"].save(tmp_path) / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": named}))
+    runnable = open_pipeline(tmp_path)
+    assert runnable.classes == tuple(map(int, named))
+    labels = {int(sample.keywords["class_labels"]) for sample in trajectory(runnable, Asked(count=24)).calls}
+    assert labels == {3, 7, 10}
+
+
+def test_other_classes_are_other_samples(found: Callable[[str], Found]) -> None:
+    runnable = replace(found("dit").runnable, classes=(3,))
+    assert trajectory(runnable, Asked()).identity != found("dit").samples.identity
 
 
 @pytest.mark.parametrize("name", ["ddpm", "consistency", "sd inpaint", "lcm", "flux", "stable audio"])

@@ -66,7 +66,7 @@ def trajectory(runnable: Runnable, asked: Asked) -> Samples:
     Raises:
         QuantizationError: the model has no scheduler, cannot be called, or says something that is no finite number.
     """
-    model = Denoiser(runnable.module)
+    model = Denoiser(runnable.module, runnable.classes)
     scheduler = _scheduler(model, runnable)
     times = _timed(model, scheduler, asked.steps).timesteps
     branches = 2 if model.has_empty_branch and not _is_distilled(model, scheduler) else 1
@@ -274,6 +274,7 @@ def _identity(tour: _Tour, count: int, texts: Sequence[str] | None) -> str:
         "seed": tour.seed,
         "steps": tour.steps,
         "prompts": texts,
+        "classes": tour.model.classes,
         "model": [tour.model.kind, _public(tour.model.config)],
         "scheduler": [type(tour.scheduler).__name__, _public(tour.scheduler.config)],
     }

@@ -86,9 +86,13 @@ class Draw:
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A model of diffusers: its class, its config, and the parameters of its forward."""
+    """A model of diffusers: its class, its config, and the parameters of its forward.
+
+    `classes` are the numbers of those that it may be told, where not all that it has room for.
+    """
 
     module: nn.Module
+    classes: tuple[int, ...] = ()
 
     @cached_property
     def kind(self) -> str:
@@ -321,7 +325,8 @@ def _class_labels(model: Denoiser, draw: Draw) -> torch.Tensor | None:
         return None
     if draw.empty and model._null_class is not None:  # noqa: SLF001
         return torch.tensor([model._null_class])  # noqa: SLF001
-    return torch.randint(0, count, (1,), generator=draw.shared)
+    known = [number for number in model.classes if number < count] or range(count)
+    return torch.tensor([known[int(torch.randint(0, len(known), (1,), generator=draw.shared))]])
 
 
 def _added(model: Denoiser, draw: Draw) -> dict[str, object] | None:

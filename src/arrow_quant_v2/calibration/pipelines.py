@@ -53,6 +53,7 @@ def open_pipeline(path: Path | str, component: str | None = None, modality: Moda
             modality=modality or detect_modality(model.root, model.component),
             names=names,
             scheduler=_scheduler(model.root, index),
+            classes=_classes(index),
         )
 
 
@@ -167,6 +168,12 @@ def _parameter(name: str, wanted: Collection[str]) -> str | None:
 def _read(source: Source, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     values = source.read(name).reshape(shape)
     return values.float() if values.is_floating_point() else values
+
+
+def _classes(index: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of the classes that have names, ascending: a table may have rows that were never trained."""
+    named = index.get("id2label")
+    return tuple(sorted(int(key) for key in named if str(key).isdecimal())) if isinstance(named, dict) else ()
 
 
 def _scheduler(root: Path, index: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ class Runnable:
     tokenizer    of transformers: text -> token ids
     mask_token   the id that stands for a hidden token; None: no masked text model
     scheduler    of diffusers: the noise schedule that the model was trained for
+    classes      the numbers of the classes that its pipeline names; (): all that it has room for
     on_demand    reads weights when they are needed; None: all of them are in memory
     """
 
@@ -34,6 +35,7 @@ class Runnable:
     tokenizer: Any = None
     mask_token: int | None = None
     scheduler: Any = None
+    classes: tuple[int, ...] = ()
     on_demand: OnDemand | None = None
 
     def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:

@@ -15,6 +15,7 @@ from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.runtime.generate_pipeline import ending_of, generate_file, open_whole_pipeline
 from arrow_quant_v2.runtime.generate_text import generate_blocks, generate_text, in_blocks
 from arrow_quant_v2.runtime.load import load, stated_mask_token
+from arrow_quant_v2.runtime.spectrogram import spectrogram_of
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import PIPELINE
 from arrow_quant_v2.sources.modality import detect_modality
@@ -123,11 +124,14 @@ def _of_pipeline(folder: Path, wish: Wish, told: Told) -> Generation:
     if wish.length is not None:
         raise ConfigurationError(f"{folder}: is a pipeline, whose results have no length in tokens; leave --length out")
     ending = ending_of(detect_modality(folder, ""))
+    spectrogram = spectrogram_of(folder)
     out = _allowed(wish.out or Path(DEFAULT_NAME + ending), wish, ending)
     start = time.perf_counter()
     pipeline = open_whole_pipeline(folder, wish.device)
     loaded = time.perf_counter()
-    made = generate_file(pipeline, wish.prompt, out, seed=wish.seed, steps=wish.steps, told=told)
+    made = generate_file(
+        pipeline, wish.prompt, out, seed=wish.seed, steps=wish.steps, told=told, spectrogram=spectrogram
+    )
     return Generation(
         kind=made.kind,
         text=None,

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
+    from arrow_quant_v2.runtime.spectrogram import Spectrogram
+
     Told = Callable[[int, int, str], object]
 
 LIBRARIES = ("diffusers", "transformers")
@@ -84,9 +86,18 @@ def ending_of(modality: str) -> str:
 
 
 def generate_file(
-    pipeline: Any, prompt: str | None, out: Path, *, seed: int, steps: int | None, told: Told
+    pipeline: Any,
+    prompt: str | None,
+    out: Path,
+    *,
+    seed: int,
+    steps: int | None,
+    told: Told,
+    spectrogram: Spectrogram | None = None,
 ) -> GeneratedFile:
     """Run the pipeline and write its first picture as PNG, or its first sound as WAV of 16 bits, to `out`.
+
+    With `spectrogram` its pictures are sounds, and become sounds.
 
     `told` is called with (step, steps, "") after each step of the denoiser.
 
@@ -102,7 +113,7 @@ def generate_file(
         output = pipeline(**arguments)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise QuantizationError(f"{type(pipeline).__name__}: fails: {_first_line(error)}") from error
-    kind = _write(pipeline, output, out)
+    kind = _write(pipeline, output, out, spectrogram)
     return GeneratedFile(path=out, kind=kind, steps=len(counted))
 
 
@@ -179,9 +190,13 @@ def _class_label(pipeline: Any, prompt: str | None) -> int:
 # What it makes
 
 
-def _write(pipeline: Any, output: Any, out: Path) -> str:
+def _write(pipeline: Any, output: Any, out: Path, spectrogram: Spectrogram | None) -> str:
     """Write the first result under a temporary name, then rename it; give what it is."""
     pictures, sounds = getattr(output, "images", None), getattr(output, "audios", None)
+    if spectrogram is not None and pictures is not None and len(pictures):
+        samples, rate = _samples(spectrogram.wave(_gray(pictures[0]))), spectrogram.rate
+        _replace(out, lambda path: _write_wave(path, samples, rate))
+        return "audio"
     if pictures is not None and len(pictures):
         _replace(out, lambda path: pictures[0].save(path, format="PNG"))
         return "image"
@@ -203,6 +218,11 @@ def _replace(out: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _gray(picture: Any) -> torch.Tensor:
+    """(high, wide) from 0 to 1, of a picture of PIL."""
+    return torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)
 
 
 def _samples(sound: Any) -> NDArray[np.int16]:

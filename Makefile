@@ -8,6 +8,7 @@ OUT := bench/out
 KERNELS := CMakeLists.txt $(wildcard src/arrow_quant_v2/kernels/csrc/*)
 
 .PHONY: demo test check fmt docs bench bench-large bench-calibrate setup clean
+.PHONY: demo test check fmt bench bench-large bench-calibrate train setup clean
 
 setup: $(READY)
 
@@ -62,6 +63,15 @@ bench-large: $(READY)
 bench-calibrate: $(READY)
 	mkdir -p $(OUT)
 	$(BIN)/python bench/calibrate_large.py --json $(OUT)/calibrate.json
+
+# The models of examples/models are in the repository: this makes them again, in about an hour on two cores.
+train: $(READY)
+	$(BIN)/python examples/train/make_image.py
+	$(BIN)/python examples/train/make_text.py
+	$(BIN)/python examples/train/make_audio.py
+	$(BIN)/python examples/train/make_code.py
+	$(BIN)/python examples/train/make_judges.py
+	$(BIN)/python examples/train/samples.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) build $(OUT) demo

@@ -7,8 +7,7 @@ PEERS := .venv-peers
 OUT := bench/out
 KERNELS := CMakeLists.txt $(wildcard src/arrow_quant_v2/kernels/csrc/*)
 
-.PHONY: demo test check fmt docs bench bench-large bench-calibrate setup clean
-.PHONY: demo test check fmt bench bench-large bench-calibrate train setup clean
+.PHONY: demo test check fmt docs train bench bench-large bench-calibrate setup clean
 
 setup: $(READY)
 

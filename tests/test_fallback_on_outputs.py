@@ -11,7 +11,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import content_of
-from terrain_unet import load_terrain, trajectory
 from torch import nn
 
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig, QuantizationError
@@ -160,50 +159,6 @@ def test_the_layers_worth_most_for_their_bytes_are_chosen_until_enough_is_gained
     assert most_worth(gains, added, needed=0.0105) == ["a", "c"]
     assert most_worth(gains, added, needed=1.0) == ["a", "c", "b"]
     assert most_worth({"x": 0.0, "y": -1.0}, {"x": 1, "y": 1}, needed=0.1) == ["x", "y"]
-
-
-# Real models
-
-
-def antibodies(model: Path) -> tuple[Any, dict[str, Any]]:
-    """The first block of a masked text model, on its own trajectory."""
-    keep = ("*layer.[1-7].*", "*embeddings*", "cls*")
-    return model, {"modality": None, "mask_token": 4, "keep": keep, "calibration_samples": 6, "calibration_tokens": 0}
-
-
-def landscapes(model: Path) -> tuple[Any, dict[str, Any]]:
-    """The attention of a UNet, on its sampler's states."""
-    keep = ("*_layers.*", "*skip*", "*emb*", "*blocks.?.?.weight")
-    return load_terrain(model), {"modality": "image", "keep": keep, "calibration_samples": 3}
-
-
-@pytest.mark.parametrize(
-    ("name", "opened", "method"), [("antiberty", antibodies, "r2q"), ("terrain", landscapes, "gptq")]
-)
-def test_real_models_get_half_of_what_they_lost_back(
-    name: str, opened: Any, method: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    """By more bits in some layers, on outputs that calibration did not see."""
-    model, asked = opened(request.getfixturevalue(name))
-
-    def states(module: nn.Module) -> Iterator[tuple[Any, float]]:
-        for seed in (0, 1):
-            yield from trajectory(module, seed)
-
-    def run(bar: float, fallback: str) -> dict[str, Any]:
-        config = DiffusionQuantConfig(**{**SETTINGS, **asked, "min_accuracy": bar, "fallback": fallback})
-        given = states if name == "terrain" else None
-        return api.quantize_diffusion_model(model, tmp_path / fallback, config, calibration=given)
-
-    plain = run(0.01, "none")
-    bar = (1.0 + plain["accuracy"]) / 2.0
-    result = run(bar, "layer")
-    assert result["passed"]
-    assert result["accuracy"] >= bar > plain["accuracy"]
-    told = fallen(result)
-    assert 0 < len(told) < result["quantized_layers"]
-    assert {one.method for one in result["decisions"] if one.kind == "fallback"} == {method}
-    assert plain["bits_per_weight"] < result["bits_per_weight"] < 2.0 * plain["bits_per_weight"]
 
 
 # Going on

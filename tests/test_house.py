@@ -16,9 +16,9 @@ FILES = sorted(HOUSE.rglob("*.py"))
 ORDER = (
     "errors", "knapsack", "decisions", "packed", "layer_widths", "config_fields", "config_text", "config",
     "progress", "time_groups", "kernels", "engines", "store", "sources", "calibration", "runtime", "fallback",
-    "plan", "quantizers", "one_tensor", "sequential", "layers", "weights_alone", "budget", "workfolder",
+    "plan", "quantizers", "one_tensor", "attempts", "sequential", "layers", "weights_alone", "budget", "workfolder",
     "promotions", "publish", "export", "prediction", "allocation", "doctor", "preparation", "validation",
-    "attempts", "report", "forecast", "calibrated_run", "stats_reuse", "stats_run", "losses", "judging", "rounds",
+    "report", "forecast", "calibrated_run", "stats_reuse", "stats_run", "losses", "judging", "rounds",
     "orchestrator", "results", "api", "cli_progress", "cli_tables", "cli_quality", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}

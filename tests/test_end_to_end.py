@@ -1,66 +1,111 @@
-"""From a real model on the disk to a model that runs: the whole way, as a person goes it."""
+"""Whole ways through the program on real models: quantized, loaded again, run, and judged by their outputs."""
 
 from __future__ import annotations
 
-import json
-import pydoc_data.topics
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
+import pytest
 import torch
-from real_models import minilm_states
+from real_models import ANTIBODIES, encoder_nll, minilm_states, packaged
+from transformers import AutoModel, AutoTokenizer
 
 import arrow_quant_v2 as aq
-from arrow_quant_v2.calibration.transformers_model import open_transformers
+from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
 from arrow_quant_v2.sources.folder import open_model
+from arrow_quant_v2.validation.metrics import cosine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import pytest
-
-HELD_OUT = (
-    "The violin was older than the house it was kept in.",
-    "Heavy rain is expected in the north until Thursday.",
-    "Sorting a list twice gives the same list.",
+api = ArrowQuantV2()
+SENTENCES = (
+    "The ship left the harbour before dawn.",
+    "A letter arrived from the capital this morning.",
+    "Bread is made of flour, water, salt and yeast.",
+    "The court postponed its decision until spring.",
 )
+FIRST_BLOCK = ["*layer.[1-9].*", "*layer.1[0-9].*"]  # what is kept, so that calibration takes seconds
 
 
-def sentences(count: int) -> list[str]:
-    """Paragraphs of Python's manual."""
-    text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    found = [" ".join(part.split()) for part in text.split("\n\n")]
-    return [one for one in found if 60 < len(one) < 240][:: max(1, 600 // count)][:count]
+@dataclass(frozen=True)
+class Bounds:
+    """What the output cosine of a width must lie in, weights rounded without calibration."""
+
+    least: float
+    most: float
 
 
-def test_end_to_end_with_fallback(
-    minilm: Path, tmp_path: Path, arrow_quant: Callable[..., object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """2 bits are not enough for the bar: some layers get more, the bar is met, and all of it is told."""
-    monkeypatch.setenv("ARROW_QUANT_ENABLE_CALIBRATION", "true")
-    monkeypatch.setenv("ARROW_QUANT_CALIBRATION_TOKENS", "0")
-    texts, out, bar = tmp_path / "texts.txt", tmp_path / "out", 0.985
-    texts.write_text("\n".join(sentences(24)))
-    done = arrow_quant(
-        "quantize", minilm, out, "--bits", 2, "--group-size", 64, "--min-accuracy", bar, "--calibration", texts,
-        "--samples", 16, "--keep", "*layer.[2-5].*", "--keep", "*embeddings*", "--keep", "pooler*", "--json", "--quiet",
+EXPECTED = {
+    "minilm": {2: Bounds(-1.0, 0.8), 4: Bounds(0.9, 0.995), 8: Bounds(0.999, 1.0)},
+    "antiberty": {2: Bounds(0.3, 0.8), 4: Bounds(0.9, 0.99), 8: Bounds(0.999, 1.0)},
+}
+
+
+def embedded(module: torch.nn.Module, folder: Path) -> torch.Tensor:
+    return minilm_states(module, AutoTokenizer.from_pretrained(folder), SENTENCES)["sentence cosine"]
+
+
+def test_complete_quantization_pipeline(minilm: Path, tmp_path: Path) -> None:
+    texts, out, back = tmp_path / "texts.txt", tmp_path / "int4", tmp_path / "back"
+    texts.write_text("\n".join(SENTENCES) + "\n")
+    config = DiffusionQuantConfig(
+        bit_width=4, enable_calibration=True, calibration_data=str(texts), calibration_samples=4, calibration_tokens=0,
+        keep=FIRST_BLOCK,
     )  # fmt: skip
-    assert done.code == 0, done.err
-    result = json.loads(done.out)
-    assert (result["bit_width"], result["passed"]) == (2, True)
-    assert result["judged_by"] == "output cosine on 8 held-out samples of texts.txt"
-    assert result["accuracy"] >= bar
-    assert set(result["bit_widths"]) == {"2", "4"}
-    assert result["bits_per_weight"] < 4.2  # uniform int4 is 4.4
-    fallen = [one for one in result["decisions"] if one["kind"] == "fallback"]
-    assert len(fallen) == result["bit_widths"]["4"] == result["fallbacks_per_method"]["r2q"]
-    assert done.err.count("warning: ") == 1
-    assert f"is below {bar}; so {len(fallen)} layers: " in done.err
-    stored = {one["layer_name"]: one for one in json.loads(arrow_quant("inspect", out, "--json").out)["layers"]}
-    assert {stored[one["layer_name"]]["bit_width"] for one in fallen} == {4}
-    assert all(stored[one["layer_name"]]["decision"].startswith("fallback as int4 instead of int2") for one in fallen)
-    with open_model(minilm) as model:
-        original = open_transformers(model, "text")
-    ours, theirs = (minilm_states(one, original.tokenizer, HELD_OUT) for one in (aq.load(out), original.module))
-    cosines = torch.nn.functional.cosine_similarity(ours["token cosine"], theirs["token cosine"], dim=1)
-    assert float(cosines.mean()) > bar - 0.01
+    result = api.quantize_diffusion_model(minilm, out, config)
+    assert (result["modality"], result["passed"]) == ("text", True)
+    assert result["calibration"]["samples"] == 4
+    report = api.validate_quality(minilm, out)
+    assert (report["passed"], report["metric"].split(":")[0]) == (True, "output cosine")
+    assert report["compression_ratio"] == pytest.approx(result["compression_ratio"], rel=1e-3)
+    floats = {one["layer_name"] for one in api.inspect(out)["layers"] if one["dtype"] == "float32"}
+    assert floats == set(report["per_layer_accuracy"])
+    api.convert(out, back)
+    restored, packed = AutoModel.from_pretrained(back).eval(), aq.load(out)
+    assert torch.allclose(embedded(restored, back), embedded(packed, out), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*have no place in the model")
+def test_load_quantized_model_from_parquet(quantized: Callable[[str, int], Any]) -> None:
+    made = quantized("minilm", 4)
+    rows = [row for file in made.path.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert {row["quant_type"] for row in rows} == {"int4", "float32", "int64"}
+    loaded = dict(aq.load(made.path).named_parameters())
+    module = AutoModel.from_pretrained(made.original).eval()
+    with open_model(made.path) as model:
+        for name, own in module.named_parameters():
+            stored = model.source.read(name).reshape(own.shape).float()
+            assert cosine(own.detach(), stored) > 0.98, name
+            if name in loaded and loaded[name].is_floating_point() and loaded[name].shape == own.shape:
+                assert torch.allclose(loaded[name].float(), stored), name
+
+
+@pytest.mark.filterwarnings("ignore:.*have no place in the model")
+def test_inference_with_quantized_model(quantized: Callable[[str, int], Any]) -> None:
+    made = quantized("minilm", 8)
+    original = embedded(AutoModel.from_pretrained(made.original).eval(), made.original)
+    found = embedded(aq.load(made.path), made.path)
+    assert torch.nn.functional.cosine_similarity(original, found, dim=1).min() > 0.999
+
+    proteins = quantized("antiberty", 8)
+    vocabulary = packaged("antiberty", "trained_models/vocab.txt")
+    (loss,) = encoder_nll(aq.load(proteins.path), ANTIBODIES[:1], vocabulary, (0.5,))
+    assert loss < 0.6  # a model that knows nothing loses 3
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", ["minilm", "antiberty"])
+def test_output_quality_validation(name: str, bits: int, quantized: Callable[[str, int], Any]) -> None:
+    made, expected = quantized(name, bits), EXPECTED[name][bits]
+    token = 4 if name == "antiberty" else None
+    report = api.validate_quality(made.original, made.path, mask_token=token, count=8, pairs=0, min_accuracy=0.85)
+    assert expected.least < report["cosine_similarity"] <= expected.most
+    assert report["passed"] is (bits > 2)
+    assert report["weight_cosine_similarity"] == pytest.approx(made.result["cosine_similarity"], abs=1e-6)
+    if name == "antiberty":
+        losses = {one["name"]: one for one in report["metrics"] if one["unit"] == "nats/token"}
+        worse = losses["NLL at 50% masked"]["value"] - losses["NLL at 50% masked"]["original"]
+        assert worse > 0.2 if bits == 2 else abs(worse) < 0.2

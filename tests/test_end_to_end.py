@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,3 +110,38 @@ def test_output_quality_validation(name: str, bits: int, quantized: Callable[[st
         losses = {one["name"]: one for one in report["metrics"] if one["unit"] == "nats/token"}
         worse = losses["NLL at 50% masked"]["value"] - losses["NLL at 50% masked"]["original"]
         assert worse > 0.2 if bits == 2 else abs(worse) < 0.2
+
+
+def test_end_to_end_with_time_aware_quantization(antiberty: Path, tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(
+        bit_width=2, enable_calibration=True, calibration_samples=8, calibration_tokens=0, mask_token=4,
+        num_time_groups=2, keep=FIRST_BLOCK, min_accuracy=0.5,
+    )  # fmt: skip
+    result = api.quantize_diffusion_model(antiberty, tmp_path / "int2", config)
+    assert len(result["calibration"]["time_groups"]) == 2
+    report = api.validate_quality(antiberty, tmp_path / "int2", count=8, pairs=0)
+    assert report["time_groups"] == result["calibration"]["time_groups"]
+    assert report["facts"]["compared on"].endswith("the model's own trajectory")
+    assert [0.0 <= step["timestep"] <= 1.0 for step in report["steps"]] == [True, True]
+    fitted = [one for one in api.inspect(tmp_path / "int2")["layers"] if "calibrated on" in one["decision"]]
+    assert len(fitted) == 6 + 1  # matrices of the first block, and the head's
+    errors = [report["per_layer_output_error"][one["layer_name"]] for one in fitted]
+    assert all(len(groups) == 2 and 0.0 < min(groups) <= max(groups) < 0.5 for groups in errors)
+
+
+def test_end_to_end_with_validation_system(
+    quantized: Callable[[str, int], Any], arrow_quant: Callable[..., Any]
+) -> None:
+    low, high = quantized("minilm", 2), quantized("minilm", 8)
+    missed = arrow_quant("validate", low.original, low.path, "--count", 4, "--quiet")
+    assert missed.code == 3
+    assert missed.out.startswith("MISSED: bar 0.85, output cosine: last hidden states or logits")
+    passed = arrow_quant("validate", high.original, high.path, "--count", 4, "--json", "--quiet")
+    assert (passed.code, json.loads(passed.out)["passed"]) == (0, True)
+    weights = arrow_quant("validate", low.original, low.path, "--weights-only", "--min-accuracy", 0.5, "--quiet")
+    assert weights.code == 0
+    both = arrow_quant("compare", low.path, high.path, "--original", low.original, "--count", 4, "--quiet")
+    first, _, two, eight, *_ = both.out.splitlines()
+    assert first.startswith(str(low.original))
+    assert (two.startswith(str(low.path)), eight.startswith(str(high.path))) == (True, True)
+    assert (two.rstrip().endswith("below 0.85"), eight.rstrip().endswith("passed")) == (True, True)

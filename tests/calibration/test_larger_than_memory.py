@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "threads": 2,
     "enable_calibration": True,
 }
-SETTINGS |= {"calibration_tokens": 0}
+SETTINGS |= {"calibration_tokens": 0, "min_accuracy": 0.0}
 LARGE = "larger than memory: weights are read from disk block by block"
 QWEN2 = {"num_key_value_heads": 1, "num_hidden_layers": 3, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
 RUN = """
@@ -177,7 +177,7 @@ def test_the_peak_is_that_of_a_block(deep: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {
         "bit_width": 4, "calibration_samples": 2, "calibration_data": str(tmp_path / "tokens.jsonl"), "threads": 2,
-        "enable_calibration": True, "calibration_tokens": 0, "modality": "text", "method": "gptq",
+        "enable_calibration": True, "calibration_tokens": 0, "modality": "text", "method": "gptq", "min_accuracy": 0.0,
         "keep": ["*.mlp.*", "*.q_proj.*", "*.o_proj.*"],
     }  # fmt: skip
     done = run_python(RUN, deep, tmp_path / "out", json.dumps(settings), 999)

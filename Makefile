@@ -63,7 +63,7 @@ bench-calibrate: $(READY)
 	mkdir -p $(OUT)
 	$(BIN)/python bench/calibrate_large.py --json $(OUT)/calibrate.json
 
-# The models of examples/models are in the repository: this makes them again, in about an hour on two cores.
+# The models of examples/models are in the repository: this makes them again, in less than an hour.
 train: $(READY)
 	$(BIN)/python examples/train/make_image.py
 	$(BIN)/python examples/train/make_text.py

@@ -21,7 +21,6 @@ $(READY): pyproject.toml constraints.txt tests/weights.txt $(KERNELS)
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
-	$(BIN)/python examples/demo_samples.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

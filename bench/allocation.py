@@ -63,14 +63,13 @@ def uniform(infos: Sequence[TensorInfo], base: dict[str, Any], target: float) ->
 
 
 def in_order(infos: Sequence[TensorInfo], base: dict[str, Any], target: float, first: dict[str, int]) -> dict[str, Any]:
-    """Layers made wider one after the other, and from the first on again, as long as the target holds."""
+    """Layers made wider one after the other where the target holds, and from the first on again."""
     widths = {plan.tensor.name: 2 for plan in plans_at(infos, base)} | first
     for wider in (4, 8):
         for name in [name for name in widths if name not in first]:
             changed = widths | {name: wider}
-            if bits_of(infos, base | {"layer_bit_widths": changed}) > target:
-                return base | {"layer_bit_widths": widths}
-            widths = changed
+            if bits_of(infos, base | {"layer_bit_widths": changed}) <= target:
+                widths = changed
     return base | {"layer_bit_widths": widths}
 
 

@@ -131,7 +131,7 @@ def test_end_to_end_with_time_aware_quantization(antiberty: Path, tmp_path: Path
     assert report["facts"]["compared on"].endswith("the model's own trajectory")
     assert [0.0 <= step["timestep"] <= 1.0 for step in report["steps"]] == [True, True]
     fitted = [one for one in api.inspect(tmp_path / "int2")["layers"] if "calibrated on" in one["decision"]]
-    assert len(fitted) == 6 + 1  # matrices of the first block, and the head's
+    assert len(fitted) == 6 + 2  # matrices of the first block, and the head's
     errors = [report["per_layer_output_error"][one["layer_name"]] for one in fitted]
     assert all(len(groups) == 2 and 0.0 < min(groups) <= max(groups) < 0.5 for groups in errors)
 

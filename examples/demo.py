@@ -42,7 +42,7 @@ OUT, MODELS = Path("demo"), Path(__file__).parent / "models"
 WIDTHS = (8, 4, 2)
 BAR = 0.85
 COLUMNS = ("model", "MB", "smaller", "bits/weight", "weight cosine", "output cosine", "error", "bar", "seconds")
-TEXTS = 96
+TEXTS = 64
 SENTENCE = re.compile(r"[A-Z][^.:*|`\\]{40,220}\.(?=\s)")
 TERRAIN = "terrain_consistency_unet_difficulty100.onnx"
 
@@ -89,7 +89,7 @@ def antiberty() -> Subject:
     source, folder = packaged("antiberty", "trained_models/AntiBERTy_md_smooth"), OUT / "antiberty"
     shutil.copytree(source, folder)
     shutil.copy(source.parent / "vocab.txt", folder)
-    return Subject(original=folder, settings={"group_size": 64, "calibration_samples": 32})
+    return Subject(original=folder, settings={"group_size": 64, "calibration_samples": 24})
 
 
 def minilm() -> Subject:

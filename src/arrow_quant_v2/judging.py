@@ -15,10 +15,10 @@ import torch
 from arrow_quant_v2.calibration.samples import Asked, gather
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.sources.parquet import ParquetSource
-from arrow_quant_v2.validation.outputs import compare_outputs, model_outputs
+from arrow_quant_v2.validation.outputs import compare_outputs, model_outputs, replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.sample import Sample
@@ -114,13 +114,11 @@ class Judge:
                     place.copy_(source.read(layer).reshape(place.shape))
 
     def _cosine_with(self, layer: str, calls: Sequence[int]) -> float:
-        place = self._places[self._runnable.names[layer]]
-        now = place.data
-        place.data = self._source.read(layer).reshape(place.shape).to(place)
-        try:
+        name = self._runnable.names[layer]
+        place = self._places[name]
+        own = self._source.read(layer).reshape(place.shape).to(place)
+        with replaced(self._runnable, {name: own}):
             return self._cosine(calls)
-        finally:
-            place.data = now
 
     def _cosine(self, numbers: Sequence[int]) -> float:
         calls = [self.held_out.calls[number] for number in numbers]
@@ -171,10 +169,9 @@ def most_worth(gains: Mapping[str, float], added: Mapping[str, int], needed: flo
     What several layers bring adds up roughly, so those that gain most for a byte come first. All of them where no layer
     alone gains anything.
     """
-    by_worth: Callable[[str], float] = lambda name: -gains[name] / max(1, added[name])  # noqa: E731
     chosen: list[str] = []
     total = 0.0
-    for name in sorted(gains, key=lambda name: (by_worth(name), name)):
+    for name in sorted(gains, key=lambda name: (-gains[name] / max(1, added[name]), name)):
         if chosen and (total >= needed or gains[name] <= 0.0):
             break
         chosen.append(name)

@@ -11,6 +11,7 @@ from arrow_quant_v2.decisions import fallback_rates, fallbacks_per_method
 from arrow_quant_v2.publish import PAGE, REPORT
 from arrow_quant_v2.report.as_json import to_json
 from arrow_quant_v2.store.reader import StoredModel
+from arrow_quant_v2.validation.findings import WEIGHT_METRIC, finite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from arrow_quant_v2.stats_run import StatsOutcome
     from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.validation.findings import Findings, LayerFinding
-
-WEIGHT_METRIC = "weight cosine, mean over quantized layers"
 
 
 def quantization_result(job: Job, outcome: Outcome) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def validation_result(found: Findings) -> dict[str, Any]:
         "size_mb": found.size_bytes / 1e6,
         "original_mb": found.original_bytes / 1e6,
         "metrics": [asdict(metric) for metric in found.metrics],
-        "steps": [asdict(step) | {"error": _number(step.error)} for step in found.steps],
+        "steps": [asdict(step) | {"error": finite(step.error)} for step in found.steps],
         "time_groups": [list(edges) for edges in found.time_groups],
         "fallbacks_per_method": dict(found.fallbacks_per_method),
         "notes": list(found.notes),
@@ -141,12 +140,7 @@ def _seen(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(errors: Sequence[float] | None) -> list[float | None] | None:
-    return None if errors is None else [_number(error) for error in errors]
-
-
-def _number(value: float) -> float | None:
-    """JSON knows neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
+    return None if errors is None else [finite(error) for error in errors]
 
 
 def inspection_result(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from arrow_quant_v2.errors import StoreError
-from arrow_quant_v2.validation.findings import Findings, LayerFinding, Metric, SamplePair, StepFinding
+from arrow_quant_v2.validation.findings import Findings, LayerFinding, Metric, SamplePair, StepFinding, finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ def to_json(findings: Findings) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "passed": findings.passed,
-        "accuracy": _number(findings.accuracy),
+        "accuracy": finite(findings.accuracy),
         "metric": findings.metric,
         "min_accuracy": findings.min_accuracy,
         "size_bytes": findings.size_bytes,
@@ -137,14 +137,10 @@ def _maybe(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _plain(value: Any) -> Any:
     """The same with null for every number that JSON does not know."""
     if isinstance(value, float):
-        return _number(value)
+        return finite(value)
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

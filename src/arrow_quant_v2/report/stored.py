@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from arrow_quant_v2.publish import content_hash
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.store.reader import StoredModel
-from arrow_quant_v2.validation.findings import Findings, LayerFinding, Metric
+from arrow_quant_v2.validation.findings import Findings, LayerFinding, Metric, stated_bar
 from arrow_quant_v2.workfolder import METADATA
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.store.entries import LayerEntry
 
-DEFAULT_BAR = 0.85
 MEAN, LOWEST, LAYER_ERROR = "weight cosine", "lowest weight cosine of a layer", "output error of layers"
 NOT_RUN = (
     "The model was not run for this report: its figures are of weights, and of single layers' outputs on calibration"
@@ -45,7 +44,7 @@ def stored_findings(folder: Path, facts: Mapping[str, str] | None = None) -> Fin
         size = sum(path.stat().st_size for path in stored.files)
         known = _stored_facts(metadata, stored.metadata, stored.entries)
     layers = tuple(_layer(one) for one in first)
-    bar = _bar(metadata)
+    bar = stated_bar(metadata.get("configuration"))
     lowest = min((one.weight_cosine for one in layers if one.weight_cosine is not None), default=None)
     return Findings(
         accuracy=lowest,
@@ -138,12 +137,6 @@ def _time_groups(entries: Sequence[LayerEntry]) -> tuple[tuple[float, float], ..
         if ranges and all(part.get("start") is not None and part.get("end") is not None for part in ranges):
             return tuple((part["start"], part["end"]) for part in ranges)
     return ()
-
-
-def _bar(metadata: Mapping[str, Any]) -> float:
-    settings = metadata.get("configuration")
-    bar = settings.get("min_accuracy") if isinstance(settings, dict) else None
-    return float(bar) if isinstance(bar, int | float) else DEFAULT_BAR
 
 
 def _stored_facts(

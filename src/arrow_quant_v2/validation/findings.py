@@ -5,6 +5,7 @@ Every figure says what it is: a weight's error is never called an output's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Better = Literal["higher", "lower"]
+WEIGHT_METRIC = "weight cosine, mean over quantized layers"
+DEFAULT_BAR = 0.85
+
+
+def finite(value: float | None) -> float | None:
+    """The figure as JSON can write it: None where it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def stated_bar(configuration: object) -> float:
+    """The bar in the settings that a quantized model says it was made with, else 0.85."""
+    bar = configuration.get("min_accuracy") if isinstance(configuration, dict) else None
+    return float(bar) if isinstance(bar, int | float) else DEFAULT_BAR
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,14 @@ from arrow_quant_v2.sources.modality import detect_modality
 from arrow_quant_v2.sources.module import ModuleSource
 from arrow_quant_v2.sources.parquet import ParquetSource
 from arrow_quant_v2.time_groups import TimeGroups, uniform_groups
-from arrow_quant_v2.validation.findings import Findings, LayerFinding, Metric
+from arrow_quant_v2.validation.findings import (
+    WEIGHT_METRIC,
+    Findings,
+    LayerFinding,
+    Metric,
+    finite,
+    stated_bar,
+)
 from arrow_quant_v2.validation.layer_outputs import LayerOutputs, chosen, layer_outputs
 from arrow_quant_v2.validation.metrics import decibels
 from arrow_quant_v2.validation.outputs import compare_outputs, model_outputs, other_values, replaced
@@ -70,11 +77,9 @@ if TYPE_CHECKING:
 
     Report = Callable[[str, float], object]
 
-WEIGHTS = "weight cosine, mean over quantized layers"
 HIDDEN_OUTPUTS = "output cosine: probabilities of masked tokens, mean over tokens"
 TOKEN_OUTPUTS = "output cosine: last hidden states or logits, mean over tokens"  # noqa: S105 - no password
 SAMPLE_OUTPUTS = "output cosine: what the denoiser says, mean over samples"
-DEFAULT_BAR = 0.85
 GROUPS = 10
 HELD_OUT = 1_000_003  # added to the seed of calibration, so that no sample is one that layers were fitted to
 TRAJECTORY = 32  # samples of continuous models, whose trajectories go through every step and both branches
@@ -152,8 +157,7 @@ class _Models:
     @property
     def bar(self) -> float:
         asked = self.wish.min_accuracy
-        stated = self.configuration.get("min_accuracy")
-        return asked if asked is not None else float(stated if isinstance(stated, int | float) else DEFAULT_BAR)
+        return stated_bar(self.configuration) if asked is None else asked
 
     @property
     def seed(self) -> int:
@@ -166,7 +170,7 @@ class _Ran:
     """What running both models gave; nothing but notes where they could not be run."""
 
     accuracy: float | None = None
-    metric: str = WEIGHTS
+    metric: str = WEIGHT_METRIC
     metrics: tuple[Metric, ...] = ()
     steps: tuple[StepFinding, ...] = ()
     layers: Mapping[str, LayerOutputs] | None = None
@@ -400,14 +404,9 @@ def _output_metrics(cosine: float, error: float) -> list[Metric]:
     sqnr = decibels(error)
     return [
         Metric(name="output cosine", value=cosine),
-        Metric(name="output error", value=_number(error), better="lower", note="|a - b|^2 / |a|^2"),
-        Metric(name="output SQNR", value=_number(sqnr), unit="dB"),
+        Metric(name="output error", value=finite(error), better="lower", note="|a - b|^2 / |a|^2"),
+        Metric(name="output SQNR", value=finite(sqnr), unit="dB"),
     ]
-
-
-def _number(value: float) -> float | None:
-    """What JSON can write; None: equal, or not finite."""
-    return value if math.isfinite(value) else None
 
 
 def _group_count(models: _Models, timesteps: int) -> int:

@@ -22,6 +22,7 @@ from arrow_quant_v2 import (
     ValidationError,
 )
 from arrow_quant_v2 import layers as layers_room
+from arrow_quant_v2.budget import resident_bytes
 from arrow_quant_v2.decisions import Decision
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.sources.folder import open_model
@@ -112,11 +113,12 @@ def test_everything_but_the_weights_is_copied(quantized: Callable[..., object]) 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_doctor_knows_the_size_beforehand(name: str, bits: int, quantized: Callable[..., object]) -> None:
     model = quantized(name, bits)
+    before = resident_bytes() / 1e6  # of this process, whatever ran in it: the prediction starts from it
     found = api.doctor(model.original, DiffusionQuantConfig(bit_width=bits, group_size=64))
     assert found["predicted_size_mb"] == pytest.approx(model.result["model_size_mb"], rel=0.01)
     assert found["predicted_compression_ratio"] == pytest.approx(model.result["compression_ratio"], rel=0.01)
     assert found["verdict"] == "fits"
-    assert 100 < found["predicted_peak_memory_mb"] < 2000
+    assert 50 < found["predicted_peak_memory_mb"] - before < 1000
     assert [one["layer_name"] for one in found["layers"]] == [d.layer_name for d in model.result["decisions"]]
 
 

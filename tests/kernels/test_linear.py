@@ -51,15 +51,15 @@ def test_a_product_is_that_of_the_dequantized_weight(bits: Any, symmetric: bool,
     found = products.linear(x, *arguments(weight, bias))
     expected = functional.linear(x.float(), dequantized(weight), bias)
     assert found.dtype == dtype
-    torch.testing.assert_close(
-        found.float(), expected.to(dtype).float(), rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-4
-    )
+    added = (x.float().abs() @ dequantized(weight).abs().T).max()  # what its rounding is a part of
+    part = {torch.float32: 1.5e-5, torch.float16: 1e-3, torch.bfloat16: 2.0**-8}[dtype]
+    assert (found.float() - expected).abs().max() <= part * added
 
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_residual_grid_is_multiplied_too(bits: Any) -> None:
     weight, x = on_the_residual_grid(bits), inputs()
-    torch.testing.assert_close(products.linear(x, *arguments(weight)), x @ dequantized(weight).T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(products.linear(x, *arguments(weight)), x @ dequantized(weight).T, rtol=1e-5, atol=1e-3)
 
 
 def test_rounding_by_group_errs_by_half_a_step_of_the_largest_value() -> None:

@@ -55,7 +55,7 @@ IDS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
 
 def test_an_adapter_takes_effect_and_can_be_switched_off() -> None:
     plain, runs = adapted()
-    assert distance(runs(IDS), plain(IDS)) < 1e-5
+    assert distance(runs(IDS), plain(IDS)) < 3e-5
     with runs.disable_adapter():
         assert distance(runs(IDS), plain(IDS)) > 0.1
 

@@ -186,7 +186,7 @@ def test_the_experts_of_diffusion_gemma_stay_packed(tmp_path: Path, implementati
     model = aq.load(both.quantized, into=experts)
     assert sorted(packed_layers(model)) == ["down_proj", "gate_up_proj"]
     routed = normal(6, 64), torch.tensor([[0, 3], [1, 2]] * 3), torch.full((6, 2), 0.5)
-    assert distance(model(*routed), twin(*routed)) < 1e-5
+    assert distance(model(*routed), twin(*routed)) < 3e-5
 
 
 def test_a_module_of_your_own_is_filled(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_whole_model_compiles_without_a_break(tmp_path: Path) -> None:
     both = text_pair("BertModel", tmp_path)
     model = aq.load(both.quantized)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert distance(logits(compiled), logits(model)) < 1e-5
+    assert distance(logits(compiled), logits(model)) < 3e-5
 
 
 # What is wrong is said in one error

@@ -43,7 +43,7 @@ def test_a_linear_layer(dtype: torch.dtype, bias: bool, how: dict[str, Any]) -> 
     plain, layer = both(nn.Linear(64, 48, bias=bias), **how)
     x = normal(2, 5, 64).to(dtype)
     assert layer(x).dtype == dtype
-    assert distance(layer(x), plain(x.float())) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert distance(layer(x), plain(x.float())) < (3e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=lambda value: str(value).replace(" ", ""))
@@ -52,15 +52,15 @@ def test_a_linear_layer(dtype: torch.dtype, bias: bool, how: dict[str, Any]) -> 
 def test_a_convolution(layer: nn.Module, shape: tuple[int, ...], how: dict[str, Any], batch: int) -> None:
     plain, layer = both(layer, **how)
     x = normal(batch * shape[0], *shape[1:])
-    assert distance(layer(x), plain(x)) < 1e-5
+    assert distance(layer(x), plain(x)) < 3e-5
     assert distance(layer(x.bfloat16()), plain(x)) < 2e-2
-    assert distance(layer(x[0]), plain(x[0])) < 1e-5
+    assert distance(layer(x[0]), plain(x[0])) < 3e-5
 
 
 def test_an_embedding() -> None:
     plain, layer = both(nn.Embedding(60, 64, padding_idx=3), **TURNED)
     ids = torch.tensor([[1, 3, 59], [3, 0, 1]])
-    assert distance(layer(ids), plain(ids)) < 1e-5
+    assert distance(layer(ids), plain(ids)) < 3e-5
     assert layer.half()(ids).dtype == torch.float16
     assert layer.padding_idx == 3
 
@@ -83,8 +83,8 @@ def test_gradients_are_those_of_the_dequantized_layer(activations: Any, how: dic
     found, expected = normal(5, 64).requires_grad_(), normal(5, 64).requires_grad_()
     layer(found).sum().backward()
     plain(expected).sum().backward()
-    assert distance(found.grad, expected.grad) < 1e-5
-    assert distance(layer.bias.grad, plain.bias.grad) < 1e-5
+    assert distance(found.grad, expected.grad) < 3e-5
+    assert distance(layer.bias.grad, plain.bias.grad) < 3e-5
 
 
 @pytest.mark.parametrize("activations", [None, "dynamic"])
@@ -92,7 +92,7 @@ def test_it_compiles_without_a_break(activations: Any) -> None:
     _, layer = both(nn.Linear(64, 48), **TURNED)
     layer.activations = activations
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert distance(compiled(normal(5, 64)), layer(normal(5, 64))) < 1e-5
+    assert distance(compiled(normal(5, 64)), layer(normal(5, 64))) < 3e-5
 
 
 def test_copies_pickles_and_states_give_the_same() -> None:
@@ -117,8 +117,8 @@ def test_static_activations_are_those_of_the_time_group(how: dict[str, Any]) -> 
     x = normal(50, 64)
     for time, scale, zero_point in ((0.2, 0.02, 120), (0.9, 0.1, 100)):
         with timestep(time):
-            assert distance(layer(x), plain(rounded_by_scale(x, scale, zero_point))) < 1e-5
-    assert distance(layer(x), plain(rounded_by_scale(x, *layer.ranges.whole))) < 1e-5
+            assert distance(layer(x), plain(rounded_by_scale(x, scale, zero_point))) < 3e-5
+    assert distance(layer(x), plain(rounded_by_scale(x, *layer.ranges.whole))) < 3e-5
 
 
 def test_the_range_of_an_unknown_time_covers_all() -> None:
@@ -133,10 +133,10 @@ def test_corrections_are_added_in_their_time_group_alone() -> None:
     layer.corrections = torch.stack([torch.zeros(48), torch.ones(48)])
     layer.clock = Clock(TimeGroups(edges=(0.0, 0.5, 1.0)))
     x = normal(5, 64)
-    assert distance(layer(x), plain(x)) < 1e-5
+    assert distance(layer(x), plain(x)) < 3e-5
     for time, added in ((0.2, 0.0), (0.9, 1.0)):
         with timestep(time):
-            assert distance(layer(x), plain(x) + added) < 1e-5
+            assert distance(layer(x), plain(x) + added) < 3e-5
 
 
 def test_the_first_layer_that_is_not_finite_is_named() -> None:

@@ -33,10 +33,10 @@ def test_its_values_are_those_of_the_file(bits: Any, grid: str, basis: dict[str,
 def test_a_product_is_that_of_its_values(bits: Any, basis: dict[str, Any]) -> None:
     weight, x, bias = PackedWeight(packed(WEIGHT, bits, **basis)), normal(2, 3, 64, seed=1), normal(48, seed=2)
     expected = functional.linear(x, weight.dequantized(), bias)
-    assert distance(weight.product(x, bias), expected) < 1e-5
-    assert distance(functional.linear(x, weight, bias), expected) < 1e-5
-    assert distance(functional.linear(input=x, weight=weight, bias=bias), expected) < 1e-5
-    assert distance(x @ weight.T + bias, expected) < 1e-5
+    assert distance(weight.product(x, bias), expected) < 3e-5
+    assert distance(functional.linear(x, weight, bias), expected) < 3e-5
+    assert distance(functional.linear(input=x, weight=weight, bias=bias), expected) < 3e-5
+    assert distance(x @ weight.T + bias, expected) < 3e-5
 
 
 def test_a_convolution_weight_is_turned_along_its_channels() -> None:
@@ -62,7 +62,7 @@ def test_one_expert_is_given_packed_and_shares_the_codes() -> None:
         assert expert.shape == (48, 64)
         assert expert.codes.untyped_storage().data_ptr() == weight.codes.untyped_storage().data_ptr()
         torch.testing.assert_close(expert.dequantized(), weight.dequantized()[at])
-        assert distance(functional.linear(x, expert), x @ weight.dequantized()[at].T) < 1e-5
+        assert distance(functional.linear(x, expert), x @ weight.dequantized()[at].T) < 3e-5
     assert weight[1:3].shape == (2, 48, 64)
     with pytest.raises(IndexError, match="expert 4 of 4"):
         weight[4]

@@ -1,7 +1,8 @@
 """Inputs times packed weights, declared once: schema, shapes, meaning, gradient; knows nothing of modules or devices.
 
 What is registered here is the meaning in plain torch, which runs everywhere; device kernels register beside it. They
-add up in another order, and are held to the meaning by its rounding.
+add up in another order, and are held to the meaning by its rounding; where x is bfloat16, they may round W and what x
+is rounded to as well.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ MOST_IN_PANELS = 256
 """Rows of x up to which our product of dequantized rows is faster than torch's of tiles."""
 MOST_IN_GROUP = 1 << 16
 """Columns of a group whose whole numbers still fit in 32 bits."""
+AS_IT_IS, BY_GROUP, BY_SCALE = 0, 1, 2
+"""What the library calls the roundings of x."""
 TILE_VALUES = 1 << 21
 """Weights of one dequantized tile: 8 MB of float32, which stays in the cache."""
 
@@ -68,13 +70,15 @@ def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The C++ library, and how many threads a call of it may use; x is (count, columns), results are float32."""
+    """The C++ library, and how many threads a call of it may use; x is (count, columns)."""
 
     library: ctypes.CDLL
     threads: Callable[[], int]
 
     def exact(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply x as it is."""
+        if self._in_blocks(len(x), weight):
+            return self._blocks(x, weight, AS_IT_IS)
         if len(x) > MOST_IN_PANELS or not groups_start_on_bytes(weight):
             return by_tiles(x.float(), weight)
         kernel = self.library.aq_linear if len(x) <= MOST_DIRECT else self.library.aq_linear_tiled
@@ -82,6 +86,8 @@ class Kernels:
 
     def dynamic(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply x rounded by group."""
+        if self._in_blocks(len(x), weight):
+            return self._blocks(x, weight, BY_GROUP)
         kernel = self._of_whole_numbers(len(x), weight)
         if kernel is None:
             return self.exact(meaning.rounded_by_group(x, weight.group), weight)
@@ -89,10 +95,20 @@ class Kernels:
 
     def static(self, x: Tensor, weight: Weight, scale: float, zero_point: int) -> Tensor:
         """Multiply x rounded with one scale."""
+        if self._in_blocks(len(x), weight) and ctypes.c_float(scale).value > 0.0:
+            return self._blocks(x, weight, BY_SCALE, scale, zero_point)
         kernel, step = self._of_whole_numbers(len(x), weight), ctypes.c_float(scale)
         if kernel is None or step.value == 0.0:
             return self.exact(meaning.rounded_by_scale(x, scale, zero_point), weight)
         return _call(kernel, x, weight, step, zero_point, self.threads())
+
+    def _in_blocks(self, count: int, weight: Weight) -> bool:
+        """Whether so many rows of x go to a matrix unit: of bfloat16, as groups are too short for its whole numbers."""
+        return bool(count > MOST_DIRECT and groups_start_on_bytes(weight) and self.library.aq_multiplies_blocks())
+
+    def _blocks(self, x: Tensor, weight: Weight, rounded: int, scale: float = 0.0, zero_point: int = 0) -> Tensor:
+        how = (rounded, ctypes.c_float(scale), zero_point, self.threads())
+        return _call(self.library.aq_linear_blocks, x, weight, *how, dtype=x.dtype)
 
     def _of_whole_numbers(self, count: int, weight: Weight) -> Callable[..., None] | None:
         """The kernel for so many rows of x in 8 bits; None where floats are as fast."""
@@ -120,9 +136,11 @@ def _empty_product(x: Tensor, weight: Weight) -> Tensor:
     return functional.linear(x, nothing, None if weight.bias is None else weight.bias.to(x.dtype))
 
 
-def _call(kernel: Callable[..., None], x: Tensor, weight: Weight, *further: Any) -> Tensor:
-    """Call a kernel that takes any number of rows of x."""
-    y, inputs = torch.empty((len(x), weight.rows)), x.contiguous()
+def _call(
+    kernel: Callable[..., None], x: Tensor, weight: Weight, *further: Any, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Call a kernel that takes any number of rows of x, and gives a result of that dtype."""
+    y, inputs = torch.empty((len(x), weight.rows), dtype=dtype), x.contiguous()
     kept = [part.contiguous() for part in weight.stored]
     bias = None if weight.bias is None else weight.bias.float().contiguous()
     kernel(

@@ -11,7 +11,7 @@ import arrow_quant_v2.kernels as here
 from arrow_quant_v2.errors import ConfigurationError
 
 LIBRARY = "libarrow_quant_kernels.so"
-ABI = 5
+ABI = 6
 
 
 def find_library() -> Path | None:

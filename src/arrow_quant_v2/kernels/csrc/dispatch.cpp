@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -17,6 +18,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -48,6 +51,14 @@ extern const KernelTable table;
 namespace avx512vnni {
 extern const KernelTable table;
 }
+#if defined(AQ_WITH_AMX)
+namespace avx512bf16 {
+extern const KernelTable table;
+}
+namespace amx {
+extern const KernelTable table;
+}
+#endif
 #endif
 
 namespace {
@@ -63,9 +74,36 @@ bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+#if defined(AQ_WITH_AMX)
+// GCC and Clang call these bits differently.
+constexpr unsigned VBMI = 1u << 1, AVX512_BF16 = 1u << 5, AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+
+bool has_bfloat16_pairs() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & VBMI)) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & AVX512_BF16);
+}
+
+// The registers are large, so Linux saves them only for processes that ask.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long ASK_FOR = 0x1023, TILE_DATA = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_TILE) || !(d & AMX_BF16)) return false;
+  return syscall(SYS_arch_prctl, ASK_FOR, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 #endif
 
 bool runs_here(const KernelTable& candidate) {
+#if defined(AQ_WITH_AMX)
+  if (&candidate == &amx::table) return runs_here(avx512bf16::table) && may_use_tiles();
+  if (&candidate == &avx512bf16::table) return runs_here(avx512vnni::table) && has_bfloat16_pairs();
+#endif
 #if defined(__x86_64__)
   if (&candidate == &avx512vnni::table) return runs_here(avx512::table) && __builtin_cpu_supports("avx512vnni");
   if (&candidate == &avx512::table)
@@ -80,6 +118,9 @@ bool runs_here(const KernelTable& candidate) {
 }
 
 const KernelTable* const CANDIDATES[] = {
+#if defined(AQ_WITH_AMX)
+    &amx::table, &avx512bf16::table,
+#endif
 #if defined(__x86_64__)
     &avx512vnni::table, &avx512::table, &avx2::table,
 #endif
@@ -144,7 +185,7 @@ int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 5; }
+AQ_EXPORT int aq_abi() { return 6; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -239,7 +280,7 @@ AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint
   const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
                       row_bytes_of(columns, bits), bits};
   Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  std::vector<float> planes(std::min(count, MOST_DIRECT) * groups * ask.group_places()), sums(MOST_DIRECT * groups);
+  std::vector<float> planes(std::min(count, MOST_DIRECT) * ask.row_planes()), sums(MOST_DIRECT * groups);
   ask.planes = planes.data();
   ask.sums = sums.data();
   const int64_t x_bytes = columns * (dtype == FLOAT32 ? 4 : 2);
@@ -316,6 +357,39 @@ AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scal
   ask.sums = sums.data();
   over_rows(ask, table->fill_rounded_panels, ask.panels(), columns * ask.lanes, threads);
   over_rows(ask, table->rounded_tiled_product, ask.tiles(), columns * TiledProduct::TILE_ROWS, threads);
+}
+
+namespace {
+
+// The sums of many inputs are worth more rows of W at a time. Every thread gets some blocks.
+void shape_blocks(BlockProduct& ask, int threads) {
+  if (ask.count <= 4 * BlockProduct::PANEL) return;
+  while (ask.rows_of_block < 4 * BlockProduct::FEWEST_ROWS && ask.blocks_of_rows() >= 8 * threads) ask.rows_of_block *= 2;
+}
+
+}  // namespace
+
+// 1 where this instruction set multiplies blocks of rows.
+AQ_EXPORT int aq_multiplies_blocks() { return chosen.load()->block_product != nullptr; }
+
+// For many rows of x, as they are (rounded 0), or rounded to 8 bits by group (1) or with one step (2); y has the dtype of x.
+AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                                const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
+                                int residual, const void* x, int dtype, int64_t count, const float* bias, void* y,
+                                int rounded, float step, int zero, int threads) {
+  const KernelTable* table = chosen.load();
+  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group,
+                      groups_of(columns, group), row_bytes_of(columns, bits), bits};
+  BlockProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, nullptr},
+                    rounded == 2, step, (float)zero, nullptr, nullptr},
+                   rounded != 0, y, nullptr, BlockProduct::FEWEST_ROWS};
+  shape_blocks(ask, threads);
+  const int64_t size = ask.pieces() * ask.piece_size();
+  const std::unique_ptr<uint16_t[]> inputs(new uint16_t[size + 32]);  // not a vector: all of it is written below
+  ask.inputs = (uint16_t*)(((uintptr_t)inputs.get() + 63) / 64 * 64);
+  expect_to_fill(ask.inputs, 2 * size);
+  over_rows(ask, table->fill_blocks, ask.panels(), columns * BlockProduct::PANEL, threads);
+  over_rows(ask, table->block_product, ask.blocks_of_rows(), columns * ask.rows_of_block / FAST_VALUES, threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

@@ -93,6 +93,7 @@ struct Product {
   int64_t group_bytes() const { return (of.group * of.bits + 7) / 8; }
   int64_t blocks() const { return (group_bytes() + 15) / 16; }
   int64_t group_places() const { return blocks() * 16 * codes_of_byte(); }
+  int64_t row_planes() const { return of.groups * group_places() + 32; }  // more than pieces.hpp needs, too
 };
 
 // The same with x rounded to whole numbers q of 8 bits: x ~ step * q, and for a fixed step x ~ step * (q + correction).
@@ -132,6 +133,26 @@ struct TiledProduct : RoundedProduct {
   int64_t words() const { return (of.columns + word_columns - 1) / word_columns; }
 };
 
+// The same in blocks for a matrix unit: x in panels of 16 rows, as bfloat16 pieces whose sum it is (pieces.hpp):
+//
+//   (pieces, panels, chunks of 32 columns, 16 pairs of columns, 16 rows of x, 2)
+//
+// and W decoded by blocks of rows. The result has the dtype of x.
+struct BlockProduct : RoundedProduct {
+  static constexpr int64_t PANEL = 16, FEWEST_ROWS = 64;
+  bool rounded;
+  void* result;  // (count, rows)
+  uint16_t* inputs;
+  int64_t rows_of_block;  // of W, that are decoded before they meet all panels
+
+  int64_t pieces() const { return dtype == BFLOAT16 ? 1 : 2; }
+  int64_t panels() const { return (count + PANEL - 1) / PANEL; }
+  int64_t chunks() const { return (of.columns + 31) / 32; }
+  int64_t panel_size() const { return chunks() * 32 * PANEL; }
+  int64_t piece_size() const { return panels() * panel_size(); }
+  int64_t blocks_of_rows() const { return (rows + rows_of_block - 1) / rows_of_block; }
+};
+
 struct Repack {
   const uint8_t* from;
   uint8_t* to;
@@ -160,4 +181,6 @@ struct KernelTable {
   int (*word_columns)(int bits);  // 0 where whole numbers are no faster than floats
   void (*fill_rounded_panels)(const TiledProduct&, int64_t first, int64_t last);
   void (*rounded_tiled_product)(const TiledProduct&, int64_t first, int64_t last);
+  void (*fill_blocks)(const BlockProduct&, int64_t first, int64_t last);  // panels; null where there is no matrix unit
+  void (*block_product)(const BlockProduct&, int64_t first, int64_t last);  // blocks of rows of W
 };

@@ -5,6 +5,7 @@
 
 #include "kernels.hpp"
 #include "stored.hpp"
+#include "words.hpp"
 
 namespace AQ_ISA {
 
@@ -13,10 +14,10 @@ namespace AQ_ISA {
 //   affine  step = s, base = -s * zero, jump = 0
 //   r2q     step = 2 a2, base = mu - a1 - m a2, jump = 2 a1 - 2^(bits-1) step, m = 2^(bits-1) - 1
 struct RowLevels {
-  std::vector<float> base, step, jump, zero;  // (groups,); zero on the affine grid, jump on the other
+  std::vector<float> base, step, jump, zero;  // (groups and LANES,); zero on the affine grid, jump on the other
 
   explicit RowLevels(const Product& ask)
-      : base(ask.of.groups), step(ask.of.groups), jump(ask.of.groups), zero(ask.of.groups) {}
+      : base(ask.of.groups + LANES), step(base.size()), jump(base.size()), zero(base.size()) {}
 
   void read(const Product& ask, int64_t row) {
     const uint8_t* zeros = ask.of.zero_points ? ask.of.zero_points + row * ask.of.groups : nullptr;
@@ -50,6 +51,17 @@ struct RowLevels {
     }
   }
 };
+
+// The base of every group times the sum of its inputs, of one row of x.
+static inline float based(const Product& ask, const RowLevels& levels, int m) {
+  const float* inputs = ask.sums + m * ask.of.groups;
+  const int64_t whole = ask.of.groups / LANES * LANES;
+  Lanes all = fill(0.0f);
+  for (int64_t g = 0; g < whole; g += LANES) all = add_product(load(&levels.base[g]), load(inputs + g), all);
+  float rest = 0.0f;
+  for (int64_t g = whole; g < ask.of.groups; g++) rest += levels.base[g] * inputs[g];
+  return fold(pairs(all)) + rest;
+}
 
 // The weight from one row on, as if it began there.
 static inline Dequantize from_row(const Product& ask, int64_t row) {

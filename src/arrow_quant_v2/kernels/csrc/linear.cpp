@@ -23,6 +23,10 @@
 
 namespace AQ_ISA {
 
+bool takes_pieces(const Product& ask);  // linear_pieces.cpp
+void split_to_pieces(const Product& ask, int64_t first, int64_t last);
+void product_of_pieces(const Product& ask, int64_t first, int64_t last);
+
 // One group of inputs to planes; `from` is filled up with zeros.
 static void split_group(const float* from, float* to, int64_t blocks, int64_t codes_of_byte) {
   for (int64_t b = 0; b < blocks; b++)
@@ -31,6 +35,7 @@ static void split_group(const float* from, float* to, int64_t blocks, int64_t co
 }
 
 void split(const Product& ask, int64_t first, int64_t last) {
+  if (takes_pieces(ask)) return split_to_pieces(ask, first, last);
   const int64_t places = ask.group_places();
   std::vector<float> group(places + LANES);
   for (int64_t m = first; m < last; m++)
@@ -131,13 +136,7 @@ struct GroupProduct<4, false, COUNT> {
     for (int m = 0; m < COUNT; m++) sums[m] = add_product(group.total(m), step, sums[m]);
   }
   AQ_INLINE_MEMBER float total(int m, const RowLevels& levels, const Product& ask) const {
-    const float* inputs = ask.sums + m * ask.of.groups;
-    const int64_t whole = ask.of.groups / LANES * LANES;
-    Lanes all = sums[m];
-    for (int64_t g = 0; g < whole; g += LANES) all = add_product(load(&levels.base[g]), load(inputs + g), all);
-    float rest = 0.0f;
-    for (int64_t g = whole; g < ask.of.groups; g++) rest += levels.base[g] * inputs[g];
-    return fold(pairs(all)) + rest;
+    return fold(pairs(sums[m])) + based(ask, levels, m);
   }
 };
 
@@ -189,6 +188,7 @@ static void product_in(const Product& ask, int64_t first, int64_t last) {
 }
 
 void product(const Product& ask, int64_t first, int64_t last) {
+  if (takes_pieces(ask)) return product_of_pieces(ask, first, last);
   if (ask.of.bits == 2) product_in<2>(ask, first, last);
   if (ask.of.bits == 4) product_in<4>(ask, first, last);
   if (ask.of.bits == 8) product_in<8>(ask, first, last);

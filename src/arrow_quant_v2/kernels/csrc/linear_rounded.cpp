@@ -177,16 +177,6 @@ AQ_INLINE Sums8<BITS, RESIDUAL, COUNT> add_row(const RoundedProduct& ask, const 
   return sums;
 }
 
-static float based(const RoundedProduct& ask, const RowLevels& levels, int m) {
-  const float* inputs = ask.sums + m * ask.of.groups;
-  const int64_t whole = ask.of.groups / LANES * LANES;
-  Lanes all = fill(0.0f);
-  for (int64_t g = 0; g < whole; g += LANES) all = add_product(load(&levels.base[g]), load(inputs + g), all);
-  float rest = 0.0f;
-  for (int64_t g = whole; g < ask.of.groups; g++) rest += levels.base[g] * inputs[g];
-  return fold(pairs(all)) + rest;
-}
-
 template <int BITS, bool RESIDUAL, int COUNT>
 static void rounded_of(const RoundedProduct& ask, int64_t first, int64_t last) {
   RowLevels levels(ask);

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.quantizers.calibrated import Fitted, Weight, fit_together
+from arrow_quant_v2.quantizers.parts import fit_in_parts
 from arrow_quant_v2.quantizers.result import not_finite
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ def fit_somehow(
         QuantizationError: a weight is not finite, which no method mends; or no way can be gone: the error of the first.
     """
     original: QuantizationError | None = None
+    fit = fit_together if sight.plain else fit_in_parts
     for way in _ways(weights, freedom):
         try:
-            fitted = fit_together(way.weights, sight, way.freedom)
+            fitted = fit(way.weights, sight, way.freedom)
         except QuantizationError as error:
             refuse_wild(weights)
             original = original or error

@@ -91,7 +91,8 @@ def calibration_bytes(plans: Sequence[LayerPlan], names: frozenset[str], *, equa
 
     The whole model lies in memory in float32, and beside it the weights of one block as they were, and for a moment as
     they are; inputs of the widest layer four times, of the quantized and of the original model, as they are seen and as
-    they are added up; H in every basis; the largest layer as it is fitted; and what finished blocks gave.
+    they are added up; H in every basis, and that of each expert; the largest layer as it is fitted; and what finished
+    blocks gave.
     """
     fitted = [plan for plan in plans if plan.tensor.name in names and plan.layout is not None]
     if not fitted:
@@ -103,8 +104,16 @@ def calibration_bytes(plans: Sequence[LayerPlan], names: frozenset[str], *, equa
     for plan in fitted:
         blocks[_likely_block(plan.tensor.name)] += plan.tensor.numel
     weights = sum(plan.tensor.numel for plan in plans) + 2 * max(blocks.values()) + 8 * largest
-    floats = weights + 4 * ROWS_AT_ONCE * widest + moments * widest**2
+    experts = max((_parts(plan) for plan in fitted), default=0)
+    floats = weights + 4 * ROWS_AT_ONCE * widest + moments * widest**2 + experts
     return resident_bytes() + LIBRARIES + RUNNING + OUTPUTS + 4 * floats
+
+
+def _parts(plan: LayerPlan) -> int:
+    """Floats of one H for each expert of a stack; 0 where there are none."""
+    shape, layout = plan.tensor.shape, plan.layout
+    stack = layout is not None and layout.quant_axis == 2  # noqa: PLR2004 - (expert, out, in)
+    return shape[0] * shape[2] ** 2 if stack else 0
 
 
 def _likely_block(name: str) -> str:

@@ -17,7 +17,7 @@ from arrow_quant_v2.forecast import seconds_to_fit
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.layers import calibrated_records, stored_plan
 from arrow_quant_v2.packed import PackedTensor
-from arrow_quant_v2.plan import NO_WIDTHS, Calibrated, asked_bits, plan_model, quant_axis, wider_plan
+from arrow_quant_v2.plan import NO_WIDTHS, Calibrated, asked_bits, plan_model, wider_plan
 from arrow_quant_v2.progress import duration
 from arrow_quant_v2.quantizers.calibrated import Freedom
 from arrow_quant_v2.sequential import Fitting, fit_in_sequence
@@ -112,7 +112,8 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
     module_names = _watched(run)
     watched = runnable.parameters(module_names)
     read_before = runnable.reading
-    with walking(runnable.module, run.prepared.samples.calls, watched, run.folder.scratch, runnable.clock) as walk:
+    calls, scratch = run.prepared.samples.calls, run.folder.scratch
+    with walking(runnable.module, calls, watched, scratch, runnable.clock, plain=False) as walk:
         reading = runnable.reading - read_before
         reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
         names = frozenset(module_names[layer] for layer in reached)
@@ -140,23 +141,20 @@ def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
 
 
 def _watched(run: CalibratedRun) -> dict[str, str]:
-    """Module name -> file name of the weights that could be fitted: matrices and kernels that lie as torch has them."""
+    """Module name -> file name of the weights that could be fitted: all that lie as torch has them."""
     everything = Calibrated(names=frozenset(info.name for info in run.source.tensors), method=run.method)
     plans = plan_model(run.source.tensors, run.config, everything, run.widths)
     return placed(run.source, run.prepared.runnable, {plan.tensor.name for plan in plans if plan.spec is not None})
 
 
 def placed(source: Source, runnable: Runnable, wanted: Collection[str]) -> dict[str, str]:
-    """Module name -> file name of those wanted that are matrices and kernels which lie as torch has them."""
+    """Module name -> file name of those wanted that lie as torch has them."""
     infos = {info.name: info for info in source.tensors}
     parameters = dict(runnable.module.named_parameters(remove_duplicate=False))
     return {
         place: name
         for name, place in runnable.names.items()
-        if name in wanted
-        and place in parameters
-        and tuple(parameters[place].shape) == infos[name].shape
-        and quant_axis(infos[name].shape) == 1
+        if name in wanted and place in parameters and tuple(parameters[place].shape) == infos[name].shape
     }
 
 

@@ -88,7 +88,7 @@ def likely_calibrated(tensors: Iterable[TensorInfo], config: DiffusionQuantConfi
     method = calibrated_method(config, modality)
     if method is None or not config.enable_calibration:
         return NOTHING_CALIBRATED
-    names = (info.name for info in tensors if quant_axis(info.shape) == 1 and not LOOKUP.search(info.name))
+    names = (info.name for info in tensors if not LOOKUP.search(info.name))
     return Calibrated(names=frozenset(names), method=method)
 
 

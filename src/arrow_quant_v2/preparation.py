@@ -22,6 +22,7 @@ from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.samples import Asked, gather
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
+from arrow_quant_v2.plan import quant_axis
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.time_groups import uniform_groups
 
@@ -152,7 +153,7 @@ def open_runnable(
 def _larger_than_memory(source: Source, config: DiffusionQuantConfig) -> bool:
     """Whether the model in float32, and what is made of its widest H or its largest tensor, do not fit into memory."""
     shapes = [info.shape for info in source.tensors]
-    widest = max((math.prod(shape[1:]) for shape in shapes if len(shape) > 1), default=0)
+    widest = max((math.prod(shape[quant_axis(shape) :]) for shape in shapes if len(shape) > 1), default=0)
     largest = max(map(math.prod, shapes), default=0)
     needed = FLOAT * (sum(map(math.prod, shapes)) + COPIES * max(widest**2, largest)) + ROOM
     return needed > min(available_bytes(), config.max_memory or math.inf)

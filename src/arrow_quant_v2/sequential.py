@@ -18,7 +18,7 @@ from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import BarMissedError, QuantizationError
 from arrow_quant_v2.fallback import Bar, warn_of_fallback
 from arrow_quant_v2.kernels.tensors import dequantized
-from arrow_quant_v2.quantizers.calibrated import Sight, Weight, outputs_beside
+from arrow_quant_v2.quantizers.calibrated import Sight, Weight, outputs_of_parts
 from arrow_quant_v2.quantizers.correction import corrected
 from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from arrow_quant_v2.attempts import Made
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.calibration.observe import Strata
     from arrow_quant_v2.calibration.stats import InputStats
@@ -116,7 +117,8 @@ def _fit_block(walk: Walk, number: int, parts: Strata, ask: Fitting) -> None:
         if originals is not None:
             originals.remember(layers)
         if not _restored(walk, layers, ask):
-            drift = Drift(originals) if originals is not None and (number or place) else None
+            known = originals is not None and (number or place) and not walk.parted.intersection(layers)
+            drift = Drift(originals) if originals is not None and known else None
             stats = observe(walk, number, layers, parts, drift)
             if stats is not None:
                 _fit(walk, stats, layers, ask, drift)
@@ -196,7 +198,7 @@ def _made_up_for(tries: list[_Try], stats: InputStats, drift: torch.Tensor | Non
     """The weights that suit their inputs, where those have drifted."""
     if drift is None:
         return tries
-    values = [one.weight.values for one in tries]
+    values = [_outputs_first(one.weight.values, stats) for one in tries]
     try:
         wanted = corrected(values, stats.second.matrix, drift, stats.count, ask.strength)
     except QuantizationError as error:
@@ -204,7 +206,13 @@ def _made_up_for(tries: list[_Try], stats: InputStats, drift: torch.Tensor | Non
             raise
         trouble = f"making up for earlier layers failed ({error}), so not made up for"
         return [replace(one, trouble=(trouble,)) for one in tries]
-    return [replace(one, weight=replace(one.weight, wanted=aim)) for one, aim in zip(tries, wanted, strict=True)]
+    aims = [_outputs_first(aim, stats) for aim in wanted]
+    return [replace(one, weight=replace(one.weight, wanted=aim)) for one, aim in zip(tries, aims, strict=True)]
+
+
+def _outputs_first(matrix: torch.Tensor, stats: InputStats) -> torch.Tensor:
+    """(out, in) of a weight as it is stored, and back."""
+    return matrix.mT.contiguous() if stats.transposed else matrix
 
 
 def _close_enough(tries: Sequence[_Try], stats: InputStats, ask: Fitting) -> list[_Fit]:
@@ -237,18 +245,43 @@ def _widened(fit: _Fit, ask: Fitting) -> _Try:
 
 def _fitted(tries: Sequence[_Try], stats: InputStats, ask: Fitting) -> list[_Fit]:
     """The layers fitted together, and how close each of them is."""
-    sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
+    sight = _sight(stats)
     made, trouble = fit_somehow([one.weight for one in tries], sight, ask.freedom, fail_fast=ask.bar.fail_fast)
     return [
         _Fit(
             plan=one.plan,
             weight=result.weight,
-            trouble=(*one.trouble, *trouble),
+            trouble=(*one.trouble, *trouble, *result.fitted.remarks),
             fitted=result.fitted,
-            outputs=outputs_beside(result.fitted.left, result.weight.aim, stats.probes),
+            outputs=_outputs(result, stats, sight),
         )
         for one, result in zip(tries, made, strict=True)
     ]
+
+
+def _sight(stats: InputStats) -> Sight:
+    """The stats as the fit sees them; parts that overlap, or are not all that was seen, are taken together."""
+    ends = [0, *(end for part in sorted(stats.parts) for end in part)]
+    apart = ends == sorted(ends) and sum(own.count for own in stats.parts.values()) == stats.count
+    return Sight(
+        hessian=stats.second.matrix,
+        count=stats.count,
+        absmax=stats.absmax.amax(dim=0),
+        parts={part: _sight(own) for part, own in stats.parts.items()} if apart else {},
+        transposed=stats.transposed,
+    )
+
+
+def _outputs(made: Made, stats: InputStats, sight: Sight) -> Outputs:
+    """How close the outputs are, those of each part for its own inputs."""
+    left, aim = made.fitted.left, made.weight.aim
+    seen = {part: stats.parts[part] for part in sight.parts} or {(0, len(aim)): stats}
+    return outputs_of_parts(
+        [
+            (_outputs_first(left[first:stop], stats), _outputs_first(aim[first:stop], stats), own.probes)
+            for (first, stop), own in seen.items()
+        ]
+    )
 
 
 def _weight(plan: LayerPlan, ask: Fitting) -> Weight:

@@ -101,10 +101,13 @@ class Walk:
         parameters: Mapping[str, Tensor],
         folder: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        plain: bool = True,
     ) -> None:
         """Find the blocks by one call of the model, timed by `clock`; the module is changed until `close`.
 
         Outputs that are too much for memory go into files in `folder`; None: where the system keeps such things.
+        A `plain` walk sees products with whole weights (out, in) alone.
 
         Raises:
             QuantizationError: there are no samples, or the model cannot be called with the first one.
@@ -112,6 +115,7 @@ class Walk:
         if not samples:
             raise QuantizationError("a model is calibrated on what goes into its layers; give one sample or more")
         self.module, self.samples, self.parameters, self._clock = module, samples, parameters, clock
+        self._plain, self.parted = plain, frozenset[str]()
         self._now = threading.local()
         self._kept = Kept(folder)
         self._names = _once(candidates(module, matrices(module)))
@@ -134,15 +138,19 @@ class Walk:
         return sample + len(self.samples)
 
     def watch(self, number: int, layers: Sequence[str], sample: int) -> Watch:
-        """Run block `number` on one sample until all products with these layers were seen, and return them."""
+        """Run block `number` on one sample until all products with these layers were seen, and return them.
+
+        How often rows of a weight are multiplied, as those of an expert are, may differ between samples.
+        """
         block = self.blocks[number]
-        watch = Watch({n: self.parameters[n] for n in layers}, stop=sum(block.uses[n] for n in layers))
+        stop = None if self.parted.intersection(layers) else sum(block.uses[n] for n in layers)
+        watch = Watch({n: self.parameters[n] for n in layers}, stop, plain=self._plain)
         self._run(number, sample, watch, keep=False)
         return watch
 
     def watch_all(self, number: int, sample: int) -> Watch:
         """Run block `number` on one sample as it is, keep what it gives, and return the products with its layers."""
-        watch = Watch({name: self.parameters[name] for name in self.blocks[number].uses})
+        watch = Watch({name: self.parameters[name] for name in self.blocks[number].uses}, plain=self._plain)
         self._run(number, sample, watch, keep=True)
         return watch
 
@@ -232,7 +240,7 @@ class Walk:
 
     def _found(self) -> tuple[Block, ...]:
         """The blocks in the order in which the first sample meets them, each with its inputs."""
-        seen = _FirstCall(self.parameters, self._clock)
+        seen = _FirstCall(self.parameters, self._clock, plain=self._plain)
         hooks = [hook for name, part in self._names.items() for hook in seen.hooks(name, part)]
         try:
             with seen.uses, seen.watch:
@@ -240,6 +248,7 @@ class Walk:
         finally:
             for hook in hooks:
                 hook.remove()
+        self.parted = frozenset(seen.watch.parted)
         blocks: list[Block] = []
         for name, spans in seen.spans.items():
             taken = {layer for block in blocks for layer in block.uses}
@@ -265,8 +274,8 @@ class Walk:
 class _FirstCall:
     """What is seen of the blocks in the call that finds them, in the order in which they begin."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], clock: Callable[[], float]) -> None:
-        self.watch, self.uses, self._clock = Watch(parameters, keep=False), Uses(), clock
+    def __init__(self, parameters: Mapping[str, Tensor], clock: Callable[[], float], *, plain: bool) -> None:
+        self.watch, self.uses, self._clock = Watch(parameters, keep=False, plain=plain), Uses(), clock
         self.spans: dict[str, list[tuple[int, int]]] = {}  # of the log, for each of a block's calls
         self.seconds: dict[str, float] = {}
         self.last: dict[str, int] = {}  # the last block that had begun at the last call
@@ -322,9 +331,11 @@ def walking(
     parameters: Mapping[str, Tensor],
     folder: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    plain: bool = True,
 ) -> Iterator[Walk]:
     """A walk that gives the model its own forwards back in the end."""
-    walk = Walk(module, samples, parameters, folder, clock)
+    walk = Walk(module, samples, parameters, folder, clock, plain=plain)
     try:
         yield walk
     finally:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch.nn.functional import linear, multi_head_attention_forward, pad
+from torch.nn.functional import multi_head_attention_forward, pad
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
+from arrow_quant_v2.calibration.products import operands
 from arrow_quant_v2.calibration.stats import Seen, moments_of
 
 if TYPE_CHECKING:
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from arrow_quant_v2.calibration.products import Operands, Place
+
+    Rows: TypeAlias = tuple[int, int]
+
 MOST_ROWS = 2048  # of one input in one call: the others are much like them, and products with them cost as much
-CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,22 +48,18 @@ class EnoughSeen(BaseException):
     """Ends a call of the model early: what follows is of no interest."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """How a convolution moves over its input, and the zeros before and after each axis of it."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Product:
-    """One input of one or more weights, and how a convolution moves over it; None: a linear layer."""
+    """One input of one or more weights, and how a convolution moves over it; None: a linear layer.
+
+    part        first and last row, the latter not included, of those that it is multiplied with; None: with all of them
+    transposed  rows of the weight belong to inputs, not to outputs
+    """
 
     inputs: Tensor
     place: Place | None
+    part: Rows | None = None
+    transposed: bool = False
 
 
 class Watch(TorchFunctionMode):
@@ -67,25 +67,31 @@ class Watch(TorchFunctionMode):
 
     products  each input, as it was when it was first used; none of them where `keep` is False
     log       each use of a weight, and the number of its input
+    parted    the weights of which some rows were multiplied without the others
+
+    A `plain` watch sees products with whole weights (out, in) alone.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], stop: int | None = None, *, keep: bool = True) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], stop: int | None = None, *, keep: bool = True, plain: bool = True
+    ) -> None:
         """Watch for these parameters, by the names that the products shall have."""
         super().__init__()
         self._parameters = parameters  # asked at every product: those that lie on disk come and go
-        self._stop, self._keep = stop, keep
+        self._stop, self._keep, self._plain = stop, keep, plain
         self.products: list[Product] = []
         self.log: list[tuple[str, int]] = []
+        self.parted: set[str] = set()
         self._inputs: list[TensorWeakRef] = []
-        self._of: dict[tuple[int, int, Place | None], int] = {}
+        self._of: dict[tuple[object, ...], int] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Do what was asked, and note it when it is a product with one of the parameters."""
         given = kwargs or {}
-        if func is linear or func in CONVOLUTIONS:
-            self._note(func, *args, **given)
+        for pair in operands(func, args, given):
+            self._note(pair)
         if func is multi_head_attention_forward:
             with self:
                 return ATTENTION(*args, **given)
@@ -100,28 +106,55 @@ class Watch(TorchFunctionMode):
         found = [name for name, p in self._parameters.items() if (p.data_ptr(), p.shape) == place]
         return found[-1] if found else None
 
-    def _note(self, func: Callable[..., Any], input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> None:  # noqa: A002 - torch's name
-        name = self._name_of(weight)
+    def _note(self, pair: Operands) -> None:
+        name, part = self._name_of(pair.weight), None
+        if self._plain and pair.transposed:
+            return
+        if name is None and not self._plain:
+            name, part = self._part_of(pair.weight)
         if name is None:
             return
-        place = None
-        if func in CONVOLUTIONS:
-            given = dict(zip(("bias", "stride", "padding", "dilation", "groups"), rest, strict=False)) | named
-            if given.get("groups", 1) != 1:
-                return  # each group of channels has an H of its own
-            place = _place(weight, CONVOLUTIONS[func], given)
-        self.log.append((name, self._number(input, place)))
+        if part is not None:
+            self.parted.add(name)
+        self.log.append((name, self._number(pair, name, part)))
 
-    def _number(self, inputs: Tensor, place: Place | None) -> int:
-        """Of this input: what is written into is another one, and what is gone may have left its id to another."""
-        key = id(inputs), 0 if inputs.is_inference() else inputs._version, place  # noqa: SLF001 - torch's name
+    def _part_of(self, weight: Tensor) -> tuple[str, Rows] | tuple[None, None]:
+        """The parameter that has these rows, and which ones they are."""
+        for name, parameter in self._parameters.items():
+            part = _rows_in(parameter, weight)
+            if part is not None:
+                return name, part
+        return None, None
+
+    def _number(self, pair: Operands, name: str, part: Rows | None) -> int:
+        """Of this input: what is written into is another one, and what is gone may have left its id to another.
+
+        Rows that have inputs of their own share them with no other weight.
+        """
+        given = pair.given
+        version = 0 if given.is_inference() else given._version  # noqa: SLF001 - torch's name
+        key = id(given), version, pair.place, pair.transposed, None if part is None else (name, part)
         number = self._of.get(key)
-        if number is None or self._inputs[number]() is not inputs:
+        if number is None or self._inputs[number]() is not given:
             number = self._of[key] = len(self._inputs)
-            self._inputs.append(TensorWeakRef(inputs))
+            self._inputs.append(TensorWeakRef(given))
             if self._keep:
-                self.products.append(Product(inputs=inputs.detach().clone(), place=place))
+                own = pair.inputs.detach().clone()
+                self.products.append(Product(inputs=own, place=pair.place, part=part, transposed=pair.transposed))
         return number
+
+
+def _rows_in(parameter: Tensor, weight: Tensor) -> Rows | None:
+    """Which rows of a parameter lie where this weight does; None: it is no part of it."""
+    one = weight.shape[1:]
+    if parameter.is_meta or not (weight.is_contiguous() and parameter.is_contiguous() and weight.numel()):
+        return None
+    if weight.ndim < 2 or parameter.dtype != weight.dtype or parameter.shape[1 - weight.ndim :] != one:  # noqa: PLR2004 - a matrix
+        return None
+    width, ahead = one.numel() * weight.itemsize, weight.data_ptr() - parameter.data_ptr()
+    if ahead < 0 or ahead % width or ahead + weight.nbytes > parameter.nbytes:
+        return None
+    return ahead // width, ahead // width + len(weight)
 
 
 class Uses(TorchFunctionMode):
@@ -166,32 +199,6 @@ class Uses(TorchFunctionMode):
             self._users[self._outputs[id(value)][0]].add(self._inside)
 
 
-def _place(weight: Tensor, axes: int, given: Mapping[str, Any]) -> Place:
-    kernel, dilation = tuple(weight.shape[2:]), _each(given.get("dilation", 1), axes)
-    return Place(
-        kernel=kernel,
-        stride=_each(given.get("stride", 1), axes),
-        padding=_padding(given.get("padding", 0), kernel, dilation),
-        dilation=dilation,
-    )
-
-
-def _padding(
-    padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """(before, after) of each axis: where "same" asks for an odd number, torch puts one more after."""
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    sizes = 0 if isinstance(padding, str) else padding
-    return tuple((size, size) for size in _each(sizes, len(kernel)))
-
-
-def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * axes if len(values) == 1 else values
-
-
 def seen(product: Product, seed: int) -> Seen:
     """What the stats need of one product's input: some of its rows, its moments, and the absmax of each channel.
 
@@ -207,7 +214,13 @@ def seen(product: Product, seed: int) -> Seen:
         batched = x if x.ndim == len(product.place.kernel) + 2 else x[None]
         channels = batched.transpose(0, 1).flatten(1).mT
         rows = _unfolded(batched, product.place, seed)
-    return Seen(rows=rows.contiguous(), moments=moments_of(x), absmax=channels.abs().amax(dim=0))
+    return Seen(
+        rows=rows.contiguous(),
+        moments=moments_of(x),
+        absmax=channels.abs().amax(dim=0),
+        part=product.part,
+        transposed=product.transposed,
+    )
 
 
 def _choice(count: int, seed: int) -> Tensor:

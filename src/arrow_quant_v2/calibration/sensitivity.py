@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from arrow_quant_v2.calibration.blocks import candidates, matrices
-from arrow_quant_v2.calibration.collect import CONVOLUTIONS, Watch
+from arrow_quant_v2.calibration.collect import Watch
+from arrow_quant_v2.calibration.products import CONVOLUTIONS
 from arrow_quant_v2.engines.one_core import each_on_one_core
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ Stats of parts of the samples add up to the stats of all of them. Knows neither 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,11 +31,15 @@ class Seen:
     rows     (tokens, columns) float32: tokens, or the places that a kernel visits; at most some thousands of them
     moments  (5,) float64: count, sum, sum of squares, least and largest of all its elements
     absmax   (channels,) float32: largest magnitude in each input channel
+    part     the rows of the weight that it meets; None: all of them
+    transposed  rows of the weight belong to inputs
     """
 
     rows: Tensor
     moments: Tensor
     absmax: Tensor
+    part: tuple[int, int] | None = None
+    transposed: bool = False
 
 
 class InputStats:
@@ -46,6 +50,8 @@ class InputStats:
     sums     (groups, columns) float64: sum of the rows that were seen in each time group
     probes   up to PROBES of those rows for each time group, (rows, columns) float32
     second   H = sum of w x x^T, w the weight of the sample's time group, so that every group has the same say
+    parts    the same of rows of the weight that have inputs of their own, by the first row and the one after the last
+    transposed  rows of the weight belong to inputs, not to outputs
     """
 
     def __init__(self, layers: tuple[str, ...], groups: int, *, columns: int, channels: int) -> None:
@@ -58,6 +64,8 @@ class InputStats:
         self.rows = torch.zeros(groups, dtype=torch.int64)
         self.probes = [torch.zeros(0, columns) for _ in range(groups)]
         self.second = SecondMoment(columns)
+        self.parts: dict[tuple[int, int], InputStats] = {}
+        self.transposed = False
 
     @property
     def count(self) -> int:
@@ -80,6 +88,17 @@ class InputStats:
             self._probe(group, _spaced(one.rows, PROBES_PER_CALL))
         rows = [one.rows if w == 1.0 else one.rows * w**0.5 for one, w in zip(seen, weights, strict=True)]
         self.second.add(torch.cat(rows))
+        self.transposed = seen[0].transposed
+        for part in dict.fromkeys(one.part for one in seen if one.part is not None):
+            mine = [number for number, one in enumerate(seen) if one.part == part]
+            alone = [replace(seen[number], part=None) for number in mine]
+            self._part(part).add(alone, [groups[n] for n in mine], [weights[n] for n in mine])
+
+    def _part(self, part: tuple[int, int]) -> InputStats:
+        if part not in self.parts:
+            groups, channels = self.absmax.shape
+            self.parts[part] = InputStats(self.layers, groups, columns=self.second.columns, channels=channels)
+        return self.parts[part]
 
     def merge(self, other: InputStats) -> None:
         """Add what was seen elsewhere of the same input.

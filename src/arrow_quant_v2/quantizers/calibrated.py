@@ -5,7 +5,7 @@ Knows nothing of models, files or where the stats come from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from arrow_quant_v2.quantizers.result import joined, not_finite, weight_error
 from arrow_quant_v2.quantizers.spatial import ALPHAS, SpatialQuantizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -35,11 +35,22 @@ TRIED_ROWS = 256  # of all weights of an input together: enough to tell which ba
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sight:
-    """What the fit needs of the stats of one input: H, how many tokens are in it, and absmax of each channel."""
+    """What the fit needs of the stats of one input: H, how many tokens are in it, and absmax of each channel.
+
+    parts       the same of rows of the weight that have inputs of their own, by the first one and that after the last
+    transposed  rows of the weight belong to inputs, not to outputs
+    """
 
     hessian: Tensor
     count: int
     absmax: Tensor
+    parts: Mapping[tuple[int, int], Sight] = field(default_factory=dict)
+    transposed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether all rows belong to outputs, and meet the same inputs."""
+        return not (self.parts or self.transposed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +98,16 @@ def spaced(rows: int, count: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fitted:
-    """A weight quantized; `left` is what was wanted - Q (rows, columns) in the basis of the model."""
+    """A weight quantized; `left` is what was wanted - Q (rows, columns) in the basis of the model.
+
+    `remarks` say in words what part of it could not be fitted to inputs of its own.
+    """
 
     packed: PackedTensor
     basis: Basis
     error: WeightError
     left: Tensor
+    remarks: tuple[str, ...] = ()
 
 
 def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Fitted]:
@@ -101,13 +116,13 @@ def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
     Raises:
         QuantizationError: H has no Cholesky factor, or a weight is not finite.
     """
-    best = _best(weights, sight, _bases(weights, sight, freedom))
+    best = _best(weights, sight, every_basis(weights, sight, freedom))
     if len(weights) == 1:
         return [best.fitted(weights[0], freedom.refits)]  # its rows are shared out instead
     return each_on_one_core(lambda weight: best.fitted(weight, freedom.refits), weights)
 
 
-def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis]) -> _Seen:
+def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis]) -> InBasis:
     """The input seen in the basis that loses least; the first one where several do.
 
     Where H is large, one basis is looked at after the other, and the best one made once more.
@@ -115,22 +130,22 @@ def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis]) -> _S
     groups = sorted({weight.layout.group for weight in weights})
     tried = [weight.some(max(16, TRIED_ROWS // len(weights))) for weight in weights]
     if len(bases) == 1:
-        return _Seen(bases[0], sight, groups)
+        return InBasis(bases[0], sight, groups)
     if sight.hessian.nbytes <= SMALL_HESSIAN:
-        seen = each_on_one_core(lambda basis: _Seen(basis, sight, groups), bases)
+        seen = each_on_one_core(lambda basis: InBasis(basis, sight, groups), bases)
         pairs = [(one, weight) for one in seen for weight in tried]
         losses = each_on_one_core(lambda pair: pair[0].loss(pair[1]), pairs)
         totals = [sum(losses[at : at + len(tried)]) for at in range(0, len(losses), len(tried))]
         return seen[totals.index(min(totals))]
-    totals = [_total_loss(_Seen(basis, sight, groups), tried) for basis in bases]
-    return _Seen(bases[totals.index(min(totals))], sight, groups)
+    totals = [_total_loss(InBasis(basis, sight, groups), tried) for basis in bases]
+    return InBasis(bases[totals.index(min(totals))], sight, groups)
 
 
-def _total_loss(seen: _Seen, weights: Sequence[Weight]) -> float:
+def _total_loss(seen: InBasis, weights: Sequence[Weight]) -> float:
     return sum(each_on_one_core(seen.loss, weights))
 
 
-def _bases(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Basis]:
+def every_basis(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Basis]:
     """Every basis that may be tried; the one that changes nothing comes first."""
     channels = len(sight.absmax)
     found = [Basis(channels=channels)]
@@ -144,7 +159,7 @@ def _bases(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Ba
     return found
 
 
-class _Seen:
+class InBasis:
     """An input seen in one basis, with H's factor for each size of groups."""
 
     def __init__(self, basis: Basis, sight: Sight, groups: Sequence[int]) -> None:
@@ -159,6 +174,7 @@ class _Seen:
         return float(((left @ self.hessian) * left).sum(dtype=torch.float64))
 
     def fitted(self, weight: Weight, refits: int) -> Fitted:
+        """The weight by its spec."""
         factor = self.factors[weight.layout.group]
         changed = (self.basis.weight(weight.aim[rows]).contiguous() for rows in tiles(len(weight.aim), AT_ONCE))
         rows = joined([gptq(part, weight.spec, factor, refits=refits) for part in changed])
@@ -173,12 +189,12 @@ class _Seen:
             equalization=None if scale is None else scale.numpy(),
         )
         left = dequantized(packed)  # for the moment, Q
-        error = _error(weight.values, left)
+        error = error_of(weight.values, left)
         torch.sub(weight.aim, left, out=left)
         return Fitted(packed=packed, basis=self.basis, error=error, left=left)
 
 
-def _error(weight: Tensor, quantized: Tensor) -> WeightError:
+def error_of(weight: Tensor, quantized: Tensor) -> WeightError:
     """The sums in the basis of the model: an equalized weight has others."""
     sums = [_squares(weight[rows], quantized[rows]) for rows in tiles(len(weight), ROWS)]
     return weight_error(np.array(sums), weight.numel())
@@ -205,14 +221,27 @@ class Outputs:
 
 def outputs_beside(left: Tensor, weight: Tensor, probes: Sequence[Tensor]) -> Outputs:
     """Outputs of W and of Q = W - `left` for inputs (tokens, columns) of each time group."""
+    return outputs_of_parts([(left, weight, probes)])
+
+
+def outputs_of_parts(parts: Sequence[tuple[Tensor, Tensor, Sequence[Tensor]]]) -> Outputs:
+    """The same of a weight whose rows have inputs of their own: `left`, W and inputs of each part of it."""
     errors, total = [], np.zeros(3)
-    for inputs in probes:
-        missed, given = (inputs @ part.mT for part in (left, weight))
-        products = ((missed, missed), (given, given), (missed, given))
-        lost, whole, both = (float((one * other).sum(dtype=torch.float64)) for one, other in products)
-        errors.append(lost / whole if whole > 0.0 else float("nan") if not len(inputs) else 0.0)
+    for inputs in zip(*(probes for _, _, probes in parts), strict=True):
+        lost, whole, both = (
+            sum(sums) for sums in zip(*(_sums(part, x) for part, x in zip(parts, inputs, strict=True)), strict=True)
+        )
+        seen = any(len(x) for x in inputs)
+        errors.append(lost / whole if whole > 0.0 else 0.0 if seen else float("nan"))
         total += (lost, whole, both)
     return Outputs(errors=tuple(errors), cosine=_cosine(*total.tolist()))
+
+
+def _sums(part: tuple[Tensor, Tensor, Sequence[Tensor]], inputs: Tensor) -> tuple[float, ...]:
+    """|(W - Q) x|^2, |W x|^2 and their product, over all inputs."""
+    missed, given = (inputs @ matrix.mT for matrix in part[:2])
+    products = ((missed, missed), (given, given), (missed, given))
+    return tuple(float((one * other).sum(dtype=torch.float64)) for one, other in products)
 
 
 def _cosine(lost: float, whole: float, both: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from arrow_quant_v2.calibration.samples import Asked, gather
+from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.sources.parquet import ParquetSource
 from arrow_quant_v2.validation.outputs import compare_outputs, model_outputs, replaced
@@ -49,7 +49,7 @@ def hold_out(prepared: Prepared, config: DiffusionQuantConfig, provider: Provide
     used = len(own.calls) if provider is not None or (data is not None and not prompts) else 0
     asked = Asked(count=used + count, seed=(config.seed + 1) % 2**63, data=data, callable=provider)
     try:
-        calls = gather(prepared.runnable, asked).calls[used : used + count]
+        calls = prepared.memory.gather(prepared.runnable, asked).calls[used : used + count]
     except (ConfigurationError, QuantizationError, SourceError):  # a function that can be called only once
         calls = ()
     if not calls:

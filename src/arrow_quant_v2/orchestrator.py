@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
@@ -19,6 +19,7 @@ from arrow_quant_v2.calibrated_run import (
     left_out,
     run_calibrated,
 )
+from arrow_quant_v2.calibration.remembered import Memory
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import (
@@ -52,7 +53,7 @@ from arrow_quant_v2.report.stored import stored_findings
 from arrow_quant_v2.report.write import write_report
 from arrow_quant_v2.rounds import Pass, Rounds
 from arrow_quant_v2.sources.files import read_json
-from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary
+from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary, values_hash
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
 from arrow_quant_v2.weights_alone import Alone, settled
@@ -229,7 +230,15 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
         return _Shown()
     run.progress.tell("gathering calibration samples")
     try:
-        prepared = prepare(job.model, job.module, job.modality, job.config, job.provider, tell=run.progress.tell)
+        prepared = prepare(
+            job.model,
+            job.module,
+            job.modality,
+            job.config,
+            job.provider,
+            tell=run.progress.tell,
+            memory=Memory(folder=run.folder.samples, model=cache(lambda: values_hash(job.source))),
+        )
     except (ConfigurationError, SourceError, QuantizationError) as error:
         if job.config.calibration_data or job.provider or job.config.mask_token is not None:
             raise  # what a person asked for is not left out silently

@@ -18,8 +18,9 @@ import torch
 from arrow_quant_v2.budget import available_bytes
 from arrow_quant_v2.calibration.balance import balanced
 from arrow_quant_v2.calibration.pipelines import open_pipeline
+from arrow_quant_v2.calibration.remembered import NO_MEMORY, Memory
 from arrow_quant_v2.calibration.runnable import Runnable
-from arrow_quant_v2.calibration.samples import Asked, gather
+from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.plan import quant_axis
@@ -47,11 +48,12 @@ ROOM = 2**30  # libraries and inputs
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """A model ready to be walked through, on the device, and what it will be shown."""
+    """A model ready to be walked through, what it will be shown, and where such samples are kept."""
 
     runnable: Runnable
     samples: Samples
     groups: TimeGroups
+    memory: Memory = NO_MEMORY
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -67,9 +69,11 @@ def prepare(
     provider: Provider | None,
     *,
     tell: Callable[[str], object],
+    memory: Memory = NO_MEMORY,
 ) -> Prepared:
     """Open the model and gather its samples; `provider` is a function of the user's own, module -> (inputs, timestep).
 
+    Samples that the model makes of itself are kept in `memory`, or taken from there.
     A model that memory cannot hold has its weights read from the disk by every call; `tell` is told so.
 
     Raises:
@@ -88,13 +92,14 @@ def prepare(
         data=data,
         callable=provider,
     )
-    samples = gather(runnable, asked)
+    samples = memory.gather(runnable, asked)
     if not samples.calls:
         raise ConfigurationError(f"calibration on {samples.origin} gave no samples; give some that fit the model")
     if samples.synthetic:
         _refuse_uncallable(runnable, samples)
     _warn(samples)
-    return Prepared(runnable=runnable, samples=samples, groups=_groups(runnable, samples, config))
+    groups = _groups(runnable, samples, config)
+    return Prepared(runnable=runnable, samples=samples, groups=groups, memory=memory)
 
 
 def _warn(samples: Samples) -> None:

@@ -17,6 +17,7 @@ from arrow_quant_v2.calibrated_run import placed
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.calibration.merging import merge_into, refuse_unlike
 from arrow_quant_v2.calibration.observe import observe_block, strata
+from arrow_quant_v2.calibration.remembered import NO_MEMORY, Memory
 from arrow_quant_v2.calibration.stored_stats import (
     NAME,
     VERSION,
@@ -117,7 +118,8 @@ def make_stats(job: StatsJob, report: Callable[[str, float], object] | None = No
     if before is not None:
         return StatsOutcome(kept=before, seconds=time.monotonic() - started, reused=True)
     with cores_at_most(job.config.threads or cores()), StatsFolder(job.out, asked, overwrite=job.overwrite) as folder:
-        prepared = prepared or _prepared(job, progress)
+        memory = Memory(folder=folder.samples, model=lambda: json.dumps(asked["model"]))
+        prepared = prepared or _prepared(job, progress, memory)
         groups = prepared.groups if like is None else like.groups
         run = _Run(
             job=job,
@@ -200,9 +202,9 @@ def _made_before(out: Path, asked: Mapping[str, Any], *, overwrite: bool) -> Kep
     raise ConfigurationError(f"{out}: holds stats made with {apart}; choose another folder, or --overwrite them")
 
 
-def _prepared(job: StatsJob, progress: Progress) -> Prepared:
+def _prepared(job: StatsJob, progress: Progress, memory: Memory = NO_MEMORY) -> Prepared:
     progress.tell("gathering calibration samples")
-    return prepare(job.model, job.module, job.modality, job.config, job.provider, tell=progress.tell)
+    return prepare(job.model, job.module, job.modality, job.config, job.provider, tell=progress.tell, memory=memory)
 
 
 # The pass through the model

@@ -4,6 +4,7 @@
     OUT.partial/parts/00017.part one finished layer; no *.parquet, so that nobody takes the folder for a model
     OUT.partial/widths.json      the widths that layers have fallen back to, where some have
     OUT.partial/allocation.json  the width of each layer, where that was found out by measuring
+    OUT.partial/samples/         samples that the model made of itself, for calibration
     OUT.partial/model/           the output, while it is put together
     OUT.partial/old/             what is being replaced, for a moment
     OUT.partial/scratch/         what calibration has no memory for; of no use to a later run
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 METADATA = "metadata.json"
 RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
-WIDTHS, ALLOCATION = "widths.json", "allocation.json"
-OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp", ALLOCATION}
+WIDTHS, ALLOCATION, SAMPLES = "widths.json", "allocation.json", "samples"
+OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp", ALLOCATION, SAMPLES}
 
 
 class WorkFolder:
@@ -51,7 +52,7 @@ class WorkFolder:
         self.folder = partial_of(out)
         self.model, self.scratch = self.folder / MODEL, self.folder / SCRATCH
         self._parts, self._old = self.folder / PARTS, self.folder / OLD
-        self.allocation = self.folder / ALLOCATION
+        self.allocation, self.samples = self.folder / ALLOCATION, self.folder / SAMPLES
         self._overwrite = overwrite
         with explained(self.folder):
             self._refuse_existing()
@@ -198,6 +199,7 @@ class WorkFolder:
         with explained(self.folder):
             for name in (WIDTHS, ALLOCATION):
                 (self.folder / name).unlink(missing_ok=True)  # of other work, and nothing was made by them
+            shutil.rmtree(self.samples, ignore_errors=True)
             self._lock.truncate(0)
             while identity:  # the system may take a part, and say why only at the next one
                 identity = identity[self._lock.write(identity) :]

@@ -14,7 +14,7 @@ from arrow_quant_v2.calibration.collect import Product, Watch, seen
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 from arrow_quant_v2.quantizers.basis import Basis, rotation_block
 from arrow_quant_v2.quantizers.spatial import LARGEST_SCALE, SpatialQuantizer
-from arrow_quant_v2.quantizers.time_aware import SMALLEST_SCALE, TimeAwareQuantizer, bias_correction
+from arrow_quant_v2.quantizers.time_aware import SMALLEST_SCALE, TimeAwareQuantizer
 from arrow_quant_v2.time_groups import TimeGroups
 
 if TYPE_CHECKING:
@@ -173,7 +173,6 @@ def test_zero_always_lies_on_a_code_and_the_range_is_covered(ranges: list[list[f
         assert reach[0] - least <= 0.5001 * one.scale
         assert most - reach[1] <= 0.5001 * one.scale
         assert one.scale == max((max(most, 0.0) - min(least, 0.0)) / 255, SMALLEST_SCALE)
-        assert one.bias is None
 
 
 def test_ranges_on_paper() -> None:
@@ -183,12 +182,6 @@ def test_ranges_on_paper() -> None:
         (pytest.approx(0.1), 0.0),
         (SMALLEST_SCALE, 0.0),
     ]
-
-
-def test_biases_go_to_their_groups() -> None:
-    biases = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-0.5, 0.25]])
-    found = TimeAwareQuantizer(GROUPS).parameters([0.0] * 3, [1.0] * 3, biases)
-    assert [one.bias for one in found] == [(1.0, 2.0), (0.0, 0.0), (-0.5, 0.25)]
 
 
 @pytest.mark.parametrize(
@@ -205,42 +198,3 @@ def test_biases_go_to_their_groups() -> None:
 def test_ranges_that_cannot_be_are_refused(low: list[float], high: list[float], message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
         TimeAwareQuantizer(GROUPS).parameters(low, high)
-
-
-# Biases
-
-
-def test_a_constant_shift_is_taken_back_exactly() -> None:
-    left, x = torch.tensor([[0.5, -0.25, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([2.0, 4.0, 8.0])
-    means = torch.stack([x, torch.zeros(3)])
-    found = bias_correction(left, means, [x.expand(5, -1), torch.zeros(2, 3)])
-    assert found is not None
-    assert found.tolist() == [[0.0, 2.0], [0.0, 0.0]]
-    assert torch.equal(x @ left.T, found[0])
-
-
-def test_a_bias_is_kept_only_where_it_lowers_the_error() -> None:
-    """The second group's probes point the other way than its mean, the third has none, the fourth has no shift."""
-    left = normal(4, 6)
-    means = torch.stack([torch.ones(6), torch.ones(6), torch.ones(6), torch.zeros(6)])
-    probes = [torch.ones(8, 6) + normal(8, 6), -torch.ones(8, 6), torch.ones(0, 6), normal(8, 6)]
-    found = bias_correction(left, means, probes)
-    assert found is not None
-    assert found.any(dim=1).tolist() == [True, False, False, False]
-    missed = probes[0] @ left.T
-    assert float((missed - found[0]).square().sum()) < 0.1 * float(missed.square().sum())
-    assert bias_correction(left, means[1:], probes[1:]) is None
-
-
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 999), shift=st.floats(-2.0, 2.0), groups=st.integers(1, 4))
-def test_no_group_gets_worse_with_its_bias(seed: int, shift: float, groups: int) -> None:
-    left, means = normal(3, 5, seed=seed), normal(groups, 5, seed=seed + 1) * 10
-    probes = [mean * shift + normal(7, 5, seed=seed + 2 + i) for i, mean in enumerate(means)]
-    found = bias_correction(left, means, probes)
-    for group, inputs in enumerate(probes):
-        missed = inputs @ left.T
-        bias = torch.zeros(3) if found is None else found[group]
-        with_bias, without = ((missed - by).square().sum() for by in (bias, torch.zeros(3)))
-        assert with_bias < without or not bias.any()
-        assert bias.any() or (missed - means[group] @ left.T).square().sum() >= (1.0 - 1e-4) * without

@@ -15,6 +15,7 @@ from text_models import save_folder, small_module
 from torch import nn
 
 from arrow_quant_v2 import ArrowQuantV2, preparation
+from arrow_quant_v2.budget import calibration_bytes
 from arrow_quant_v2.config import DiffusionQuantConfig, LayerSpec
 from arrow_quant_v2.errors import InterruptedRunError
 from arrow_quant_v2.kernels.cpu import threads_per_call
@@ -376,3 +377,12 @@ def test_a_size_and_stats_know_these_kinds_by_their_weights(folder: Path, tmp_pa
     api.calibrate(folder, tmp_path / "stats", settings_of(), calibration=token_calls)
     api.quantize_diffusion_model(folder, tmp_path / "out", settings_of(stats=str(tmp_path / "stats")))
     assert all("not calibrated: the stats hold no inputs of it" in one for one in said_of(tmp_path / "out", pattern))
+
+
+def test_memory_is_foretold_with_an_h_for_each_expert_and_no_more() -> None:
+    shapes = {"experts": (64, 96, 512), "head": (512, 512)}
+    infos = [TensorInfo(name=name, shape=shape, dtype="float32") for name, shape in shapes.items()]
+    plans = plan_model(infos, settings_of())
+    both, head = (calibration_bytes(plans, frozenset(names), equalized=False) for names in (shapes, ("head",)))
+    weights = 4 * (2 + 8) * 64 * 96 * 512
+    assert 4 * 64 * 512**2 <= both - head <= 4 * 64 * 512**2 + weights + 2**26

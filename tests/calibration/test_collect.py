@@ -214,6 +214,62 @@ def test_a_part_of_a_weight_is_not_that_weight() -> None:
     assert watch.log == []
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Conv2d(6, 8, 3, groups=2, padding=1, bias=False), (2, 6, 5, 7)),
+        (lambda: nn.Conv1d(6, 6, 4, groups=6, stride=2, bias=False), (6, 9)),
+    ],
+    ids=["grouped", "depthwise, no batch"],
+)
+def test_rows_of_each_group_give_its_outputs(layer: Any, shape: tuple[int, ...]) -> None:
+    module, x = made(layer), random(*shape)
+    with Watch(dict(module.named_parameters()), plain=False) as watch:
+        outputs = module(x)
+    assert watch.parted == {"weight"}
+    assert [product.part for product in watch.products] == [
+        (g * module.out_channels // module.groups, (g + 1) * module.out_channels // module.groups)
+        for g in range(module.groups)
+    ]
+    batched = outputs if outputs.ndim == x.ndim == len(module.kernel_size) + 2 else outputs[None]
+    parts = [outputs_of(p, module.weight[slice(*(p.part or (0, 0)))]) for p in watch.products]
+    torch.testing.assert_close(torch.cat(parts, dim=1), places_first(batched), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_of_a_transposed_convolution_give_its_patches(groups: int) -> None:
+    """As far apart as they are wide, patches do not overlap, and are the outputs."""
+    module, x = made(lambda: nn.ConvTranspose1d(6, 4, 3, stride=3, groups=groups, bias=False)), random(2, 6, 5)
+    with Watch(dict(module.named_parameters()), plain=False) as watch:
+        outputs = module(x)  # (2, 4, 15)
+    assert all(product.transposed for product in watch.products)
+    found = []
+    for product in watch.products:
+        weight = module.weight if product.part is None else module.weight[slice(*product.part)]
+        patches = seen(product, seed=0).rows @ weight.flatten(1)  # (2 * 5, out * 3)
+        found.append(patches.reshape(2, 5, -1, 3).permute(0, 2, 1, 3).flatten(2))
+    torch.testing.assert_close(torch.cat(found, dim=1), outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_weight_are_known_by_where_they_lie() -> None:
+    weight = random(12, 6)
+    with Watch({"weight": weight}, plain=False) as watch:
+        for part in (weight[4:8], weight, weight[:, :3], weight[:4].clone(), weight[::2], weight[8:].mT):
+            functional.linear(random(2, part.shape[1]), part)
+    assert [(product.part, product.place) for product in watch.products] == [((4, 8), None), (None, None)]
+    assert watch.log == [("weight", 0), ("weight", 1)]
+
+
+def test_experts_have_the_tokens_that_are_routed_to_them() -> None:
+    weight, x = random(3, 8, 16), random(10, 16)
+    ends = torch.tensor([4, 4, 10], dtype=torch.int32)
+    with Watch({"weight": weight}, plain=False) as watch:
+        functional.grouped_mm(x, weight.mT, offs=ends)
+    assert [product.part for product in watch.products] == [(0, 8), (8, 16), (16, 24)]
+    assert [len(product.inputs) for product in watch.products] == [4, 0, 6]
+    assert torch.equal(torch.cat([product.inputs for product in watch.products]), x)
+
+
 def test_a_layer_that_is_called_twice_counts_twice() -> None:
     layer = made(lambda: nn.Linear(6, 6))
     watch = watched(nn.Sequential(layer, layer), random(2, 6))

@@ -37,6 +37,7 @@ ONE = """
 import json, re, sys, time, warnings
 from pathlib import Path
 import torch, transformers
+from transformers import AutoModelForMaskedLM, BertForMaskedLM  # which imports what is only named until then
 import arrow_quant_v2 as aq
 
 def memory(what):
@@ -50,7 +51,7 @@ torch.ones(64, 64) @ torch.ones(64, 64)
 Path("/proc/self/clear_refs").write_text("5")
 before, started = memory("VmRSS"), time.perf_counter()
 with torch.inference_mode():
-    model = aq.load(folder) if packed else transformers.BertForMaskedLM.from_pretrained(folder, dtype="auto").eval()
+    model = aq.load(folder) if packed else BertForMaskedLM.from_pretrained(folder, dtype="auto").eval()
     model(input_ids=torch.full((1, tokens), 5))
 print(json.dumps({"seconds": time.perf_counter() - started, "memory": memory("VmHWM") - before}))
 """

@@ -64,7 +64,7 @@ class PackedLayer(nn.Module):
         """Give `out` again, looked at in the first calls."""
         if not torch.compiler.is_compiling() and self.checks_left:
             self.checks_left -= 1
-            if not out.isfinite().all() and (not x.is_floating_point() or x.isfinite().all()):
+            if not _is_finite(out) and (not x.is_floating_point() or _is_finite(x)):
                 warnings.warn(
                     f"{self.weight.name}: its outputs in {out.dtype} are not finite although its inputs are, the first"
                     " layer of which this is so; run the model in bfloat16 or float32, or quantize it again",
@@ -77,6 +77,11 @@ class PackedLayer(nn.Module):
         """The bias in the dtype of the inputs."""
         bias: Tensor | None = self.bias
         return None if bias is None else bias.to(x.dtype)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all values are; a sum, which is read in one pass, tells it unless it overflows."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 class QuantizedLinear(PackedLayer, nn.Linear):

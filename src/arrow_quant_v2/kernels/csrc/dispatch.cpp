@@ -389,7 +389,8 @@ AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, con
   ask.inputs = (uint16_t*)(((uintptr_t)inputs.get() + 63) / 64 * 64);
   expect_to_fill(ask.inputs, 2 * size);
   over_rows(ask, table->fill_blocks, ask.panels(), columns * BlockProduct::PANEL, threads);
-  over_rows(ask, table->block_product, ask.blocks_of_rows(), columns * ask.rows_of_block / FAST_VALUES, threads);
+  const int64_t work = (2 + ask.panels()) * columns * ask.rows_of_block / (2 * FAST_VALUES);  // to decode, and to meet
+  over_rows(ask, table->block_product, ask.blocks_of_rows(), work, threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

@@ -157,7 +157,7 @@ def _time_aware(layer: CalibratedLayer) -> Structure | None:
             "scale": one.scale,
             "zero_point": one.zero_point,
             "group_size": None,
-            "bias_correction": None if one.bias is None else list(one.bias),
+            "bias_correction": None,
         }
         for one in layer.activations
     ]

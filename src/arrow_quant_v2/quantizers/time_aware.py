@@ -1,4 +1,4 @@
-"""What depends on the timestep: the range of a layer's inputs, and the bias that rounding leaves in its outputs.
+"""What depends on the timestep: the range of a layer's inputs.
 
 No weight does. Each time group has one static scale and zero point of 8-bit activations, chosen by the current timestep
 when the model runs (as TFMQ-DM stores them, Huang et al., 2024, arXiv 2311.16503). Knows no models and no files.
@@ -16,8 +16,6 @@ from arrow_quant_v2.errors import QuantizationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from arrow_quant_v2.time_groups import TimeGroups
 
 LEVELS = 255
@@ -26,28 +24,25 @@ SMALLEST_SCALE = 2.0**-120
 
 @dataclass(frozen=True, kw_only=True)
 class TimeGroupParameters:
-    """Activations of one time group: x ~ scale * (code - zero_point), code 0 to 255; `bias` is added to the outputs."""
+    """Activations of one time group: x ~ scale * (code - zero_point), code 0 to 255."""
 
     start: float
     end: float
     scale: float
     zero_point: float
-    bias: tuple[float, ...] | None = None
 
 
 class TimeAwareQuantizer:
-    """Chooses the parameters of a layer's activations for each time group, and a bias correction where one helps."""
+    """Chooses the parameters of a layer's activations for each time group."""
 
     def __init__(self, groups: TimeGroups) -> None:
         """Take the time groups."""
         self.groups = groups
 
-    def parameters(
-        self, low: Sequence[float], high: Sequence[float], biases: Tensor | None = None
-    ) -> tuple[TimeGroupParameters, ...]:
+    def parameters(self, low: Sequence[float], high: Sequence[float]) -> tuple[TimeGroupParameters, ...]:
         """One for each time group, from the least and largest value that its inputs had.
 
-        0.0 always lies on a code, because padding is exact zeros. biases (groups, out) come from `bias_correction`.
+        0.0 always lies on a code, because padding is exact zeros.
 
         Raises:
             QuantizationError: there are not as many ranges as time groups, or one is not finite.
@@ -55,10 +50,9 @@ class TimeAwareQuantizer:
         if not len(low) == len(high) == self.groups.count:
             raise QuantizationError(f"{len(low)} ranges were seen; there are {self.groups.count} time groups")
         found = []
-        for group, ((start, end), least, most) in enumerate(zip(self.groups.ranges(), low, high, strict=True)):
+        for (start, end), least, most in zip(self.groups.ranges(), low, high, strict=True):
             scale, zero = _range(least, most)
-            bias = None if biases is None else tuple(biases[group].tolist())
-            found.append(TimeGroupParameters(start=start, end=end, scale=scale, zero_point=zero, bias=bias))
+            found.append(TimeGroupParameters(start=start, end=end, scale=scale, zero_point=zero))
         return tuple(found)
 
 
@@ -68,18 +62,3 @@ def _range(low: float, high: float) -> tuple[float, float]:
         raise QuantizationError(f"activations go from {low} to {high}; finite ranges are needed: calibrate again")
     scale = max((high - low) / LEVELS, SMALLEST_SCALE)
     return scale, float(round(-low / scale))
-
-
-def bias_correction(left: Tensor, means: Tensor, probes: Sequence[Tensor]) -> Tensor | None:
-    """(groups, out) float32 to be added to the outputs in each time group, or None where it helps no group.
-
-    left (out, columns) is W - Q, means (groups, columns) the mean input of each group, and probes the inputs (tokens,
-    columns) that it is judged by. A group that it does not help gets zeros. After a calibrated fit there is hardly a
-    bias left; it is worth something for weights that were rounded without looking at inputs.
-    """
-    biases = means @ left.mT  # (groups, out)
-    for group, inputs in enumerate(probes):
-        missed = inputs @ left.mT  # what the outputs lack
-        if float((missed - biases[group]).square().sum()) >= float(missed.square().sum()):
-            biases[group] = 0.0
-    return biases if biases.any() else None

@@ -7,7 +7,7 @@ PEERS := .venv-peers
 OUT := bench/out
 KERNELS := CMakeLists.txt $(wildcard src/arrow_quant_v2/kernels/csrc/*)
 
-.PHONY: demo test check fmt docs train bench bench-large bench-calibrate setup clean
+.PHONY: demo test check fmt docs train bench bench-quality bench-large bench-calibrate setup clean
 
 setup: $(READY)
 
@@ -38,10 +38,11 @@ docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
 	@echo build/site/index.html
 
-$(PEERS)/.ready: bench/peers/requirements.txt constraints.txt
+$(PEERS)/.ready: bench/peers/requirements.txt bench/peers/requirements-no-deps.txt constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install -q -c constraints.txt torch==2.13.0
 	$(PEERS)/bin/pip install -q -r bench/peers/requirements.txt
+	$(PEERS)/bin/pip install -q --no-deps --no-build-isolation -r bench/peers/requirements-no-deps.txt
 	touch $@
 
 bench: $(READY) $(PEERS)/.ready
@@ -55,6 +56,14 @@ bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python bench/speed.py --write
 	$(PEERS)/bin/python bench/peers/speed.py --folder $(OUT)/speed --json $(OUT)/peers-speed.json
 	$(BIN)/python bench/speed.py --peers $(OUT)/peers-speed.json --json $(OUT)/speed.json
+
+QUALITY := $(OUT)/quality
+bench-quality: $(READY) $(PEERS)/.ready
+	$(BIN)/python bench/quality.py --folder $(QUALITY) --write
+	$(PEERS)/bin/python bench/peers/quality.py --folder $(QUALITY) --json $(QUALITY)/peers.json
+	$(BIN)/python bench/quality.py --folder $(QUALITY) --peers $(QUALITY)/peers.json --json $(QUALITY)/quality.json --markdown $(QUALITY)/quality.md
+	$(PEERS)/bin/python bench/charts.py $(QUALITY)/quality.json --out docs/charts/quality.svg
+	rm -rf $(QUALITY)/restored
 
 bench-large: $(READY)
 	mkdir -p $(OUT)

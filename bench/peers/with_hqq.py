@@ -19,6 +19,12 @@ def quantize_optimized(weight: Tensor, bits: int, group_size: int) -> Quantized:
     return Quantizer.quantize(weight, nbits=bits, group_size=group_size, axis=1, optimize=True, device="cpu")
 
 
+def quantize_as_stored(weight: Tensor, bits: int, group_size: int) -> Quantized:
+    """The same as HQQLinear keeps it by default: scales and zero points in half."""
+    codes, grid = quantize_optimized(weight, bits, group_size)
+    return codes, grid | {name: grid[name].half() for name in ("scale", "zero")}
+
+
 def stored(quantized: Quantized) -> list[Tensor]:
     codes, grid = quantized
     return [codes, grid["scale"], grid["zero"]]

@@ -1,4 +1,4 @@
-"""Rounding of one weight by SDNQ's plain path, without SVD or Hadamard. Knows nothing of files or clocks."""
+"""Rounding of one weight by SDNQ, by default without SVD or codebook. Knows nothing of files or clocks."""
 
 from sdnq.dequantizer import SDNQDequantizer
 from sdnq.quantizer import sdnq_quantize_layer_weight
@@ -7,9 +7,9 @@ from torch import Tensor
 Quantized = tuple[SDNQDequantizer, dict[str, Tensor | None]]
 
 
-def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
-    """Round to nearest, packed, with float zero points; the function beneath sdnq_quantize_layer."""
-    return sdnq_quantize_layer_weight(weight, "Linear", f"uint{bits}", group_size=group_size)
+def quantize(weight: Tensor, bits: int, group_size: int, **options: bool) -> Quantized:
+    """Round to nearest, packed, with float zero points; the function beneath sdnq_quantize_layer. 0: its own groups."""
+    return sdnq_quantize_layer_weight(weight, "Linear", f"uint{bits}", group_size=group_size, **options)
 
 
 def stored(quantized: Quantized) -> list[Tensor]:

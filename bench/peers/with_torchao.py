@@ -1,8 +1,8 @@
-"""Rounding of one weight by torchao's IntxWeightOnlyConfig tensor. Knows nothing of files or clocks."""
+"""Rounding of one weight by torchao's tensors. Knows nothing of files or clocks."""
 
 import torch
-from torch import Tensor
-from torchao.quantization import MappingType
+from torch import Tensor, nn
+from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
 
 
@@ -20,9 +20,18 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> IntxUnpackedToInt8Te
     )
 
 
-def stored(quantized: IntxUnpackedToInt8Tensor) -> list[Tensor]:
-    return [quantized.qdata, quantized.scale, quantized.zero_point]
+def quantize_layer(weight: Tensor, bits: int) -> Tensor:
+    """What quantize_ makes of a layer's weight by Int8WeightOnlyConfig, or Int4WeightOnlyConfig, as they come."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight if bits == 8 else weight.bfloat16())
+    quantize_(layer, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig())
+    return layer.weight
 
 
-def restore(quantized: IntxUnpackedToInt8Tensor) -> Tensor:
+def stored(quantized: Tensor) -> list[Tensor]:
+    tensors = (quantized.qdata, quantized.scale, quantized.zero_point)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def restore(quantized: Tensor) -> Tensor:
     return quantized.dequantize()

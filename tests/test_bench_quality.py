@@ -53,6 +53,16 @@ def test_the_closest_peer_stands_beside_ours_with_no_more_bits(table, cell) -> N
     assert table.pair(found) == "**.2 (2.50)** / .3 (2.70) near"
 
 
+def test_a_peer_that_left_weights_or_took_another_widths_bits_is_not_the_closest(table, cell) -> None:
+    cells = [
+        cell(table.OURS, 2.5, 0.2),
+        cell("left", 3.0, 0.1, refused=1),
+        cell("bytes", 8.1, 0.1),
+        cell("fair", 3.0, 0.4),
+    ]
+    assert table.verdict("m", 2, cells).closest is cells[3]
+
+
 def test_a_cell_that_failed_says_why_and_counts_nowhere(table, cell) -> None:
     cells = [cell(table.OURS, 2.5, 0.2), cell("peer", 0.0, None, failure="ValueError: no 2 bits")]
     found = table.verdict("m", 2, cells)

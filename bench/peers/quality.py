@@ -8,6 +8,7 @@ process of its own, so that one that dies costs the cell it was in; what it refu
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -99,7 +100,6 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     *settings_of(
         "AutoRound without tuning", "auto-round", "with_autoround",
-        ("g128", (2, 4, 8), {"group_size": 128}),
         ("g32", (2, 4, 8), {"group_size": 32}),
         looks=True,
     ),
@@ -195,7 +195,12 @@ class Rounded:
 
 def said(error: Exception) -> str:
     """A peer's own words, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:ERROR_CHARACTERS]
+    return shortened(f"{type(error).__name__}: {error}")
+
+
+def shortened(words: str) -> str:
+    """One line, without the places of files on this machine."""
+    return re.sub(r"(/[\w.-]+){2,}", "FILE", " ".join(words.split()))[:ERROR_CHARACTERS]
 
 
 def rounded(task: Task, folder: Path) -> Rounded:
@@ -234,7 +239,7 @@ def whole(task: Task, folder: Path) -> Rounded:
         names = {described["places"][name]: name for name in weights.keys()}  # noqa: SIM118 - no dictionary
         numbers = sum(weights.get_tensor(name).numel() for name in names.values())
     if described["folder"] is None:
-        raise SystemExit("ValueError: a live module in no folder of transformers or diffusers")
+        raise ValueError("a module of its own in no folder of transformers or diffusers")
     started = time.perf_counter()
     restored, bits = module.quantize_model(described, names, task.bits, **task.setting.options)
     own = {name: restored[place].detach().float().flatten(1).contiguous() for place, name in names.items()}
@@ -260,7 +265,7 @@ def cell(task: Task, folder: Path) -> dict[str, Any]:
 
 def failed(task: Task, words: str) -> dict[str, Any]:
     """The row of a cell that its process did not outlive."""
-    return task.told | {"file": None, "stored_bits": 0, "failure": words[:ERROR_CHARACTERS]}
+    return task.told | {"file": None, "stored_bits": 0, "failure": shortened(words)}
 
 
 def cells(package: str, ask: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -279,7 +284,7 @@ def cells(package: str, ask: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def last_words(stderr: str, status: int) -> str:
     """What a process said before it died."""
-    return " ".join(raised(stderr, status).split())
+    return raised(stderr, status)
 
 
 def run(package: str, start: int, ask: argparse.Namespace) -> tuple[list[dict[str, Any]], str, int]:

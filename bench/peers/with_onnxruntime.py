@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     HQQWeightOnlyQuantConfig,
@@ -57,6 +58,9 @@ def stored(quantized: Quantized) -> list[Tensor]:
 
 def restore(quantized: Quantized) -> Tensor:
     """What the product is of each unit vector."""
-    session = InferenceSession(quantized.graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    try:
+        session = InferenceSession(quantized.graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    except Fail as error:
+        raise RuntimeError(str(error).rpartition("was false. ")[2]) from error  # behind the place in its source
     units = np.eye(quantized.columns, dtype=np.float32)
     return torch.from_numpy(session.run(None, {"x": units})[0].T.copy())

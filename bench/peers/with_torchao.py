@@ -25,6 +25,8 @@ def quantize_layer(weight: Tensor, bits: int) -> Tensor:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight if bits == 8 else weight.bfloat16())
     quantize_(layer, Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig())
+    if type(layer.weight) is nn.Parameter:
+        raise ValueError(f"quantize_ left {tuple(weight.shape)} as it was, without a word")
     return layer.weight
 
 

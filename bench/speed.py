@@ -109,6 +109,8 @@ def steps_of(folder: Path, name: str) -> dict[str, Callable[[], Tensor]]:
             model = packed(folder, name, bits, activations)
             label = f"INT{bits}" + (", int8 inputs" if activations else "")
             steps[label] = partial(output, model, inputs)
+            if activations is None:
+                steps[f"{label}, bfloat16"] = partial(in_bfloat16, model, inputs)
     return steps
 
 

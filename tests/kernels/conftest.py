@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(
     params=["neon"]
     if platform.machine() in {"aarch64", "arm64"}
-    else ["amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable"]
+    else ["amx", "avx512vnni", "avx512", "avx2", "portable"]
 )
 def isa(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
     """One instruction set after the other, where this processor has it."""

@@ -46,6 +46,15 @@ def test_a_linear_layer(dtype: torch.dtype, bias: bool, how: dict[str, Any]) -> 
     assert distance(layer(x), plain(x.float())) < (3e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("how", [{}, TURNED, {"grid": "r2q"}])
+def test_a_linear_layer_follows_autocast(how: dict[str, Any]) -> None:
+    plain, layer = both(nn.Linear(64, 48), **how)
+    x = normal(2, 5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == plain(x).dtype == torch.bfloat16
+        assert distance(layer(x), plain(x)) < 1e-2
+
+
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=lambda value: str(value).replace(" ", ""))
 @pytest.mark.parametrize("how", [{}, {"rotation": 8, "equalized": True}])
 @pytest.mark.parametrize("batch", [1, 8])  # inputs of fewer values than the weight has, and of more

@@ -23,7 +23,7 @@ from arrow_quant_v2.kernels.native import find_library, open_library, share_team
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ISAS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "neon", "portable")
+ISAS = ("amx", "avx512vnni", "avx512", "avx2", "neon", "portable")
 """Instruction sets that a library may have, best first."""
 
 threads_per_call: ContextVar[int | None] = ContextVar("threads_per_call", default=None)

@@ -30,6 +30,11 @@ FLOATS = (*ops.FLOATS, torch.float64)
 EXPERT_AXES = 3
 
 
+def _under_autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class PackedWeight(nn.Module):
     """Stands in a module where a parameter stood, and gives torch functions its values when they ask for them.
 
@@ -228,9 +233,16 @@ class PackedWeight(nn.Module):
     def product(
         self, x: Tensor, bias: Tensor | None = None, op: Callable[..., Tensor] = linear.linear, *further: Any
     ) -> Tensor:
-        """Give x W^T + bias (..., rows) of x (..., columns), in the dtype of x, by `op` of kernels/linear.py."""
+        """Give x W^T + bias (..., rows) of x (..., columns), by `op` of kernels/linear.py.
+
+        In the dtype of x, or, under torch's autocast, in its dtype, as torch's own layers do.
+        """
+        x = _under_autocast(x)
+        inputs = self.changed(x)
+        if x.dtype == torch.bfloat16:  # which holds what float32 does; float16 might not
+            inputs = inputs.to(x.dtype)
         parts = (self.codes, self.scales, self.zero_points, self.row_scales, bias)
-        return op(self.changed(x), *parts, self.bits, self.group_size, self.grid, *further).to(x.dtype)
+        return op(inputs, *parts, self.bits, self.group_size, self.grid, *further).to(x.dtype)
 
     def looked_up(self, ids: Tensor) -> Tensor:
         """The rows of these ids (...), (..., columns); no others are dequantized."""

@@ -52,9 +52,6 @@ namespace avx512vnni {
 extern const KernelTable table;
 }
 #if defined(AQ_WITH_AMX)
-namespace avx512bf16 {
-extern const KernelTable table;
-}
 namespace amx {
 extern const KernelTable table;
 }
@@ -79,7 +76,7 @@ bool has_f16c() {
 // GCC and Clang call these bits differently.
 constexpr unsigned VBMI = 1u << 1, AVX512_BF16 = 1u << 5, AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
 
-bool has_bfloat16_pairs() {
+bool has_bfloat16() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(c & VBMI)) return false;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & AVX512_BF16);
@@ -101,8 +98,7 @@ bool may_use_tiles() {
 
 bool runs_here(const KernelTable& candidate) {
 #if defined(AQ_WITH_AMX)
-  if (&candidate == &amx::table) return runs_here(avx512bf16::table) && may_use_tiles();
-  if (&candidate == &avx512bf16::table) return runs_here(avx512vnni::table) && has_bfloat16_pairs();
+  if (&candidate == &amx::table) return runs_here(avx512vnni::table) && has_bfloat16() && may_use_tiles();
 #endif
 #if defined(__x86_64__)
   if (&candidate == &avx512vnni::table) return runs_here(avx512::table) && __builtin_cpu_supports("avx512vnni");
@@ -119,7 +115,7 @@ bool runs_here(const KernelTable& candidate) {
 
 const KernelTable* const CANDIDATES[] = {
 #if defined(AQ_WITH_AMX)
-    &amx::table, &avx512bf16::table,
+    &amx::table,
 #endif
 #if defined(__x86_64__)
     &avx512vnni::table, &avx512::table, &avx2::table,
@@ -280,7 +276,7 @@ AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint
   const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
                       row_bytes_of(columns, bits), bits};
   Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  std::vector<float> planes(std::min(count, MOST_DIRECT) * ask.row_planes()), sums(MOST_DIRECT * groups);
+  std::vector<float> planes(std::min(count, MOST_DIRECT) * groups * ask.group_places()), sums(MOST_DIRECT * groups);
   ask.planes = planes.data();
   ask.sums = sums.data();
   const int64_t x_bytes = columns * (dtype == FLOAT32 ? 4 : 2);

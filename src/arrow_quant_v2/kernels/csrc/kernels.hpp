@@ -93,7 +93,6 @@ struct Product {
   int64_t group_bytes() const { return (of.group * of.bits + 7) / 8; }
   int64_t blocks() const { return (group_bytes() + 15) / 16; }
   int64_t group_places() const { return blocks() * 16 * codes_of_byte(); }
-  int64_t row_planes() const { return of.groups * group_places() + 32; }  // more than pieces.hpp needs, too
 };
 
 // The same with x rounded to whole numbers q of 8 bits: x ~ step * q, and for a fixed step x ~ step * (q + correction).

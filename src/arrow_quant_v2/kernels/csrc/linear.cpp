@@ -23,10 +23,6 @@
 
 namespace AQ_ISA {
 
-bool takes_pieces(const Product& ask);  // linear_pieces.cpp
-void split_to_pieces(const Product& ask, int64_t first, int64_t last);
-void product_of_pieces(const Product& ask, int64_t first, int64_t last);
-
 // One group of inputs to planes; `from` is filled up with zeros.
 static void split_group(const float* from, float* to, int64_t blocks, int64_t codes_of_byte) {
   for (int64_t b = 0; b < blocks; b++)
@@ -35,7 +31,6 @@ static void split_group(const float* from, float* to, int64_t blocks, int64_t co
 }
 
 void split(const Product& ask, int64_t first, int64_t last) {
-  if (takes_pieces(ask)) return split_to_pieces(ask, first, last);
   const int64_t places = ask.group_places();
   std::vector<float> group(places + LANES);
   for (int64_t m = first; m < last; m++)
@@ -188,7 +183,6 @@ static void product_in(const Product& ask, int64_t first, int64_t last) {
 }
 
 void product(const Product& ask, int64_t first, int64_t last) {
-  if (takes_pieces(ask)) return product_of_pieces(ask, first, last);
   if (ask.of.bits == 2) product_in<2>(ask, first, last);
   if (ask.of.bits == 4) product_in<4>(ask, first, last);
   if (ask.of.bits == 8) product_in<8>(ask, first, last);

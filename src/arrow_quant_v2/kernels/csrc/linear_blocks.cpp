@@ -114,10 +114,10 @@ static __m512i places_of_words(const BlockProduct& ask) {
 }
 
 void fill_blocks(const BlockProduct& ask, int64_t first, int64_t last) {
-  const int64_t chunks = ask.chunks(), width = chunks * CHUNK;
+  const int64_t chunks = ask.chunks(), width = chunks * CHUNK, woven = chunks_woven(ask);
   std::vector<float> row(width + LANES), group((ask.of.group + LANES - 1) / LANES * LANES);
   std::vector<int8_t> whole(group.size());
-  std::vector<uint16_t> rows(2 * SIDE * width), copy;
+  std::vector<uint16_t> rows(2 * SIDE * width);
   for (int64_t p = first; p < last; p++) {
     for (int64_t i = 0; i < SIDE; i++) {
       std::fill(row.begin(), row.end(), 0.0f);
@@ -125,7 +125,10 @@ void fill_blocks(const BlockProduct& ask, int64_t first, int64_t last) {
       std::fill(row.begin() + ask.of.columns, row.end(), 0.0f);
       uint16_t* hi = &rows[i * width];
       to_pieces(row.data(), chunks, hi, ask.pieces() == 2 ? hi + SIDE * width : nullptr);
-      for (int64_t piece = 0; piece < ask.pieces(); piece++) weave(hi + piece * SIDE * width, ask.of.columns, chunks_woven(ask), copy);
+      for (int64_t piece = 0; piece < ask.pieces(); piece++) {
+        if (woven == 8) weave<8>(hi + piece * SIDE * width, ask.of.columns);
+        if (woven == 4) weave<4>(hi + piece * SIDE * width, ask.of.columns);
+      }
     }
     for (int64_t piece = 0; piece < ask.pieces(); piece++)
       to_panel(&rows[piece * SIDE * width], chunks, ask.inputs + piece * ask.piece_size() + p * ask.panel_size());

@@ -8,8 +8,6 @@
 
 #include <immintrin.h>
 
-#include <vector>
-
 #include "kernels.hpp"
 #include "levels.hpp"
 
@@ -46,10 +44,6 @@ static inline void to_pieces(const float* from, int64_t chunks, uint16_t* hi, ui
   }
 }
 
-static inline void from_pieces(const uint16_t* hi, const uint16_t* lo, int64_t chunks, float* to) {
-  for (int64_t i = 0; i < chunks * CHUNK; i += LANES) store(to + i, load_bfloat16(hi + i) + load_bfloat16(lo + i));
-}
-
 // The codes of a chunk, each in the low bits of 16; what is above 5 bits of 2, or of 4, is not theirs.
 template <int BITS>
 struct Spread {
@@ -69,31 +63,26 @@ struct Spread {
   }
 };
 
-template <>
-struct Spread<8> {
-  AQ_INLINE_MEMBER __m512i operator()(const uint8_t* codes) const {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+// Inputs for codes that are read 64 bytes at a time, code k of every 16 bits for chunk k of N: (32, N) to (N, 32), for as
+// many whole times N chunks as there are columns.
+template <int N>
+static inline void weave(uint16_t* row, int64_t columns) {
+  alignas(64) uint16_t places[CHUNK];
+  for (int i = 0; i < CHUNK; i++) places[i] = (uint16_t)(i * N % 64);
+  const __m512i first = _mm512_load_si512(places);
+  for (int64_t start = 0; start + N * CHUNK <= columns; start += N * CHUNK) {
+    __m512i in[N];
+    for (int i = 0; i < N; i++) in[i] = _mm512_loadu_si512(row + start + i * CHUNK);
+    for (int k = 0; k < N; k++) {
+      const __m512i from = _mm512_add_epi16(first, _mm512_set1_epi16((int16_t)k));
+      __m512i out = {};
+      for (int j = 0; j < N / 2; j++) {  // of two vectors, 64 / N are for this chunk
+        const __mmask32 lanes = (__mmask32)(((1ull << 64 / N) - 1) << j * (64 / N));
+        out = _mm512_mask_mov_epi16(out, lanes, _mm512_permutex2var_epi16(in[2 * j], from, in[2 * j + 1]));
+      }
+      _mm512_storeu_si512(row + start + k * CHUNK, out);
+    }
   }
-};
-
-// bfloat16 of f(0) to f(31), to be picked by the low 5 bits.
-template <class Function>
-static inline __m512i bfloat16_table(Function f) {
-  alignas(64) float values[CHUNK];
-  alignas(64) uint16_t table[CHUNK];
-  for (int i = 0; i < CHUNK; i++) values[i] = (float)f(i);
-  to_pieces(values, 1, table, nullptr);
-  return _mm512_load_si512(table);
-}
-
-// Inputs for codes that are read 64 bytes at a time, code k of every 16 bits for chunk k of n: (32, n) to (n, 32), for as
-// many whole times n chunks as there are columns.
-static inline void weave(uint16_t* row, int64_t columns, int64_t n, std::vector<uint16_t>& copy) {
-  if (n == 1) return;
-  copy.assign(row, row + columns / (n * CHUNK) * n * CHUNK);
-  for (int64_t start = 0; start + n * CHUNK <= columns; start += n * CHUNK)
-    for (int64_t k = 0; k < n; k++)
-      for (int64_t i = 0; i < CHUNK; i++) row[start + k * CHUNK + i] = copy[start + i * n + k];
 }
 
 }  // namespace AQ_ISA

@@ -6,7 +6,7 @@
 // 2^-16. Inputs in bfloat16 have one piece, and then W is rounded to one too, as torch's own product of bfloat16 has it.
 // A block of rows of W is decoded for some chunks at a time, and meets all panels, whose sums wait in `sums`.
 // Assumes what kernels/linear.py has checked, and groups that start on a byte.
-// Measured on an Intel Xeon 6 (2 cores): python bench/linear.py.
+// Measured on an Intel Xeon with AMX (2 cores): python bench/linear.py.
 #include <algorithm>
 #include <vector>
 

@@ -33,6 +33,8 @@ SHAPES = [  # (rows, columns, group size): whole blocks of 16 bytes, parts of th
     (6, 512, 32),
     (70, 300, 104),
     (40, 600, 128),
+    (20, 255, 64),  # a row of codes that fills its last bytes, as a row of 256 would
+    (20, 127, 64),
     (1, 1, 8),
 ]
 COUNTS = (1, 2, 3, 4, 5, 9, 33, 70)

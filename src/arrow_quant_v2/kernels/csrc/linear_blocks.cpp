@@ -260,7 +260,7 @@ struct Compute {
 template <int PIECES>
 struct Decoded {
   const BlockProduct& ask;
-  int64_t piece_size, of_group, woven, first_row = 0, count = 0;
+  int64_t piece_size, of_group, woven, woven_end, first_row = 0, count = 0;  // chunks before woven_end are woven
   bool in_chunks;
   __m512i places;
   Aligned<uint16_t> tiles;
@@ -274,6 +274,7 @@ struct Decoded {
         piece_size(ask.rows_of_block * CHUNKS_AT_ONCE * CHUNK),
         of_group(ask.of.groups == 1 ? ask.chunks() : ask.of.group / CHUNK),
         woven(chunks_woven(ask)),
+        woven_end(woven > 1 ? ask.of.columns / (woven * CHUNK) * woven : 0),  // as weave() has it
         in_chunks(in_whole_chunks(ask)),
         places(places_of_words(ask)),
         tiles(PIECES * piece_size),
@@ -358,7 +359,7 @@ struct Decoded {
     const auto decode = decoder<BITS>(r);
     int64_t c = 0;
     if constexpr (BITS < 8)
-      for (; c + woven <= whole && woven > 1; c += woven) decode.weave(groups[first + c], codes + c * BYTES, to + c * TILE);
+      for (; first + c < woven_end && c < chunks; c += woven) decode.weave(groups[first + c], codes + c * BYTES, to + c * TILE);
     for (int64_t g = (first + c) / of_group; c < whole; g++) {
       const int64_t stop = std::min((g + 1) * of_group - first, whole);
       decode(g, codes + c * BYTES, to + c * TILE, stop - c);

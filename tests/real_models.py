@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import pydoc_data.topics
+import random
+import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,7 @@ ANTIBODIES = (
     "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQSTHVPYTFGGGTKLEIK",
 )
 CLS, SEP, MASK = 2, 3, 4
+SENTENCE = re.compile(r"[A-Z][^.:*|`\\]{40,220}\.(?=\s)")
 MASKINGS = 24
 
 
@@ -28,6 +33,27 @@ def packaged(package: str, folder: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise SystemExit(f"{package} is not installed; `make setup` installs it")
     return Path(next(iter(found.submodule_search_locations))) / folder
+
+
+def antiberty_folder(folder: Path) -> Path:
+    """AntiBERTy there, with its vocabulary, which lies beside its folder, where no tokenizer would find it."""
+    source = packaged("antiberty", "trained_models/AntiBERTy_md_smooth")
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    shutil.copy(source.parent / "vocab.txt", folder)
+    return folder
+
+
+def terrain_file() -> Path:
+    """The terrain UNet, as an ONNX file: see terrain_unet."""
+    return packaged("terrain_diffusion", "weights") / "terrain_consistency_unet_difficulty100.onnx"
+
+
+def manual_sentences() -> list[str]:
+    """Sentences of Python's own manual, shuffled."""
+    text = "\n".join(pydoc_data.topics.topics.values())
+    found = sorted({" ".join(match.split()) for match in SENTENCE.findall(text)})
+    random.Random(0).shuffle(found)
+    return found
 
 
 def minilm_states(module: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, torch.Tensor]:

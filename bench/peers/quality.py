@@ -277,14 +277,8 @@ def cells(package: str, ask: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from rows
         done += len(rows)
         if done < len(todo):
-            words = last_words(stderr, status)
-            yield failed(todo[done], words)
+            yield failed(todo[done], raised(stderr, status))
             done += 1
-
-
-def last_words(stderr: str, status: int) -> str:
-    """What a process said before it died."""
-    return raised(stderr, status)
 
 
 def run(package: str, start: int, ask: argparse.Namespace) -> tuple[list[dict[str, Any]], str, int]:

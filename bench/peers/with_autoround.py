@@ -2,27 +2,20 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from auto_round import AutoRound
 from auto_round.data_type.int import quant_tensor_opt_rtn_sym, quant_tensor_rtn_sym
-from packing import as_stored
+from packing import Quantized, as_stored, bits_of_weight, restore, stored
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+__all__ = ["quantize", "quantize_model", "restore", "stored"]
+
 ITERATIONS = 50  # of its own light recipe; 200 as it comes take a quarter of an hour for AntiBERTy at one width
 SEARCHED_BELOW = 8  # bits; at 8 AutoRound itself turns its search of scales off
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Weights as they are restored, and tensors of the sizes that its file format stores."""
-
-    restored: Tensor
-    tensors: list[Tensor]
 
 
 def quantize(weight: Tensor, bits: int, group_size: int, products: Tensor) -> Quantized:
@@ -32,14 +25,6 @@ def quantize(weight: Tensor, bits: int, group_size: int, products: Tensor) -> Qu
     else:
         restored, scale, _ = quant_tensor_rtn_sym(weight.clone(), bits, group_size)
     return Quantized(restored, as_stored(weight, bits, scale.numel()))
-
-
-def stored(quantized: Quantized) -> list[Tensor]:
-    return quantized.tensors
-
-
-def restore(quantized: Quantized) -> Tensor:
-    return quantized.restored
 
 
 def quantize_model(
@@ -66,7 +51,7 @@ def quantize_model(
     )
     quantized, _ = run.quantize()
     own = dict(quantized.named_parameters())
-    return {place: own[place] for place in names}, bits + (16 + bits) / group_size
+    return {place: own[place] for place in names}, bits_of_weight(bits, group_size)
 
 
 def same_length(rows: Iterable[list[int]]) -> list[dict[str, Tensor]]:

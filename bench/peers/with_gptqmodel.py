@@ -1,25 +1,18 @@
 """GPTQModel: its GPTQ of one layer, as Optimum calls it, and a whole model by itself. Knows nothing of clocks."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from gptqmodel.quantization.gptq import GPTQ
-from packing import as_stored
+from packing import Quantized, as_stored, bits_of_weight, restore, stored
 from torch import Tensor, nn
+
+__all__ = ["quantize", "quantize_model", "restore", "stored"]
 
 ROWS = 4096  # that H is said to be of
 RIDGE = 1e-6
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Weights as they are restored, and tensors of the sizes that its file format stores."""
-
-    restored: Tensor
-    tensors: list[Tensor]
 
 
 def config(bits: int, group_size: int, *, symmetric: bool = True) -> QuantizeConfig:
@@ -47,14 +40,6 @@ def rows_of(products: Tensor) -> Tensor:
         ridge *= 10
 
 
-def stored(quantized: Quantized) -> list[Tensor]:
-    return quantized.tensors
-
-
-def restore(quantized: Quantized) -> Tensor:
-    return quantized.restored
-
-
 def quantize_model(
     described: Mapping[str, Any], names: Iterable[str], bits: int, group_size: int
 ) -> tuple[dict[str, Tensor], float]:
@@ -62,4 +47,4 @@ def quantize_model(
     model = GPTQModel.load(described["folder"], config(bits, group_size), device="cpu")
     model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in described["calls"]])
     own = dict(model.model.named_parameters())
-    return {place: own[place] for place in names}, bits + (16 + bits) / group_size
+    return {place: own[place] for place in names}, bits_of_weight(bits, group_size)

@@ -170,8 +170,7 @@ class InBasis:
 
     def loss(self, weight: Weight) -> float:
         """tr(dW H dW^T), without refits."""
-        left = self.basis.weight(self.fitted(weight, 0).left)
-        return float(((left @ self.hessian) * left).sum(dtype=torch.float64))
+        return loss_of(self.basis.weight(self.fitted(weight, 0).left), self.hessian)
 
     def fitted(self, weight: Weight, refits: int) -> Fitted:
         """The weight by its spec."""
@@ -192,6 +191,11 @@ class InBasis:
         error = error_of(weight.values, left)
         torch.sub(weight.aim, left, out=left)
         return Fitted(packed=packed, basis=self.basis, error=error, left=left)
+
+
+def loss_of(left: Tensor, hessian: Tensor) -> float:
+    """tr(dW H dW^T) of `left` = dW (rows, columns): the squared error of outputs, for the inputs that made H."""
+    return float(((left @ hessian) * left).sum(dtype=torch.float64))
 
 
 def error_of(weight: Tensor, quantized: Tensor) -> WeightError:

@@ -16,14 +16,12 @@ import torch
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.quantizers.basis import Basis
-from arrow_quant_v2.quantizers.calibrated import Fitted, InBasis, Sight, error_of, every_basis
+from arrow_quant_v2.quantizers.calibrated import Fitted, InBasis, Sight, error_of, every_basis, loss_of
 from arrow_quant_v2.quantizers.gptq_rows import gptq_rows, weights_alone
 from arrow_quant_v2.quantizers.result import joined, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
 
     from arrow_quant_v2.packed import PackedTensor
     from arrow_quant_v2.quantizers.calibrated import Freedom, Weight
@@ -146,11 +144,7 @@ def _better(part: _Part, basis: Basis, sight: Sight, refits: int) -> tuple[Fitte
         return InBasis(basis, part.sight, groups).fitted(part.weight, refits), part.by
     ways = ((SHARED, sight), (ALONE, _blind(sight, part.weight)))
     found = [(InBasis(basis, one, groups).fitted(part.weight, refits), by) for by, one in ways]
-    return min(found, key=lambda pair: _lost(pair[0].left, part.sight.hessian))
-
-
-def _lost(left: Tensor, hessian: Tensor) -> float:
-    return float(((left @ hessian) * left).sum(dtype=torch.float64))
+    return min(found, key=lambda pair: loss_of(pair[0].left, part.sight.hessian))
 
 
 def _joined(weight: Weight, parts: Sequence[PackedTensor], basis: Basis) -> PackedTensor:

@@ -179,6 +179,13 @@ void expect_to_fill(void* result, int64_t bytes) {
 int64_t groups_of(int64_t columns, int64_t group) { return (columns + group - 1) / group; }
 int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 8; }
 
+// A weight that is read where it lies; what it shall be written to is not said.
+Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points, const uint16_t* row_scales,
+                  int64_t columns, int bits, int64_t group) {
+  return {codes,   scales, zero_points, row_scales,  nullptr, FLOAT32,
+          columns, group,  groups_of(columns, group), row_bytes_of(columns, bits), bits};
+}
+
 }  // namespace
 
 AQ_EXPORT int aq_abi() { return 6; }
@@ -272,11 +279,9 @@ AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint
                          const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                          int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
                          int threads) {
-  const int64_t groups = groups_of(columns, group);
-  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
-                      row_bytes_of(columns, bits), bits};
+  const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  std::vector<float> planes(std::min(count, MOST_DIRECT) * groups * ask.group_places()), sums(MOST_DIRECT * groups);
+  std::vector<float> planes(std::min(count, MOST_DIRECT) * of.groups * ask.group_places()), sums(MOST_DIRECT * of.groups);
   ask.planes = planes.data();
   ask.sums = sums.data();
   const int64_t x_bytes = columns * (dtype == FLOAT32 ? 4 : 2);
@@ -294,14 +299,12 @@ AQ_EXPORT void aq_linear_rounded(const uint8_t* codes, const uint8_t* scales, co
                                  const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                                  int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
                                  float step, int zero, int threads) {
-  const int64_t groups = groups_of(columns, group);
-  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
-                      row_bytes_of(columns, bits), bits};
+  const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   RoundedProduct ask{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
                      step > 0.0f, step, (float)zero, nullptr, nullptr};
   const int64_t most = MOST_DIRECT - (ask.inputs() - count);
   std::vector<int8_t> places(MOST_DIRECT * ask.stream_places());
-  std::vector<float> steps(MOST_DIRECT * groups), sums(MOST_DIRECT * groups);
+  std::vector<float> steps(MOST_DIRECT * of.groups), sums(MOST_DIRECT * of.groups);
   ask.places = places.data();
   ask.steps = steps.data();
   ask.sums = sums.data();
@@ -320,8 +323,7 @@ AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, cons
                                int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
                                int threads) {
   const KernelTable* table = chosen.load();
-  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group,
-                      groups_of(columns, group), row_bytes_of(columns, bits), bits};
+  const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
                     false, 0.0f, 0.0f, nullptr, nullptr},
                    table->lanes * (count > table->lanes ? 2 : 1), 1, nullptr};
@@ -340,14 +342,12 @@ AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scal
                                        int64_t group, int residual, const void* x, int dtype, int64_t count,
                                        const float* bias, float* y, float step, int zero, int threads) {
   const KernelTable* table = chosen.load();
-  const int64_t groups = groups_of(columns, group);
-  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group, groups,
-                      row_bytes_of(columns, bits), bits};
+  const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
                     step > 0.0f, step, (float)zero, nullptr, nullptr},
                    table->lanes * (count > table->lanes ? 2 : 1), table->word_columns(bits), nullptr};
   std::vector<int32_t> inputs(ask.panels() * ask.words() * ask.lanes);
-  std::vector<float> steps(ask.panels() * groups * ask.lanes), sums(steps.size());
+  std::vector<float> steps(ask.panels() * of.groups * ask.lanes), sums(steps.size());
   ask.inputs_of_panels = inputs.data();
   ask.steps = steps.data();
   ask.sums = sums.data();
@@ -374,8 +374,7 @@ AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, con
                                 int residual, const void* x, int dtype, int64_t count, const float* bias, void* y,
                                 int rounded, float step, int zero, int threads) {
   const KernelTable* table = chosen.load();
-  const Dequantize of{codes, scales, zero_points, row_scales, nullptr, FLOAT32, columns, group,
-                      groups_of(columns, group), row_bytes_of(columns, bits), bits};
+  const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   BlockProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, nullptr},
                     rounded == 2, step, (float)zero, nullptr, nullptr},
                    rounded != 0, y, nullptr, BlockProduct::FEWEST_ROWS};

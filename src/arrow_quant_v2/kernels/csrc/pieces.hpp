@@ -1,27 +1,23 @@
-// Floats as sums of two bfloat16, and codes as bfloat16, thirty-two at a time; knows nothing of products.
+// Floats as sums of two bfloat16, and codes of 2 and 4 bits, thirty-two at a time; knows nothing of products.
 //
-// A float is hi + lo to within 2^-18 of itself; a bfloat16 is its own hi, and a code of 2 or 4 bits too.
+// A float is hi + lo to within 2^-18 of itself; a bfloat16 is its own hi.
 #pragma once
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-#define AQ_PIECES 1
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels.hpp"
-#include "levels.hpp"
+#include "lanes.hpp"
 
 namespace AQ_ISA {
 
 constexpr int64_t CHUNK = 32;  // bfloat16 of a vector
 
-static inline int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
-
 // Whether every chunk of a row lies in one group.
 static inline bool in_whole_chunks(const Product& ask) { return ask.of.group % CHUNK == 0 || ask.of.groups == 1; }
-
-// bfloat16 inputs have no lo.
-static inline int pieces_of(Dtype dtype) { return dtype == BFLOAT16 ? 1 : 2; }
 
 struct Pieces {
   __m256i hi, lo;

@@ -9,6 +9,14 @@
 
 namespace AQ_ISA {
 
+// Codes are read once, and processors that read ahead by themselves stop at every page: so they are asked for early.
+constexpr int64_t BYTES_AHEAD = 4096, ROWS_AHEAD = 8;
+
+AQ_INLINE void ask_for(const void* start, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);
+}
+AQ_INLINE void ask_ahead(const uint8_t* codes, int64_t bytes) { ask_for(codes + BYTES_AHEAD, bytes); }
+
 // weight = base + step * code, and jump more where the highest bit of the code is set.
 //
 //   affine  step = s, base = -s * zero, jump = 0
@@ -22,6 +30,10 @@ struct RowLevels {
   void read(const Product& ask, int64_t row) {
     const uint8_t* zeros = ask.of.zero_points ? ask.of.zero_points + row * ask.of.groups : nullptr;
     const float row_scale = from_bfloat16_bits(ask.of.row_scales[row]);
+    const int64_t count = ask.of.groups * (ask.residual ? 2 : 1);
+    ask_for(ask.of.scales + (row + ROWS_AHEAD) * count, count);
+    if (zeros) ask_for(zeros + ROWS_AHEAD * ask.of.groups, ask.of.groups);
+    ask_for(ask.of.row_scales + row + 8 * ROWS_AHEAD, 1);
     if (ask.residual)
       read_residual(ask.of.scales + 2 * row * ask.of.groups, zeros, row_scale, ask.of.bits, ask.of.groups);
     else

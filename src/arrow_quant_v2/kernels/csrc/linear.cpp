@@ -159,8 +159,10 @@ static void product_of(const Product& ask, int64_t first, int64_t last) {
     levels.read(ask, r);
     const uint8_t* row = codes.at(ask, r);
     GroupProduct<BITS, RESIDUAL, COUNT> sums;
-    for (int64_t g = 0; g < ask.of.groups; g++)
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      ask_ahead(row + g * bytes, bytes);
       sums.add(levels, g, row + g * bytes, blocks, Inputs{ask.planes + g * places, ask.of.groups * places});
+    }
     for (int m = 0; m < COUNT; m++)
       ask.y[m * ask.rows + r] = sums.total(m, levels, ask) + (ask.bias ? ask.bias[r] : 0.0f);
   }

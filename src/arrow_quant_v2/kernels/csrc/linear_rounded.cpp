@@ -163,16 +163,21 @@ AQ_INLINE Sums8<BITS, RESIDUAL, COUNT> add_row(const RoundedProduct& ask, const 
   if (by.reach == VECTORS) {
     for (int64_t g = 0; g < ask.of.groups; g++) {
       const int64_t start = g * group, vectors = (std::min(group, used - start) + VECTOR_BYTES - 1) / VECTOR_BYTES;
+      ask_ahead(codes + start, vectors * VECTOR_BYTES);
       sums.add(by, g, codes + start, ask.places + start * (8 / BITS), stride, vectors);
     }
   } else if (by.reach == QUADS) {
-    for (int64_t i = 0; i * VECTOR_BYTES < used; i++)
+    for (int64_t i = 0; i * VECTOR_BYTES < used; i++) {
+      ask_ahead(codes + i * VECTOR_BYTES, VECTOR_BYTES);
       sums.add(by, i * (WIDTH / 4), codes + i * VECTOR_BYTES, ask.places + i * PLACES, stride,
                [](const float* p) { return quads(p); });
+    }
   } else {
-    for (int64_t i = 0; i * VECTOR_BYTES < used; i++)
+    for (int64_t i = 0; i * VECTOR_BYTES < used; i++) {
+      ask_ahead(codes + i * VECTOR_BYTES, VECTOR_BYTES);
       sums.add(by, i * WIDTH, codes + i * VECTOR_BYTES, ask.places + i * PLACES, stride,
                [](const float* p) { return load_part(p); });
+    }
   }
   return sums;
 }

@@ -111,6 +111,18 @@ def test_a_product_is_what_it_means(name: str, shape: tuple[int, int, int], grid
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_beside_a_great_input_small_ones_keep_their_part(bits: int) -> None:
+    some, x = case(8, 256, 64, bits), gaussian(1, 256)
+    x[0, 70] = 2.0**14
+    weight = some.weight(256)
+    expected, great = x.double() @ weight.T, (2.0**14 * weight[:, 70]).abs()
+    left_out = 2.0**-10 * weight[:, 64:128].abs().sum(1)
+    found = products.linear(x, *some.arguments).double()
+    assert ((found - expected).abs() <= left_out + 2.0**-22 * great + 1e-5).all()
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("name", OPS)
 def test_groups_may_start_within_a_byte(name: str) -> None:
     zeros = torch.randint(256, (3, 7), dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 What is registered here is the meaning in plain torch, which runs everywhere; device kernels register beside it. They
 add up in another order, and are held to the meaning by its rounding; where x is bfloat16, they may round W and what x
-is rounded to as well.
+is rounded to as well; and of the x of a group they may leave out 2^-24 of its greatest.
 """
 
 from __future__ import annotations

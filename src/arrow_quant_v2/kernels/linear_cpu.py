@@ -23,6 +23,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the library calls them."""
 MOST_DIRECT = 4
 """Rows of x up to which codes are multiplied as they are read; more are worth decoded rows."""
+MOST_IN_PIECES = 2
+"""The same where inputs go as they are to whole numbers, three for each, and there is a matrix unit."""
 MOST_IN_PANELS = 256
 """Rows of x up to which our product of dequantized rows is faster than torch's of tiles."""
 MOST_IN_GROUP = 1 << 16
@@ -48,8 +50,33 @@ def by_tiles(x: Tensor, weight: Weight) -> Tensor:
     return y if weight.bias is None else y.add_(weight.bias.float())
 
 
+POINTER, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+OPERANDS = (
+    *(POINTER,) * 4, SIZE, SIZE, NUMBER, SIZE, NUMBER,  # codes to row scales; rows, columns, bits, group, grid
+    POINTER, NUMBER, SIZE, POINTER, POINTER,  # inputs, their dtype and count; bias; result
+)  # fmt: skip
+"""What every kernel of the library takes."""
+STEP = (ctypes.c_float, NUMBER)
+FURTHER = {
+    "aq_linear": (NUMBER,),
+    "aq_linear_tiled": (NUMBER,),
+    "aq_linear_rounded": (*STEP, NUMBER),
+    "aq_linear_rounded_tiled": (*STEP, NUMBER),
+    "aq_linear_blocks": (NUMBER, *STEP, NUMBER),
+}
+"""What some take besides: how inputs are rounded, their step and its zero point; all take the number of threads."""
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes what the kernels take, which makes a call of them half as long."""
+    for name, further in FURTHER.items():
+        getattr(library, name).argtypes = (*OPERANDS, *further)
+        getattr(library, name).restype = None
+
+
 def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
     """Let the dispatcher use these kernels for CPU tensors; `threads` tells how many a call may use."""
+    declare(library)
     kernels = Kernels(library=library, threads=threads)
 
     def linear_cpp(x: Tensor, *given: Any) -> Tensor:
@@ -77,37 +104,37 @@ class Kernels:
 
     def exact(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply x as it is."""
-        if self._in_blocks(len(x), weight):
+        if len(x) > MOST_IN_PIECES and self._have_blocks(weight):
             return self._blocks(x, weight, AS_IT_IS)
-        if len(x) > MOST_IN_PANELS or not groups_start_on_bytes(weight):
+        if len(x) > MOST_IN_PANELS or not groups_start_on_bytes(weight) or weight.group > MOST_IN_GROUP:
             return by_tiles(x.float(), weight)
         kernel = self.library.aq_linear if len(x) <= MOST_DIRECT else self.library.aq_linear_tiled
         return _call(kernel, x, weight, self.threads())
 
     def dynamic(self, x: Tensor, weight: Weight) -> Tensor:
         """Multiply x rounded by group."""
-        if self._in_blocks(len(x), weight):
+        if len(x) > MOST_DIRECT and self._have_blocks(weight):
             return self._blocks(x, weight, BY_GROUP)
         kernel = self._of_whole_numbers(len(x), weight)
         if kernel is None:
             return self.exact(meaning.rounded_by_group(x, weight.group), weight)
-        return _call(kernel, x, weight, ctypes.c_float(0.0), 0, self.threads())
+        return _call(kernel, x, weight, 0.0, 0, self.threads())
 
     def static(self, x: Tensor, weight: Weight, scale: float, zero_point: int) -> Tensor:
         """Multiply x rounded with one scale."""
-        if self._in_blocks(len(x), weight) and ctypes.c_float(scale).value > 0.0:
+        if len(x) > MOST_DIRECT and self._have_blocks(weight) and ctypes.c_float(scale).value > 0.0:
             return self._blocks(x, weight, BY_SCALE, scale, zero_point)
-        kernel, step = self._of_whole_numbers(len(x), weight), ctypes.c_float(scale)
-        if kernel is None or step.value == 0.0:
+        kernel = self._of_whole_numbers(len(x), weight)
+        if kernel is None or ctypes.c_float(scale).value == 0.0:
             return self.exact(meaning.rounded_by_scale(x, scale, zero_point), weight)
-        return _call(kernel, x, weight, step, zero_point, self.threads())
+        return _call(kernel, x, weight, scale, zero_point, self.threads())
 
-    def _in_blocks(self, count: int, weight: Weight) -> bool:
-        """Whether so many rows of x go to a matrix unit: of bfloat16, as groups are too short for its whole numbers."""
-        return bool(count > MOST_DIRECT and groups_start_on_bytes(weight) and self.library.aq_multiplies_blocks())
+    def _have_blocks(self, weight: Weight) -> bool:
+        """Whether a matrix unit takes this: in bfloat16, as groups are too short for its whole numbers."""
+        return bool(groups_start_on_bytes(weight) and self.library.aq_multiplies_blocks())
 
     def _blocks(self, x: Tensor, weight: Weight, rounded: int, scale: float = 0.0, zero_point: int = 0) -> Tensor:
-        how = (rounded, ctypes.c_float(scale), zero_point, self.threads())
+        how = (rounded, scale, zero_point, self.threads())
         return _call(self.library.aq_linear_blocks, x, weight, *how, dtype=x.dtype)
 
     def _of_whole_numbers(self, count: int, weight: Weight) -> Callable[..., None] | None:
@@ -144,17 +171,17 @@ def _call(
     kept = [part.contiguous() for part in weight.stored]
     bias = None if weight.bias is None else weight.bias.float().contiguous()
     kernel(
-        *[pointer(part) if part.numel() else None for part in kept],
-        ctypes.c_int64(weight.rows),
-        ctypes.c_int64(weight.columns),
+        *[part.data_ptr() for part in kept],  # 0, no address, where there are no values
+        weight.rows,
+        weight.columns,
         weight.bits,
-        ctypes.c_int64(weight.group),
-        int(weight.grid == "r2q"),
-        pointer(inputs),
+        weight.group,
+        weight.grid == "r2q",
+        inputs.data_ptr(),
         DTYPES[x.dtype],
-        ctypes.c_int64(len(x)),
-        None if bias is None else pointer(bias),
-        pointer(y),
+        len(x),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
         *further,
     )
     return y

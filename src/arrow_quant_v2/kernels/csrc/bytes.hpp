@@ -86,11 +86,15 @@ AQ_INLINE FloatPart quads(const float* p) {
 
 // All lanes, added in halves.
 AQ_INLINE float fold_part(FloatPart a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)a);
+#else
   float lanes[WIDTH];
   std::memcpy(lanes, &a, sizeof a);
   for (int half = WIDTH / 2; half; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 }  // namespace AQ_ISA

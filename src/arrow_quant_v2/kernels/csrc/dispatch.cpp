@@ -275,23 +275,55 @@ AQ_EXPORT void aq_hadamard(const float* from, float* to, int64_t rows, int64_t b
   over_rows(Hadamard{from, to, block}, chosen.load()->hadamard, rows, block, threads);
 }
 
+namespace {
+
+// Some rows of x at a time, as floats.
+void multiply_floats(Product ask, int threads) {
+  const int64_t all = ask.count;
+  std::vector<float> planes(std::min(all, MOST_DIRECT) * ask.of.groups * ask.group_places());
+  std::vector<float> sums(MOST_DIRECT * ask.of.groups);
+  ask.planes = planes.data();
+  ask.sums = sums.data();
+  const char* x = (const char*)ask.x;
+  float* y = ask.y;
+  for (int64_t m = 0; m < all; m += MOST_DIRECT) {
+    ask.count = std::min(MOST_DIRECT, all - m);
+    ask.x = x + m * ask.of.columns * (ask.dtype == FLOAT32 ? 4 : 2);
+    ask.y = y + m * ask.rows;
+    chosen.load()->split(ask, 0, ask.count);
+    over_rows(ask, chosen.load()->product, ask.rows, std::max<int64_t>(1, ask.of.columns / FAST_VALUES), threads);
+  }
+}
+
+// The same in whole numbers of 8 bits: rounded inputs, or pieces whose sum they are.
+void multiply_whole_numbers(RoundedProduct ask, int threads) {
+  const int64_t all = ask.count, most = MOST_DIRECT - (ask.inputs() - all);
+  std::vector<int8_t> places(MOST_DIRECT * ask.pieces * ask.stream_places());
+  std::vector<float> steps(MOST_DIRECT * ask.of.groups), sums(steps.size());
+  ask.places = places.data();
+  ask.steps = steps.data();
+  ask.sums = sums.data();
+  const char* x = (const char*)ask.x;
+  float* y = ask.y;
+  for (int64_t m = 0; m < all; m += most) {
+    ask.count = std::min(most, all - m);
+    ask.x = x + m * ask.of.columns * (ask.dtype == FLOAT32 ? 4 : 2);
+    ask.y = y + m * ask.rows;
+    chosen.load()->round_inputs(ask, 0, ask.inputs());
+    over_rows(ask, chosen.load()->rounded_product, ask.rows, std::max<int64_t>(1, ask.of.columns / FAST_VALUES), threads);
+  }
+}
+
+}  // namespace
+
 AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                          const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                          int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
                          int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
-  Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  std::vector<float> planes(std::min(count, MOST_DIRECT) * of.groups * ask.group_places()), sums(MOST_DIRECT * of.groups);
-  ask.planes = planes.data();
-  ask.sums = sums.data();
-  const int64_t x_bytes = columns * (dtype == FLOAT32 ? 4 : 2);
-  for (int64_t m = 0; m < count; m += MOST_DIRECT) {
-    ask.count = std::min(MOST_DIRECT, count - m);
-    ask.x = (const char*)x + m * x_bytes;
-    ask.y = y + m * rows;
-    chosen.load()->split(ask, 0, ask.count);
-    over_rows(ask, chosen.load()->product, rows, std::max<int64_t>(1, columns / FAST_VALUES), threads);
-  }
+  const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
+  if (chosen.load()->product) return multiply_floats(ask, threads);
+  multiply_whole_numbers({ask, false, 0.0f, 0.0f, nullptr, nullptr, RoundedProduct::PIECES}, threads);
 }
 
 // step is 0 where each group of a row has its own.
@@ -300,21 +332,8 @@ AQ_EXPORT void aq_linear_rounded(const uint8_t* codes, const uint8_t* scales, co
                                  int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
                                  float step, int zero, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
-  RoundedProduct ask{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
-                     step > 0.0f, step, (float)zero, nullptr, nullptr};
-  const int64_t most = MOST_DIRECT - (ask.inputs() - count);
-  std::vector<int8_t> places(MOST_DIRECT * ask.stream_places());
-  std::vector<float> steps(MOST_DIRECT * of.groups), sums(MOST_DIRECT * of.groups);
-  ask.places = places.data();
-  ask.steps = steps.data();
-  ask.sums = sums.data();
-  for (int64_t m = 0; m < count; m += most) {
-    ask.count = std::min(most, count - m);
-    ask.x = (const char*)x + m * columns * (dtype == FLOAT32 ? 4 : 2);
-    ask.y = y + m * rows;
-    chosen.load()->round_inputs(ask, 0, ask.inputs());
-    over_rows(ask, chosen.load()->rounded_product, rows, std::max<int64_t>(1, columns / FAST_VALUES), threads);
-  }
+  const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
+  multiply_whole_numbers({ask, step > 0.0f, step, (float)zero, nullptr, nullptr, 1}, threads);
 }
 
 // For many rows of x.
@@ -325,7 +344,7 @@ AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, cons
   const KernelTable* table = chosen.load();
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
-                    false, 0.0f, 0.0f, nullptr, nullptr},
+                    false, 0.0f, 0.0f, nullptr, nullptr, 1},
                    table->lanes * (count > table->lanes ? 2 : 1), 1, nullptr};
   std::vector<float> inputs(ask.panels() * columns * ask.lanes);
   ask.inputs_of_panels = inputs.data();
@@ -344,7 +363,7 @@ AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scal
   const KernelTable* table = chosen.load();
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
-                    step > 0.0f, step, (float)zero, nullptr, nullptr},
+                    step > 0.0f, step, (float)zero, nullptr, nullptr, 1},
                    table->lanes * (count > table->lanes ? 2 : 1), table->word_columns(bits), nullptr};
   std::vector<int32_t> inputs(ask.panels() * ask.words() * ask.lanes);
   std::vector<float> steps(ask.panels() * of.groups * ask.lanes), sums(steps.size());
@@ -376,7 +395,7 @@ AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, con
   const KernelTable* table = chosen.load();
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   BlockProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, nullptr},
-                    rounded == 2, step, (float)zero, nullptr, nullptr},
+                    rounded == 2, step, (float)zero, nullptr, nullptr, 1},
                    rounded != 0, y, nullptr, BlockProduct::FEWEST_ROWS};
   shape_blocks(ask, threads);
   const int64_t size = ask.pieces() * ask.piece_size();

@@ -10,7 +10,7 @@
 namespace AQ_ISA {
 
 // Codes are read once, and processors that read ahead by themselves stop at every page: so they are asked for early.
-constexpr int64_t BYTES_AHEAD = 4096, ROWS_AHEAD = 8;
+constexpr int64_t BYTES_AHEAD = 8192, ROWS_AHEAD = 16;
 
 AQ_INLINE void ask_for(const void* start, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);

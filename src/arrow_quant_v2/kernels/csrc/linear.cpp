@@ -1,4 +1,5 @@
-// Inputs times packed weights, with inputs as they are; compiled once per instruction set.
+// Inputs times packed weights, with inputs as they are, in floats; compiled once per instruction set that has no dot
+// products of bytes, which are faster: there, inputs are pieces (linear_rounded.cpp).
 //
 //   y = sum over groups of  sum_j w_j x_j,   w_j = base + step * code_j + jump * (highest bit of code_j)
 //
@@ -20,6 +21,8 @@
 #include "levels.hpp"
 #include "stored.hpp"
 #include "words.hpp"
+
+#if !defined(__AVX512VNNI__)
 
 namespace AQ_ISA {
 
@@ -191,3 +194,5 @@ void product(const Product& ask, int64_t first, int64_t last) {
 }
 
 }  // namespace AQ_ISA
+
+#endif

@@ -1,4 +1,5 @@
-// Inputs rounded to 8 bits times packed weights; compiled once per instruction set.
+// Inputs rounded to 8 bits times packed weights; compiled once per instruction set. Where there are dot products of bytes,
+// inputs as they are go the same way, as three whole numbers each (RoundedProduct).
 //
 //   y = sum over groups of  step_x (step * sum code_j q_j + jump * sum top_j q_j + base * sum q_j),   x ~ step_x q
 //
@@ -23,19 +24,40 @@
 
 namespace AQ_ISA {
 
+// The whole numbers that the codes of a byte meet are one Word; those of a vector's bytes are given plane after plane.
+template <class Word>
+static void to_planes(const int8_t* from, int64_t bytes, int8_t* to) {
+  for (int64_t start = 0; start < bytes; start += VECTOR_BYTES, from += VECTOR_BYTES * sizeof(Word)) {
+    Word words[VECTOR_BYTES];
+    std::memcpy(words, from, sizeof words);
+    for (size_t k = 0; k < sizeof(Word); k++, to += VECTOR_BYTES)
+      for (int64_t i = 0; i < VECTOR_BYTES; i++) to[i] = (int8_t)(words[i] >> 8 * k);
+  }
+}
+
 // Whole numbers in the order of columns to the order in which codes meet them.
 static void to_stream(const RoundedProduct& ask, const int8_t* from, int8_t* to) {
-  const int64_t n = ask.codes_of_byte();
-  for (int64_t start = 0; start < ask.stream_bytes(); start += VECTOR_BYTES)
-    for (int64_t k = 0; k < n; k++)
-      for (int64_t i = 0; i < VECTOR_BYTES; i++) *to++ = from[(start + i) * n + k];
+  if (ask.of.bits == 2) to_planes<uint32_t>(from, ask.stream_bytes(), to);
+  if (ask.of.bits == 4) to_planes<uint16_t>(from, ask.stream_bytes(), to);
+  if (ask.of.bits == 8) std::copy_n(from, ask.stream_bytes(), to);
+}
+
+// One group of one row of x: its whole numbers, piece after piece, and its step.
+static float round_pieces(const RoundedProduct& ask, float* group, int64_t n, int64_t padded, int8_t* to) {
+  const float step = round_group(ask, group, n, padded, to);
+  float unit = step;
+  for (int p = 1; p < ask.pieces; p++, unit = 1.0f) {
+    leave_rest(group, padded, unit, to + (p - 1) * padded);
+    round_lanes(group, padded, 1.0f, ask.MIDDLE, to + p * padded);
+  }
+  return step;
 }
 
 void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last) {
-  const int64_t group_places = ask.group_words() * 4 * ask.codes_of_byte();
+  const int64_t group_places = ask.group_words() * 4 * ask.codes_of_byte(), stream = ask.stream_places();
   const int64_t padded = (ask.of.group + LANES - 1) / LANES * LANES;
   std::vector<float> group(padded);
-  std::vector<int8_t> whole(padded), row(ask.stream_places());
+  std::vector<int8_t> whole(ask.pieces * padded), rows(ask.pieces * stream);
   for (int64_t m = first; m < last; m++) {
     for (int64_t g = 0; g < ask.of.groups; g++) {
       const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
@@ -43,14 +65,19 @@ void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last) {
       std::fill(group.begin(), group.end(), 0.0f);
       std::fill(whole.begin(), whole.begin() + n, (int8_t)1);
       ask.steps[at] = 1.0f;
+      float sum = 0.0f;
       if (m < ask.count) {
         read_floats(ask.x, ask.dtype, m * ask.of.columns + start, n, group.data());
-        ask.steps[at] = round_group(ask, group.data(), n, padded, whole.data());
+        sum = sum_of(group.data(), padded);
+        ask.steps[at] = round_pieces(ask, group.data(), n, padded, whole.data());
       }
-      std::copy_n(whole.begin(), n, row.begin() + g * group_places);
-      ask.sums[at] = ask.steps[at] * (float)std::accumulate(whole.begin(), whole.begin() + n, 0);
+      for (int p = 0; p < ask.pieces; p++)
+        std::copy_n(whole.begin() + p * padded, n, rows.begin() + p * stream + g * group_places);
+      const bool as_they_are = ask.pieces > 1;
+      ask.sums[at] = as_they_are ? sum : ask.steps[at] * (float)std::accumulate(whole.begin(), whole.begin() + n, 0);
     }
-    to_stream(ask, row.data(), ask.places + m * ask.stream_places());
+    for (int p = 0; p < ask.pieces; p++)
+      to_stream(ask, &rows[p * stream], ask.places + (m * ask.pieces + p) * stream);
   }
 }
 
@@ -115,26 +142,27 @@ struct Stream {
   }
 };
 
-// Sums of whole numbers times their factors, of COUNT rows of x.
-template <int BITS, bool RESIDUAL, int COUNT>
+// Sums of whole numbers times their factors, of COUNT rows of x in so many pieces.
+template <int BITS, bool RESIDUAL, int COUNT, int PIECES>
 struct Sums8 {
-  static constexpr int ALL = (1 << BITS) - 1, TOP = 1 << (BITS - 1);
-  FloatPart sum[COUNT] = {};
+  static constexpr int ALL = (1 << BITS) - 1, TOP = 1 << (BITS - 1), INPUTS = COUNT * PIECES;
+  FloatPart sum[INPUTS] = {};
 
   // A group of whole vectors.
   AQ_INLINE_MEMBER void add(const Factors& by, int64_t g, const uint8_t* codes, const int8_t* x, int64_t stride,
                             int64_t vectors) {
-    WordPart all[COUNT] = {}, top[COUNT] = {};
+    WordPart all[INPUTS] = {}, top[INPUTS] = {};
     for (int64_t i = 0; i < vectors; i++, codes += VECTOR_BYTES, x += VECTOR_BYTES * (8 / BITS)) {
       const WordPart v = load_bytes(codes);
-      for (int m = 0; m < COUNT; m++) {
+      for (int m = 0; m < INPUTS; m++) {
         all[m] += dots<BITS>(v, ALL, x + m * stride);
         if (RESIDUAL) top[m] += dots<BITS>(v, TOP, x + m * stride);
       }
     }
-    for (int m = 0; m < COUNT; m++) {
-      sum[m] = product_part(to_float_part(all[m]), by.step[m * by.stride + g] - FloatPart{}, sum[m]);
-      if (RESIDUAL) sum[m] = product_part(to_float_part(top[m]), by.jump[m * by.stride + g] - FloatPart{}, sum[m]);
+    for (int m = 0; m < INPUTS; m++) {
+      const int64_t at = m / PIECES * by.stride + g;
+      sum[m] = product_part(to_float_part(all[m]), by.step[at] - FloatPart{}, sum[m]);
+      if (RESIDUAL) sum[m] = product_part(to_float_part(top[m]), by.jump[at] - FloatPart{}, sum[m]);
     }
   }
 
@@ -143,23 +171,31 @@ struct Sums8 {
   AQ_INLINE_MEMBER void add(const Factors& by, int64_t at, const uint8_t* codes, const int8_t* x, int64_t stride,
                             Read read) {
     const WordPart v = load_bytes(codes);
-    for (int m = 0; m < COUNT; m++) {
+    for (int m = 0; m < INPUTS; m++) {
+      const int64_t factor = m / PIECES * by.stride + at;
       const FloatPart all = to_float_part(dots<BITS>(v, ALL, x + m * stride));
-      sum[m] = product_part(all, read(&by.step[m * by.stride + at]), sum[m]);
+      sum[m] = product_part(all, read(&by.step[factor]), sum[m]);
       if (!RESIDUAL) continue;
       const FloatPart top = to_float_part(dots<BITS>(v, TOP, x + m * stride));
-      sum[m] = product_part(top, read(&by.jump[m * by.stride + at]), sum[m]);
+      sum[m] = product_part(top, read(&by.jump[factor]), sum[m]);
     }
+  }
+
+  float total(int m) const {
+    FloatPart all = sum[m * PIECES];
+    float unit = 1.0f;
+    for (int p = 1; p < PIECES; p++) all = product_part(sum[m * PIECES + p], (unit /= RoundedProduct::FINER) - FloatPart{}, all);
+    return fold_part(all);
   }
 };
 
-template <int BITS, bool RESIDUAL, int COUNT>
-AQ_INLINE Sums8<BITS, RESIDUAL, COUNT> add_row(const RoundedProduct& ask, const Factors& by, const uint8_t* codes) {
+template <int BITS, bool RESIDUAL, int COUNT, int PIECES>
+AQ_INLINE Sums8<BITS, RESIDUAL, COUNT, PIECES> add_row(const RoundedProduct& ask, const Factors& by, const uint8_t* codes) {
   constexpr int64_t PLACES = VECTOR_BYTES * (8 / BITS);
   const int64_t stride = ask.stream_places(), bytes = ask.of.row_bytes;
   const int64_t group = ask.group_words() * 4, used = ask.of.groups == 1 ? bytes : (ask.of.groups - 1) * group +
                                                                 (bytes - (ask.of.groups - 1) * ask.group_bytes());
-  Sums8<BITS, RESIDUAL, COUNT> sums;
+  Sums8<BITS, RESIDUAL, COUNT, PIECES> sums;
   if (by.reach == VECTORS) {
     for (int64_t g = 0; g < ask.of.groups; g++) {
       const int64_t start = g * group, vectors = (std::min(group, used - start) + VECTOR_BYTES - 1) / VECTOR_BYTES;
@@ -182,7 +218,7 @@ AQ_INLINE Sums8<BITS, RESIDUAL, COUNT> add_row(const RoundedProduct& ask, const 
   return sums;
 }
 
-template <int BITS, bool RESIDUAL, int COUNT>
+template <int BITS, bool RESIDUAL, int COUNT, int PIECES>
 static void rounded_of(const RoundedProduct& ask, int64_t first, int64_t last) {
   RowLevels levels(ask);
   Stream stream(ask);
@@ -190,34 +226,42 @@ static void rounded_of(const RoundedProduct& ask, int64_t first, int64_t last) {
   for (int64_t r = first; r < last; r++) {
     levels.read(ask, r);
     for (int m = 0; m < COUNT; m++) by.read(ask, levels, m);
-    const auto sums = add_row<BITS, RESIDUAL, COUNT>(ask, by, stream.at(ask, r));
+    const auto sums = add_row<BITS, RESIDUAL, COUNT, PIECES>(ask, by, stream.at(ask, r));
     float total[COUNT];
-    for (int m = 0; m < COUNT; m++) total[m] = fold_part(sums.sum[m]) + based(ask, levels, m);
+    for (int m = 0; m < COUNT; m++) total[m] = sums.total(m) + based(ask, levels, m);
     const float further = ask.inputs() > ask.count ? ask.step * ask.correction() * total[COUNT - 1] : 0.0f;
     for (int m = 0; m < ask.count; m++) ask.y[m * ask.rows + r] = total[m] + further + (ask.bias ? ask.bias[r] : 0.0f);
   }
 }
 
-template <int BITS, bool RESIDUAL>
+template <int BITS, bool RESIDUAL, int PIECES>
 static void rounded_on(const RoundedProduct& ask, int64_t first, int64_t last) {
-  if (ask.inputs() == 1) rounded_of<BITS, RESIDUAL, 1>(ask, first, last);
-  if (ask.inputs() == 2) rounded_of<BITS, RESIDUAL, 2>(ask, first, last);
-  if (ask.inputs() == 3) rounded_of<BITS, RESIDUAL, 3>(ask, first, last);
-  if (ask.inputs() == 4) rounded_of<BITS, RESIDUAL, 4>(ask, first, last);
+  if (ask.inputs() == 1) rounded_of<BITS, RESIDUAL, 1, PIECES>(ask, first, last);
+  if (ask.inputs() == 2) rounded_of<BITS, RESIDUAL, 2, PIECES>(ask, first, last);
+  if (ask.inputs() == 3) rounded_of<BITS, RESIDUAL, 3, PIECES>(ask, first, last);
+  if (ask.inputs() == 4) rounded_of<BITS, RESIDUAL, 4, PIECES>(ask, first, last);
 }
 
-template <int BITS>
+template <int BITS, int PIECES>
 static void rounded_in(const RoundedProduct& ask, int64_t first, int64_t last) {
   if (ask.residual)
-    rounded_on<BITS, true>(ask, first, last);
+    rounded_on<BITS, true, PIECES>(ask, first, last);
   else
-    rounded_on<BITS, false>(ask, first, last);
+    rounded_on<BITS, false, PIECES>(ask, first, last);
+}
+
+template <int PIECES>
+static void rounded_as(const RoundedProduct& ask, int64_t first, int64_t last) {
+  if (ask.of.bits == 2) rounded_in<2, PIECES>(ask, first, last);
+  if (ask.of.bits == 4) rounded_in<4, PIECES>(ask, first, last);
+  if (ask.of.bits == 8) rounded_in<8, PIECES>(ask, first, last);
 }
 
 void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last) {
-  if (ask.of.bits == 2) rounded_in<2>(ask, first, last);
-  if (ask.of.bits == 4) rounded_in<4>(ask, first, last);
-  if (ask.of.bits == 8) rounded_in<8>(ask, first, last);
+#if defined(__AVX512VNNI__)  // elsewhere floats are faster than three whole numbers
+  if (ask.pieces > 1) return rounded_as<RoundedProduct::PIECES>(ask, first, last);
+#endif
+  rounded_as<1>(ask, first, last);
 }
 
 }  // namespace AQ_ISA

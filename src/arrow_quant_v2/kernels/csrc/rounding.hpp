@@ -12,11 +12,19 @@ namespace AQ_ISA {
 constexpr float LARGEST = 127.0f;
 constexpr float FAR = 1024.0f;  // beyond any code, and small enough to be rounded by addition
 
-// Whether a group has no meaning: NaN, or, where its greatest value counts, infinity.
-static inline bool is_spoiled(const float* x, int64_t n, bool infinity_too) {
-  bool found = false;
-  for (int64_t i = 0; i < n; i++) found |= infinity_too ? x[i] - x[i] != 0.0f : x[i] != x[i];
-  return found;
+// The sum of whole lanes.
+static inline float sum_of(const float* x, int64_t padded) {
+  Lanes sum = fill(0.0f);
+  for (int64_t i = 0; i < padded; i += LANES) sum = sum + load(x + i);
+  return fold(pairs(sum));
+}
+
+// Whether a group, filled up with zeros, has no meaning: NaN, or, where its greatest value counts, infinity.
+static inline bool is_spoiled(const float* x, int64_t padded, bool infinity_too) {
+  Lanes rest = fill(0.0f);  // x - x is 0 or NaN
+  for (int64_t i = 0; i < padded; i += LANES) rest = rest + (load(x + i) - load(x + i));
+  if (infinity_too || fold(pairs(rest)) == 0.0f) return fold(pairs(rest)) != 0.0f;
+  return std::any_of(x, x + padded, [](float value) { return value != value; });
 }
 
 static inline float absolute_maximum(const float* x, int64_t padded) {
@@ -44,11 +52,16 @@ static inline void round_lanes(const float* x, int64_t padded, float step, float
 // The step of a group of n values that were filled up with zeros, and its whole numbers.
 static inline float round_group(const RoundedProduct& ask, const float* x, int64_t n, int64_t padded, int8_t* to) {
   std::fill_n(to, padded, (int8_t)0);
-  if (is_spoiled(x, n, !ask.fixed)) return std::numeric_limits<float>::quiet_NaN();
+  if (is_spoiled(x, padded, !ask.fixed)) return std::numeric_limits<float>::quiet_NaN();
   const float step = ask.fixed ? ask.step : absolute_maximum(x, padded) / LARGEST;
   if (step > 0.0f) round_lanes(x, padded, step, ask.fixed ? ask.zero : ask.MIDDLE, to);
   std::fill(to + n, to + padded, (int8_t)0);
   return step;
+}
+
+// What is left of inputs in units of the next piece; step is that of the piece before.
+static inline void leave_rest(float* x, int64_t padded, float step, const int8_t* taken) {
+  for (int64_t i = 0; i < padded; i++) x[i] = step > 0.0f ? (x[i] / step - taken[i]) * RoundedProduct::FINER : 0.0f;
 }
 
 }  // namespace AQ_ISA

@@ -601,8 +601,13 @@ void quantize_columns(const Columns& ask, int64_t first, int64_t last);  // colu
 void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last);  // residual.cpp
 void quantize_columns_r2q(const ResidualColumns& ask, int64_t first, int64_t last);
 void hadamard(const Hadamard& ask, int64_t first, int64_t last);
+#if defined(__AVX512VNNI__)
+constexpr void (*split)(const Product&, int64_t, int64_t) = nullptr;
+constexpr void (*product)(const Product&, int64_t, int64_t) = nullptr;
+#else
 void split(const Product& ask, int64_t first, int64_t last);  // linear.cpp
 void product(const Product& ask, int64_t first, int64_t last);
+#endif
 void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last);  // linear_rounded.cpp
 void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last);
 void fill_panels(const TiledProduct& ask, int64_t first, int64_t last);  // linear_tiles.cpp

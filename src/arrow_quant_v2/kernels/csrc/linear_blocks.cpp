@@ -8,6 +8,7 @@
 // Assumes what kernels/linear.py has checked, and groups that start on a byte.
 // Measured on an Intel Xeon with AMX (2 cores): python bench/linear.py.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "kernels.hpp"
@@ -37,12 +38,12 @@ struct alignas(64) Registers {
   ~Registers() { _tile_release(); }
 };
 
-// Memory that begins on a line of the cache.
+// Memory that begins on a line of the cache, with no values in it yet: those of a vector would be written for nothing.
 template <class Value>
 struct Aligned {
-  std::vector<Value> all;
-  explicit Aligned(int64_t size) : all(size + 64 / sizeof(Value)) {}
-  Value* data() { return (Value*)(((uintptr_t)all.data() + 63) / 64 * 64); }
+  std::unique_ptr<Value[]> all;
+  explicit Aligned(int64_t size) : all(new Value[size + 64 / sizeof(Value)]) {}
+  Value* data() { return (Value*)(((uintptr_t)all.get() + 63) / 64 * 64); }
 };
 
 // The values that x is taken for, of one group that was read to `group`.
@@ -117,13 +118,13 @@ void fill_blocks(const BlockProduct& ask, int64_t first, int64_t last) {
   const int64_t chunks = ask.chunks(), width = chunks * CHUNK, woven = chunks_woven(ask);
   std::vector<float> row(width + LANES), group((ask.of.group + LANES - 1) / LANES * LANES);
   std::vector<int8_t> whole(group.size());
-  std::vector<uint16_t> rows(2 * SIDE * width);
+  Aligned<uint16_t> rows(2 * SIDE * width);
   for (int64_t p = first; p < last; p++) {
     for (int64_t i = 0; i < SIDE; i++) {
       std::fill(row.begin(), row.end(), 0.0f);
       if (p * SIDE + i < ask.count) read_row(ask, p * SIDE + i, row.data(), group, whole);
       std::fill(row.begin() + ask.of.columns, row.end(), 0.0f);
-      uint16_t* hi = &rows[i * width];
+      uint16_t* hi = rows.data() + i * width;
       to_pieces(row.data(), chunks, hi, ask.pieces() == 2 ? hi + SIDE * width : nullptr);
       for (int64_t piece = 0; piece < ask.pieces(); piece++) {
         if (woven == 8) weave<8>(hi + piece * SIDE * width, ask.of.columns);
@@ -131,7 +132,7 @@ void fill_blocks(const BlockProduct& ask, int64_t first, int64_t last) {
       }
     }
     for (int64_t piece = 0; piece < ask.pieces(); piece++)
-      to_panel(&rows[piece * SIDE * width], chunks, ask.inputs + piece * ask.piece_size() + p * ask.panel_size());
+      to_panel(rows.data() + piece * SIDE * width, chunks, ask.inputs + piece * ask.piece_size() + p * ask.panel_size());
   }
 }
 
@@ -265,9 +266,10 @@ struct Decoded {
   __m512i places;
   Aligned<uint16_t> tiles;
   std::vector<int64_t> groups;        // in which each chunk begins, as columns in their order
-  std::vector<RowLevels> parameters;  // of each row where codes have 8 bits, else of the one that is read
-  std::vector<uint16_t> levels;       // (rows, pieces, groups and some more, 4 or 16)
-  std::vector<float> values;          // of all columns, where groups are not made of whole chunks
+  RowLevels row;                      // of the one that is read
+  Aligned<float> factors;             // of each row where codes have 8 bits: (rows, 3, groups): base, step, jump
+  Aligned<uint16_t> levels;           // (rows, pieces, groups and some more, 4 or 16)
+  Aligned<float> values;             // of all columns, where groups are not made of whole chunks
 
   explicit Decoded(const BlockProduct& ask)
       : ask(ask),
@@ -278,13 +280,14 @@ struct Decoded {
         in_chunks(in_whole_chunks(ask)),
         places(places_of_words(ask)),
         tiles(PIECES * piece_size),
-        groups(ask.chunks()) {
+        groups(ask.chunks()),
+        row(ask),
+        factors(in_chunks && ask.of.bits == 8 ? ask.rows_of_block * 3 * ask.of.groups : 0),
+        levels(in_chunks && ask.of.bits < 8
+                   ? ask.rows_of_block * PIECES * Levels<PIECES>::size(ask.of.groups, ask.of.bits) + CHUNK
+                   : 0),
+        values(in_chunks ? 0 : ask.rows_of_block * ask.chunks() * CHUNK + LANES) {
     for (int64_t c = 0; c < ask.chunks(); c++) groups[c] = c * CHUNK / ask.of.group;
-    if (!in_chunks)
-      values.resize(ask.rows_of_block * ask.chunks() * CHUNK + LANES);
-    else if (ask.of.bits < 8)
-      levels.resize(ask.rows_of_block * PIECES * Levels<PIECES>::size(ask.of.groups, ask.of.bits));
-    parameters.assign(!in_chunks ? 0 : ask.of.bits == 8 ? ask.rows_of_block : 1, RowLevels(ask));
   }
 
   // What is needed of some rows before any of their chunks.
@@ -314,20 +317,24 @@ struct Decoded {
   uint16_t* place(int64_t r) { return tile(r / SIDE) + r % SIDE * CHUNK; }
 
   void read_levels(int64_t r) {
-    RowLevels& read = parameters[ask.of.bits == 8 ? r : 0];
-    read.read(ask, first_row + r);
-    if (ask.of.bits < 8) levels_of_row(r).read(read, ask.of.groups, ask.of.bits);
+    row.read(ask, first_row + r);
+    if (ask.of.bits < 8) return levels_of_row(r).read(row, ask.of.groups, ask.of.bits);
+    float* to = factors_of_row(r);
+    for (const std::vector<float>* some : {&row.base, &row.step, &row.jump})
+      to = std::copy_n(some->begin(), ask.of.groups, to);
   }
+
+  float* factors_of_row(int64_t r) { return factors.data() + r * 3 * ask.of.groups; }
 
   Levels<PIECES> levels_of_row(int64_t r) {
     const int64_t size = Levels<PIECES>::size(ask.of.groups, ask.of.bits);
-    uint16_t* first = &levels[r * PIECES * size];
+    uint16_t* first = levels.data() + r * PIECES * size;
     return {first, first + (PIECES - 1) * size};
   }
 
   void read_values(int64_t r) {
     Dequantize of = from_row(ask, first_row + r);
-    float* to = &values[r * ask.chunks() * CHUNK];
+    float* to = values.data() + r * ask.chunks() * CHUNK;
     of.weight = to;
     (ask.residual ? dequantize_r2q : dequantize)(of, 0, 1);
     std::fill(to + ask.of.columns, to + ask.chunks() * CHUNK, 0.0f);
@@ -338,7 +345,7 @@ struct Decoded {
   }
 
   void copy(int64_t r, int64_t first, int64_t chunks) {
-    const float* from = &values[(r * ask.chunks() + first) * CHUNK];
+    const float* from = values.data() + (r * ask.chunks() + first) * CHUNK;
     for (int64_t c = 0; c < chunks; c++, from += CHUNK)
       put<PIECES>(place(r) + c * TILE, piece_size, _mm512_loadu_ps(from), _mm512_loadu_ps(from + 16));
   }
@@ -381,11 +388,12 @@ struct Decoded {
 
   template <int BITS>
   auto decoder(int64_t r) {
-    if constexpr (BITS == 8)
-      return Compute<PIECES>{parameters[r].base.data(), parameters[r].step.data(),
-                             ask.residual ? parameters[r].jump.data() : nullptr, piece_size};
-    else
+    if constexpr (BITS == 8) {
+      const float* base = factors_of_row(r);
+      return Compute<PIECES>{base, base + ask.of.groups, ask.residual ? base + 2 * ask.of.groups : nullptr, piece_size};
+    } else {
       return Pick<BITS, PIECES>{levels_of_row(r), piece_size, places, Spread<BITS>()};
+    }
   }
 };
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from arrow_quant_v2.errors import QuantizationError
+from arrow_quant_v2.kernels import cpu, linear, linear_cpu
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.runtime.packed_weight import PackedWeight
 
@@ -37,6 +38,40 @@ def test_a_product_is_that_of_its_values(bits: Any, basis: dict[str, Any]) -> No
     assert distance(functional.linear(x, weight, bias), expected) < 3e-5
     assert distance(functional.linear(input=x, weight=weight, bias=bias), expected) < 3e-5
     assert distance(x @ weight.T + bias, expected) < 3e-5
+
+
+@pytest.mark.parametrize("op", [linear.linear, linear.linear_dynamic])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_without_gradients_the_kernel_is_called_itself_and_gives_the_same(count: int, op: Any) -> None:
+    weight, x, bias = PackedWeight(packed(WEIGHT, 4)), normal(count, 64, seed=1), normal(48, seed=2)
+    asked = weight.product(x, bias, op)
+    with torch.no_grad():
+        assert linear_cpu.goes_straight(op, x) == (cpu.activate() != "reference")
+        assert torch.equal(weight.product(x, bias, op), asked)
+
+
+def test_codes_that_were_replaced_are_the_ones_that_are_multiplied() -> None:
+    weight, other = PackedWeight(packed(WEIGHT)), PackedWeight(packed(normal(48, 64, seed=9)))
+    x = normal(3, 64, seed=1)
+    with torch.no_grad():
+        weight.product(x)
+        for same in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight)), weight):
+            same.load_state_dict(other.state_dict())
+            assert torch.equal(same.product(x), other.product(x))
+        weight.codes.zero_()
+        assert distance(weight.product(x), x @ weight.dequantized().T) < 3e-5
+        weight.codes.set_(other.codes.clone())
+        assert torch.equal(weight.product(x), other.product(x))
+
+
+def test_inputs_and_biases_that_do_not_fit_are_refused_without_gradients_too() -> None:
+    weight = PackedWeight(packed(WEIGHT))
+    with torch.no_grad():
+        weight.product(normal(2, 64))
+        with pytest.raises(QuantizationError, match="64"):
+            weight.product(normal(2, 65))
+        with pytest.raises(QuantizationError, match="48 rows"):
+            weight.product(normal(2, 64), normal(47))
 
 
 def test_a_convolution_weight_is_turned_along_its_channels() -> None:

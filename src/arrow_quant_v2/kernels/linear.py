@@ -73,16 +73,34 @@ def asked(op: str, x: Tensor, *given: Any) -> Weight:
         QuantizationError: a width, shape, dtype or grid is not one of those that `linear` names.
     """
     weight = Weight(x.shape[-1] if x.dim() else 0, *given)
+    check_weight(op, weight)
+    check_inputs(op, x, weight, weight.bias)
+    return weight
+
+
+def check_weight(op: str, weight: Weight) -> None:
+    """Refuse codes and parameters that do not belong together.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or grid does not fit.
+    """
     if weight.grid not in GRIDS:
         raise QuantizationError(f"{op}: grid {weight.grid!r}; allowed are {', '.join(GRIDS)}")
-    if x.dim() < 1 or x.dtype not in ops.FLOATS:
-        raise QuantizationError(f"{op}: x is {x.dtype} {tuple(x.shape)}; float32, bfloat16 or float16 (..., columns)")
     name = "dequantize_r2q" if weight.grid == "r2q" else "dequantize"
     ops.check_dequantize(name, *weight.stored, weight.bits, weight.columns, weight.group_size, torch.float32)
-    bias = weight.bias
+
+
+def check_inputs(op: str, x: Tensor, weight: Weight, bias: Tensor | None) -> None:
+    """Refuse inputs, or a bias, that the weight cannot meet.
+
+    Raises:
+        QuantizationError: a shape or dtype does not fit.
+    """
+    if x.dim() < 1 or x.shape[-1] != weight.columns or x.dtype not in ops.FLOATS:
+        asked_for = f"float32, bfloat16 or float16 (..., {weight.columns or 'columns'})"
+        raise QuantizationError(f"{op}: x is {x.dtype} {tuple(x.shape)}; {asked_for}")
     if bias is not None and (bias.shape != weight.codes.shape[:1] or not bias.is_floating_point()):
         raise QuantizationError(f"{op}: bias is {bias.dtype} {tuple(bias.shape)}; the weight has {weight.rows} rows")
-    return weight
 
 
 @ops.operator(LINEAR_SCHEMA)

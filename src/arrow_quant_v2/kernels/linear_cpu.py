@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from arrow_quant_v2.kernels import linear as meaning
 from arrow_quant_v2.kernels import ops
+from arrow_quant_v2.kernels.interception import nothing_between
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,17 +37,17 @@ TILE_VALUES = 1 << 21
 
 def groups_start_on_bytes(weight: Weight) -> bool:
     """Whether a kernel can read the groups of a row one by one."""
-    return weight.group == weight.columns or weight.group * weight.bits % 8 == 0
+    return weight.group_size * weight.bits % 8 == 0 or weight.group_size >= weight.columns
 
 
-def by_tiles(x: Tensor, weight: Weight) -> Tensor:
+def by_tiles(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Give x W^T + bias of float32 x (count, columns), by torch's product with a tile of W at a time."""
     y = x.new_empty((len(x), weight.rows))
     step = max(1, TILE_VALUES // max(1, weight.columns))
     for start in range(0, weight.rows, step):
         stop = min(start + step, weight.rows)
         torch.mm(x, weight.values(start, stop).T, out=y[:, start:stop])
-    return y if weight.bias is None else y.add_(weight.bias.float())
+    return y if bias is None else y.add_(bias.float())
 
 
 POINTER, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -80,62 +80,131 @@ def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
     kernels = Kernels(library=library, threads=threads)
 
     def linear_cpp(x: Tensor, *given: Any) -> Tensor:
-        return _product(x, meaning.asked("linear", x, *given), kernels.exact)
+        weight = meaning.asked("linear", x, *given)
+        return _product(kernels.exact, x, Operand.of(weight), weight.bias)
 
     def linear_dynamic_cpp(x: Tensor, *given: Any) -> Tensor:
-        return _product(x, meaning.asked("linear_dynamic", x, *given), kernels.dynamic)
+        weight = meaning.asked("linear_dynamic", x, *given)
+        return _product(kernels.dynamic, x, Operand.of(weight), weight.bias)
 
     def linear_static_cpp(x: Tensor, *given: Any) -> Tensor:
         *of_weight, scale, zero_point = given
         weight = meaning.asked("linear_static", x, *of_weight)
         meaning.check_static(scale, zero_point)
-        return _product(x, weight, partial(kernels.static, scale=scale, zero_point=zero_point))
+        return _product(kernels.static, x, Operand.of(weight), weight.bias, scale, zero_point)
 
     for kernel in (linear_cpp, linear_dynamic_cpp, linear_static_cpp):
         ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
+    STRAIGHT.update({meaning.linear: kernels.exact, meaning.linear_dynamic: kernels.dynamic})
+
+
+STRAIGHT: dict[object, Callable[..., Tensor]] = {}
+"""The kernels of ops whose operands were checked before, once they are registered."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A weight that was checked: where its parts lie, and what else every kernel is told of it."""
+
+    weight: Weight
+    parts: tuple[Tensor, Tensor, Tensor, Tensor]
+    told: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: Weight) -> Operand:
+        """Of a weight that `asked` has let pass."""
+        parts = cast("tuple[Tensor, Tensor, Tensor, Tensor]", tuple(part.contiguous() for part in weight.stored))
+        addresses = [part.data_ptr() for part in parts]  # 0, no address, where there are no values
+        sizes = (weight.rows, weight.columns, weight.bits, weight.group, weight.grid == "r2q")
+        return cls(weight, parts, (*addresses, *sizes))
+
+    def is_that_of(self, codes: Tensor, scales: Tensor, zero_points: Tensor, row_scales: Tensor) -> bool:
+        """Whether these are its tensors still, where they were."""
+        mine, told = self.parts, self.told
+        return (
+            codes is mine[0]
+            and scales is mine[1]
+            and zero_points is mine[2]
+            and row_scales is mine[3]
+            and codes.data_ptr() == told[0]
+            and scales.data_ptr() == told[1]
+            and zero_points.data_ptr() == told[2]
+            and row_scales.data_ptr() == told[3]
+        )
+
+
+def goes_straight(op: object, x: Tensor) -> bool:
+    """Whether an op of x may be computed by `straight`: the dispatcher would call the kernel and do nothing else."""
+    return op in STRAIGHT and nothing_between(x)
+
+
+def straight(op: object, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
+    """What an op gives of a checked weight, by its kernel itself.
+
+    The dispatcher, and checks of a weight, take as long as a product of a few hundred columns.
+
+    Raises:
+        QuantizationError: x or the bias does not fit the weight.
+    """
+    meaning.check_inputs("linear", x, weight.weight, bias)
+    return _product(STRAIGHT[op], x, weight, bias)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The C++ library, and how many threads a call of it may use; x is (count, columns)."""
+    """The C++ library, and how many threads a call of it may use; x has `count` rows (..., columns)."""
 
     library: ctypes.CDLL
     threads: Callable[[], int]
 
-    def exact(self, x: Tensor, weight: Weight) -> Tensor:
+    def exact(self, x: Tensor, count: int, operand: Operand, bias: Tensor | None) -> Tensor:
         """Multiply x as it is."""
-        if len(x) > MOST_IN_PIECES and self._have_blocks(weight):
-            return self._blocks(x, weight, AS_IT_IS)
-        if len(x) > MOST_IN_PANELS or not groups_start_on_bytes(weight) or weight.group > MOST_IN_GROUP:
-            return by_tiles(x.float(), weight)
-        kernel = self.library.aq_linear if len(x) <= MOST_DIRECT else self.library.aq_linear_tiled
-        return _call(kernel, x, weight, self.threads())
+        weight = operand.weight
+        direct = groups_start_on_bytes(weight)
+        if count > MOST_IN_PIECES and direct and self.library.aq_multiplies_blocks():
+            return self._blocks(x, count, operand, bias, AS_IT_IS)
+        if count > MOST_IN_PANELS or not direct or weight.group > MOST_IN_GROUP:
+            return by_tiles(x.reshape(count, -1).float(), weight, bias).reshape(*x.shape[:-1], -1)
+        kernel = self.library.aq_linear if count <= MOST_DIRECT else self.library.aq_linear_tiled
+        return _call(kernel, x, count, operand, bias, torch.float32, self.threads())
 
-    def dynamic(self, x: Tensor, weight: Weight) -> Tensor:
+    def dynamic(self, x: Tensor, count: int, operand: Operand, bias: Tensor | None) -> Tensor:
         """Multiply x rounded by group."""
-        if len(x) > MOST_DIRECT and self._have_blocks(weight):
-            return self._blocks(x, weight, BY_GROUP)
-        kernel = self._of_whole_numbers(len(x), weight)
+        if self._have_blocks(count, operand.weight):
+            return self._blocks(x, count, operand, bias, BY_GROUP)
+        kernel = self._of_whole_numbers(count, operand.weight)
         if kernel is None:
-            return self.exact(meaning.rounded_by_group(x, weight.group), weight)
-        return _call(kernel, x, weight, 0.0, 0, self.threads())
+            return self.exact(meaning.rounded_by_group(x, operand.weight.group), count, operand, bias)
+        return _call(kernel, x, count, operand, bias, torch.float32, 0.0, 0, self.threads())
 
-    def static(self, x: Tensor, weight: Weight, scale: float, zero_point: int) -> Tensor:
+    def static(
+        self, x: Tensor, count: int, operand: Operand, bias: Tensor | None, scale: float, zero_point: int
+    ) -> Tensor:
         """Multiply x rounded with one scale."""
-        if len(x) > MOST_DIRECT and self._have_blocks(weight) and ctypes.c_float(scale).value > 0.0:
-            return self._blocks(x, weight, BY_SCALE, scale, zero_point)
-        kernel = self._of_whole_numbers(len(x), weight)
-        if kernel is None or ctypes.c_float(scale).value == 0.0:
-            return self.exact(meaning.rounded_by_scale(x, scale, zero_point), weight)
-        return _call(kernel, x, weight, scale, zero_point, self.threads())
+        vanishes = ctypes.c_float(scale).value == 0.0
+        if not vanishes and self._have_blocks(count, operand.weight):
+            return self._blocks(x, count, operand, bias, BY_SCALE, scale, zero_point)
+        kernel = self._of_whole_numbers(count, operand.weight)
+        if kernel is None or vanishes:
+            return self.exact(meaning.rounded_by_scale(x, scale, zero_point), count, operand, bias)
+        return _call(kernel, x, count, operand, bias, torch.float32, scale, zero_point, self.threads())
 
-    def _have_blocks(self, weight: Weight) -> bool:
-        """Whether a matrix unit takes this: in bfloat16, as groups are too short for its whole numbers."""
-        return bool(groups_start_on_bytes(weight) and self.library.aq_multiplies_blocks())
+    def _have_blocks(self, count: int, weight: Weight) -> bool:
+        """Whether a matrix unit takes rounded inputs: in bfloat16, as groups are too short for its whole numbers."""
+        return bool(count > MOST_DIRECT and groups_start_on_bytes(weight) and self.library.aq_multiplies_blocks())
 
-    def _blocks(self, x: Tensor, weight: Weight, rounded: int, scale: float = 0.0, zero_point: int = 0) -> Tensor:
+    def _blocks(
+        self,
+        x: Tensor,
+        count: int,
+        operand: Operand,
+        bias: Tensor | None,
+        rounded: int,
+        scale: float = 0.0,
+        zero_point: int = 0,
+    ) -> Tensor:
         how = (rounded, scale, zero_point, self.threads())
-        return _call(self.library.aq_linear_blocks, x, weight, *how, dtype=x.dtype)
+        return _call(self.library.aq_linear_blocks, x, count, operand, bias, x.dtype, *how)
 
     def _of_whole_numbers(self, count: int, weight: Weight) -> Callable[..., None] | None:
         """The kernel for so many rows of x in 8 bits; None where floats are as fast."""
@@ -149,38 +218,39 @@ class Kernels:
         )
 
 
-def _product(x: Tensor, weight: Weight, kernel: Callable[[Tensor, Weight], Tensor]) -> Tensor:
+def _product(kernel: Callable[..., Tensor], x: Tensor, operand: Operand, bias: Tensor | None, *further: Any) -> Tensor:
     """(..., columns) to (..., rows) of the same dtype."""
-    if not x.numel() or not weight.rows:
-        return _empty_product(x, weight)
-    y = kernel(x.reshape(-1, weight.columns), weight)
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
+    weight = operand.weight
+    count = x.numel() // max(1, weight.columns)
+    if not count or not weight.rows:
+        return _empty_product(x, weight, bias)
+    return kernel(x, count, operand, bias, *further).to(x.dtype)
 
 
-def _empty_product(x: Tensor, weight: Weight) -> Tensor:
+def _empty_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """The result where x or W has no values: nothing, or the bias alone."""
     nothing = x.new_zeros((weight.rows, weight.columns))
-    return functional.linear(x, nothing, None if weight.bias is None else weight.bias.to(x.dtype))
+    return functional.linear(x, nothing, None if bias is None else bias.to(x.dtype))
 
 
 def _call(
-    kernel: Callable[..., None], x: Tensor, weight: Weight, *further: Any, dtype: torch.dtype = torch.float32
+    kernel: Callable[..., None],
+    x: Tensor,
+    count: int,
+    operand: Operand,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *further: Any,
 ) -> Tensor:
     """Call a kernel that takes any number of rows of x, and gives a result of that dtype."""
-    y, inputs = torch.empty((len(x), weight.rows), dtype=dtype), x.contiguous()
-    kept = [part.contiguous() for part in weight.stored]
-    bias = None if weight.bias is None else weight.bias.float().contiguous()
+    y, inputs = torch.empty((*x.shape[:-1], operand.weight.rows), dtype=dtype), x.contiguous()
+    added = None if bias is None else bias.float().contiguous()
     kernel(
-        *[part.data_ptr() for part in kept],  # 0, no address, where there are no values
-        weight.rows,
-        weight.columns,
-        weight.bits,
-        weight.group,
-        weight.grid == "r2q",
+        *operand.told,
         inputs.data_ptr(),
         DTYPES[x.dtype],
-        len(x),
-        None if bias is None else bias.data_ptr(),
+        count,
+        None if added is None else added.data_ptr(),
         y.data_ptr(),
         *further,
     )

@@ -501,7 +501,7 @@ def check_dequantize(
 
 
 def _check_parameters(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+    if tensor.dtype != dtype or tensor.shape != shape:
         raise QuantizationError(f"{what} are {tensor.dtype} {tuple(tensor.shape)}; the codes ask for {dtype} {shape}")
 
 

@@ -62,7 +62,7 @@ class PackedLayer(nn.Module):
 
     def checked(self, x: Tensor, out: Tensor) -> Tensor:
         """Give `out` again, looked at in the first calls."""
-        if not torch.compiler.is_compiling() and self.checks_left:
+        if self.checks_left and not torch.compiler.is_compiling():
             self.checks_left -= 1
             if not _is_finite(out) and (not x.is_floating_point() or _is_finite(x)):
                 warnings.warn(
@@ -99,17 +99,17 @@ class QuantizedLinear(PackedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not isinstance(self.weight, PackedWeight):
+        weight = self.weight
+        if not isinstance(weight, PackedWeight):
             return super().forward(x)
-        out = self.product(x)
-        if self.corrections is not None and self.clock is not None:
+        out = weight.product(x, self.bias) if self.activations is None else self._rounded(x, weight)
+        if self.clock is not None and self.corrections is not None:
             group = self.clock.now()
             out = out if group is None else out + self.corrections[group].to(out.dtype)
-        return self.checked(x, out)
+        return self.checked(x, out) if self.checks_left else out
 
-    def product(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), before corrections."""
-        weight: PackedWeight = self.weight
+    def _rounded(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """(..., in) -> (..., out) of inputs rounded to 8 bits."""
         if self.activations == "dynamic":
             return weight.product(x, self.bias, linear.linear_dynamic)
         if self.activations == "static" and self.ranges is not None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from arrow_quant_v2.errors import QuantizationError
-from arrow_quant_v2.kernels import cpu, linear, ops
+from arrow_quant_v2.kernels import cpu, linear, linear_cpu, ops
 from arrow_quant_v2.kernels.rotation import signs
 from arrow_quant_v2.kernels.tensors import shared_tensor
 from arrow_quant_v2.packed import GRIDS
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 FLOATS = (*ops.FLOATS, torch.float64)
 EXPERT_AXES = 3
+CHECKED = "_checked"
+"""Where a weight remembers what CPU kernels take of it."""
 
 
 def _under_autocast(x: Tensor) -> Tensor:
@@ -81,6 +83,9 @@ class PackedWeight(nn.Module):
         turned = None if self.rotation is None else signs(self.channels).clone()
         self.register_buffer("signs", turned, persistent=False)
         self.register_buffer("like", torch.empty(0, dtype=_values_dtype(first, dtype)), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != CHECKED}  # which holds addresses
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cpu.activate()  # in the process that it was sent to
@@ -242,8 +247,19 @@ class PackedWeight(nn.Module):
         if x.dtype == torch.bfloat16:  # which holds what float32 does; float16 might not
             inputs = inputs.to(x.dtype)
         held = self._buffers  # a look here costs a tenth of one through nn.Module
-        parts = (held["codes"], held["scales"], held["zero_points"], held["row_scales"], bias)
-        return op(inputs, *parts, self.bits, self.group_size, self.grid, *further).to(x.dtype)
+        parts: Any = held["codes"], held["scales"], held["zero_points"], held["row_scales"]
+        if not further and parts[0].is_cpu and linear_cpu.goes_straight(op, inputs):
+            return linear_cpu.straight(op, inputs, self._operand(parts), bias).to(x.dtype)
+        return op(inputs, *parts, bias, self.bits, self.group_size, self.grid, *further).to(x.dtype)
+
+    def _operand(self, parts: tuple[Tensor, Tensor, Tensor, Tensor]) -> linear_cpu.Operand:
+        """These parts as CPU kernels take them, checked when they are new."""
+        operand: linear_cpu.Operand | None = self.__dict__.get(CHECKED)
+        if operand is None or not operand.is_that_of(*parts):
+            weight = linear.Weight(self.columns, *parts, None, self.bits, self.group_size, self.grid)
+            linear.check_weight("linear", weight)
+            operand = self.__dict__[CHECKED] = linear_cpu.Operand.of(weight)
+        return operand
 
     def looked_up(self, ids: Tensor) -> Tensor:
         """The rows of these ids (...), (..., columns); no others are dequantized."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import reduce
 from operator import or_
 
-import torch
-from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
+from torch import Tensor, is_grad_enabled
+from torch._C import DispatchKey, DispatchKeySet, _dispatch_keys, _dispatch_tls_local_include_set
+from torch._C._autograd import _profiler_enabled
+from torch.compiler import is_compiling
 
 INDIFFERENT = ("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView", "BackendSelect")
 """Keys that change no call without gradients; packed weights follow autocast themselves."""
@@ -27,7 +28,6 @@ OTHERS = _others()
 
 def nothing_between(x: Tensor) -> bool:
     """Whether an op of x, without gradients, would go to its CPU kernel and nowhere else."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._autograd._profiler_enabled():  # noqa: SLF001
+    if is_compiling() or is_grad_enabled() or _profiler_enabled():
         return False
-    of_thread = torch._C._dispatch_tls_local_include_set().raw_repr()  # noqa: SLF001
-    return not (torch._C._dispatch_keys(x).raw_repr() | of_thread) & OTHERS  # noqa: SLF001
+    return not (_dispatch_keys(x).raw_repr() | _dispatch_tls_local_include_set().raw_repr()) & OTHERS

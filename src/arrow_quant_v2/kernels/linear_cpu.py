@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from arrow_quant_v2.kernels import linear as meaning
 from arrow_quant_v2.kernels import ops
-from arrow_quant_v2.kernels.interception import nothing_between
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,11 +130,6 @@ class Operand:
             and zero_points.data_ptr() == told[2]
             and row_scales.data_ptr() == told[3]
         )
-
-
-def goes_straight(op: object, x: Tensor) -> bool:
-    """Whether an op of x may be computed by `straight`: the dispatcher would call the kernel and do nothing else."""
-    return op in STRAIGHT and nothing_between(x)
 
 
 def straight(op: object, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, get_autocast_dtype, is_autocast_enabled, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels import cpu, linear, linear_cpu, ops
+from arrow_quant_v2.kernels.interception import nothing_between
 from arrow_quant_v2.kernels.rotation import signs
 from arrow_quant_v2.kernels.tensors import shared_tensor
 from arrow_quant_v2.packed import GRIDS
@@ -34,7 +35,7 @@ CHECKED = "_checked"
 
 def _under_autocast(x: Tensor) -> Tensor:
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(get_autocast_dtype(kind)) if is_autocast_enabled(kind) else x
 
 
 class PackedWeight(nn.Module):
@@ -248,7 +249,7 @@ class PackedWeight(nn.Module):
             inputs = inputs.to(x.dtype)
         held = self._buffers  # a look here costs a tenth of one through nn.Module
         parts: Any = held["codes"], held["scales"], held["zero_points"], held["row_scales"]
-        if not further and parts[0].is_cpu and linear_cpu.goes_straight(op, inputs):
+        if op in linear_cpu.STRAIGHT and parts[0].is_cpu and nothing_between(inputs):
             return linear_cpu.straight(op, inputs, self._operand(parts), bias).to(x.dtype)
         return op(inputs, *parts, bias, self.bits, self.group_size, self.grid, *further).to(x.dtype)
 

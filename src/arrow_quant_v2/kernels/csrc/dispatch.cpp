@@ -150,11 +150,15 @@ void in_threads(Share& share, int count) {
   for (std::thread& other : others) other.join();
 }
 
+// How many rows of so many values a thread takes at a time.
+int64_t step_of(int64_t rows, int64_t columns, int threads) {
+  const int64_t width = columns ? columns : 1, even_share = rows / (threads * CHUNKS_OF_A_THREAD);
+  return std::max<int64_t>(1, std::max(CHUNK_VALUES / width, std::min(even_share, MOST_CHUNK_VALUES / width)));
+}
+
 template <class Ask, class Kernel>
 void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int threads) {
-  const int64_t width = columns ? columns : 1, even_share = rows / (threads * CHUNKS_OF_A_THREAD);
-  int64_t step = std::max(CHUNK_VALUES / width, std::min(even_share, MOST_CHUNK_VALUES / width));
-  step = step < 1 ? 1 : step;
+  const int64_t step = step_of(rows, columns, threads);
   std::atomic<int64_t> next{0};
   auto share = [&] {
     for (int64_t first = next.fetch_add(step); first < rows; first = next.fetch_add(step))
@@ -162,6 +166,20 @@ void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int
   };
   const int64_t useful = std::min<int64_t>(threads, (rows + step - 1) / step);
   in_threads(share, (int)useful);
+}
+
+// Two kinds of rows by the same threads, the second once all of the first are done: starting threads twice costs more
+// than waiting here.
+template <class Ask, class Kernel>
+void over_both(const Ask& ask, Kernel one, int64_t ones, Kernel other, int64_t others, int64_t step, int threads) {
+  std::atomic<int64_t> next{0}, done{0}, next_other{0};
+  auto share = [&] {
+    for (int64_t i = next++; i < ones; i = next++, done++) one(ask, i, i + 1);
+    while (done < ones) std::this_thread::yield();
+    for (int64_t i = next_other.fetch_add(step); i < others; i = next_other.fetch_add(step))
+      other(ask, i, std::min(i + step, others));
+  };
+  in_threads(share, (int)std::min<int64_t>(threads, (others + step - 1) / step));
 }
 
 // A fresh result costs a page fault every 4 KiB, which can take longer than filling it; large pages make that one every
@@ -402,9 +420,9 @@ AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, con
   const std::unique_ptr<uint16_t[]> inputs(new uint16_t[size + 32]);  // not a vector: all of it is written below
   ask.inputs = (uint16_t*)(((uintptr_t)inputs.get() + 63) / 64 * 64);
   expect_to_fill(ask.inputs, 2 * size);
-  over_rows(ask, table->fill_blocks, ask.panels(), columns * BlockProduct::PANEL, threads);
   const int64_t work = (2 + ask.panels()) * columns * ask.rows_of_block / (2 * FAST_VALUES);  // to decode, and to meet
-  over_rows(ask, table->block_product, ask.blocks_of_rows(), work, threads);
+  const int64_t at_once = step_of(ask.blocks_of_rows(), work, threads);
+  over_both(ask, table->fill_blocks, ask.panels(), table->block_product, ask.blocks_of_rows(), at_once, threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

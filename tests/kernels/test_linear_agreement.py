@@ -17,9 +17,10 @@ from arrow_quant_v2.packed import WIDTHS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, tuple[Any, ...]] = {"linear": (), "linear_dynamic": (), "linear_static": (0.03, 120)}
+PIECES = 3 * 2.0**-16  # what two bfloat16 pieces leave of x, of W, and the product of the two lo ones
 ROUNDING = {  # of the sum of |x| |w|, which the order of additions can move
-    torch.float32: 1.5e-5,
-    torch.float16: 1.5e-5,
+    torch.float32: PIECES,
+    torch.float16: PIECES,
     torch.bfloat16: 2.0**-8,  # W, and x once it is rounded to 8 bits, may become bfloat16
 }
 SHAPES = [  # (rows, columns, group size): whole blocks of 16 bytes, parts of them, ragged tails, one group, odd columns

@@ -2,8 +2,9 @@
 //
 //   y (m, r) = sum_j w (r, j) x (m, j):   16 rows of W by 32 columns meet a chunk of a panel of 16 rows of x
 //
-// Weights and inputs are sums of two bfloat16 pieces, of which the product of the two lo ones is left out: an error of
-// 2^-16 of a product at most for it, and for what the pieces leave of each. Inputs in bfloat16 have one piece, and then W is rounded to one too, as torch's own product of bfloat16 has it.
+// Weights and inputs are sums of two bfloat16 pieces, of which the product of the two lo ones is left out: at most 2^-16
+// of a product for it, and as much for what the pieces leave of each. Inputs in bfloat16 have one piece, and then W is
+// rounded to one too, as torch's own product of bfloat16 has it.
 // A block of rows of W is decoded for some chunks at a time, and meets all panels, whose sums wait in `sums`.
 // Assumes what kernels/linear.py has checked, and groups that start on a byte.
 // Measured on an Intel Xeon with AMX (2 cores): python bench/linear.py.

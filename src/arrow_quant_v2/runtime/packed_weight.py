@@ -195,23 +195,26 @@ class PackedWeight(nn.Module):
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight (*shape) as it was before it was coded, but for rounding; fresh."""
-        return self.rows(slice(None), dtype).reshape(self.shape)
+        return self.rows(None, dtype).reshape(self.shape)
 
-    def rows(self, chosen: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of the code matrix (n, columns) in the original basis: unturned, then divided by the equalization."""
+    def rows(self, ids: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows (n, columns) of the code matrix in the original basis: those of ids (n,), or all."""
         wanted = dtype or self.dtype
         if not self.has_basis:
-            return self._coded(chosen, wanted)
-        return self._unchanged(self._coded(chosen, torch.float32)).to(wanted)
+            return self._coded(ids, wanted)
+        return self._unchanged(self._coded(ids, torch.float32)).to(wanted)
 
     def in_own_basis(self, dtype: torch.dtype) -> Tensor:
         """The whole weight (*shape) as the codes have it, for inputs that were `changed`; fresh."""
-        return self._coded(slice(None), dtype).reshape(self.shape)
+        return self._coded(None, dtype).reshape(self.shape)
 
-    def _coded(self, chosen: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    def _coded(self, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Rows as the codes have them."""
-        parts = (self.codes[chosen], self.scales[chosen], self.zero_points[chosen], self.row_scales[chosen])
-        dequantize = ops.dequantize_r2q if self.grid == "r2q" else ops.dequantize
+        held = self._buffers
+        parts: Any = held["codes"], held["scales"], held["zero_points"], held["row_scales"]
+        if ids is not None:
+            parts = [part.index_select(0, ids) for part in parts]
+        dequantize: Any = ops.dequantize_r2q if self.grid == "r2q" else ops.dequantize
         made = dtype if dtype in ops.FLOATS else torch.float32
         coded: Tensor = dequantize(*parts, self.bits, self.columns, self.group_size, made)
         return coded.to(dtype)

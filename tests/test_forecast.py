@@ -50,7 +50,7 @@ def foretold(rows: int, samples: int, cores: int = 1, reading: float = 0.0) -> f
 
 @pytest.fixture
 def no_fitting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_timed", lambda _: (0.0, 0.0))
+    monkeypatch.setattr(forecast, "_timed", lambda *_: (0.0, 0.0))
 
 
 @pytest.mark.usefixtures("no_fitting")
@@ -66,9 +66,9 @@ def test_cores_share_the_calls_and_reading_is_added() -> None:
 
 
 def test_weights_and_products_take_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_timed", lambda _: (1.0, 0.0))
+    monkeypatch.setattr(forecast, "_timed", lambda *_: (1.0, 0.0))
     assert foretold(rows=4, samples=1) == pytest.approx(4 * 64 * 64, rel=0.01)
-    monkeypatch.setattr(forecast, "_timed", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(forecast, "_timed", lambda *_: (0.0, 1.0))
     assert foretold(rows=2048, samples=64) > 4 * 64 * 64 * 64 * 2048 / 2
 
 

@@ -66,6 +66,7 @@ Samples = Annotated[int | None, typer.Option("--samples", help="samples that cal
 Stats = Annotated[Path | None, typer.Option("--stats", help="a folder that calibrate wrote; the model is not run")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides another; the tokenizer tells it too")]
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
+Device = Annotated[str | None, typer.Option(help="where the model runs and layers are fitted: cpu or cuda")]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
 Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]
 MinAccuracy = Annotated[
@@ -151,6 +152,7 @@ def quantize(
     samples: Samples = None,
     mask_token: MaskToken = None,
     seed: Seed = None,
+    device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a quantized model that lies there")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -180,6 +182,7 @@ def quantize(
         calibration_samples=samples,
         mask_token=mask_token,
         seed=seed,
+        device=device,
     )
     with _stopping_gently() as should_stop, told_progress(quiet=quiet) as report:
         result = _api().quantize_diffusion_model(
@@ -205,6 +208,7 @@ def calibrate(
     samples: Samples = None,
     mask_token: MaskToken = None,
     seed: Seed = None,
+    device: Device = None,
     like: Annotated[
         Path | None, typer.Option(help="stats whose time groups to use, so that both can be merged")
     ] = None,
@@ -224,6 +228,7 @@ def calibrate(
         calibration_samples=samples,
         mask_token=mask_token,
         seed=seed,
+        device=device,
     )
     with _interruptible(), told_progress(quiet=quiet) as report:
         found = _api().calibrate(model, out, asked, report, compact=compact, like=like, overwrite=overwrite)

@@ -101,6 +101,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     grid_refits           how often the grid of a group is fitted again to the codes it got
     error_correction      how much of what quantized layers did to its inputs a weight makes up for, 0 (none) to 1
     seed                  of every random choice of calibration
+    device                where the model runs and layers are fitted to their inputs: "cpu", "cuda", "cuda:1"; part of
+                          the result, because a GPU rounds otherwise than a CPU
     time_groups           "uniform": equally many steps in each; "balanced": an equal share of the stats' change
     symmetric             no zero points
     component             folder of a pipeline to quantize; None: its denoiser
@@ -148,6 +150,9 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     grid_refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
     error_correction: float = Field(default=0.5, ge=0, le=1, description="a number from 0 to 1")
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+    device: Annotated[str, StringConstraints(pattern=r"^[a-z]+(:\d+)?$")] = Field(
+        default="cpu", description="cpu, cuda or cuda and a number, such as 'cuda:1'"
+    )
     time_groups: Grouping = Field(default="uniform", description="uniform or balanced")
     symmetric: bool = Field(default=False, description="True or False")
     component: Annotated[str, AfterValidator(folder)] | None = Field(

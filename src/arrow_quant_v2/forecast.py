@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.config import LayerSpec
     from arrow_quant_v2.plan import LayerPlan
 
+CPU = torch.device("cpu")
 TRIAL_ROWS, TRIAL_COLUMNS = 1024, 256  # of a weight
 PRODUCT = 1024  # rows and columns of a product of matrices
 BASES = 2  # that H is looked at in
@@ -41,7 +42,9 @@ def seconds_to_fit(walk: Walk, plans: Mapping[str, LayerPlan], reading: float, *
     weights = sum(plan.tensor.numel for plan in layers)
     rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples) * (3 if beside else 1)  # H is half of a matrix
     products = sum(_products(block, plans, rows) for block in walk.blocks)
-    per_weight, per_product = each_on_one_core(_timed, [spec])[0]
+    used = (walk.parameters[name].device for block in walk.blocks for name in block.uses)
+    device = next(used, CPU)
+    per_weight, per_product = each_on_one_core(lambda spec: _timed(spec, device), [spec])[0]
     cores = threads_per_call.get() or torch.get_num_threads()
     return reading + ((2 if beside else 1) * _calls(walk) + weights * per_weight + products * per_product) / cores
 
@@ -70,17 +73,17 @@ def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int) -> float:
     return total
 
 
-def _timed(spec: LayerSpec) -> tuple[float, float]:
+def _timed(spec: LayerSpec, device: torch.device = CPU) -> tuple[float, float]:
     """Seconds of one core for one weight in the column loop, and for one multiplication and addition."""
     draw = torch.Generator().manual_seed(0)
-    square = torch.randn(PRODUCT, PRODUCT, generator=draw)
-    weight = torch.randn(TRIAL_ROWS, TRIAL_COLUMNS, generator=draw)
+    square = torch.randn(PRODUCT, PRODUCT, generator=draw).to(device)
+    weight = torch.randn(TRIAL_ROWS, TRIAL_COLUMNS, generator=draw).to(device)
     group = TRIAL_COLUMNS if spec.group_size is None else min(spec.group_size, TRIAL_COLUMNS)
     seen = square[:, :TRIAL_COLUMNS]
     factor = factorize(seen.mT @ seen, group)
     moments = [time.perf_counter()]
     gptq(weight, spec, factor)
     moments.append(time.perf_counter())
-    torch.mm(square, square)
+    torch.mm(square, square)[0, 0].item()  # else a device may not have begun
     moments.append(time.perf_counter())
     return (moments[1] - moments[0]) / weight.numel(), (moments[2] - moments[1]) / PRODUCT**3

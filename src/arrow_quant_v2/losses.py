@@ -188,7 +188,9 @@ class _Table:
 
     def note_inputs(self, layers: Sequence[str], stats: InputStats) -> list[Change]:
         """Quantize some rows of layers that share an input at each width, and note what their outputs lose."""
-        asked = [(layer, bits, weight) for layer in layers for bits, weight in self._some_rows(layer)]
+        asked = [
+            (layer, bits, weight) for layer in layers for bits, weight in self._some_rows(layer, stats.absmax.device)
+        ]
         sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
         fitted = self._fitted([weight for _, _, weight in asked], sight)
         changes = []
@@ -199,10 +201,10 @@ class _Table:
             changes.append(self._change(layer, values, left, stats))
         return changes
 
-    def _some_rows(self, layer: str) -> list[tuple[Bits, Weight]]:
+    def _some_rows(self, layer: str, device: torch.device) -> list[tuple[Bits, Weight]]:
         """The same rows of a layer, asked for at each width that quantizes it."""
         plans = {bits: self._plans[bits][layer] for bits in WIDTHS if self._plans[bits][layer].spec is not None}
-        whole = weight_of(self._run.source, next(iter(plans.values())))
+        whole = weight_of(self._run.source, next(iter(plans.values()))).to(device)
         count = min(MOST_ROWS, max(FEWEST_ROWS, PROBED // whole.shape[1]))
         return [
             (bits, Weight(values=whole, info=plan.tensor, layout=plan.layout, spec=plan.spec).some(count))
@@ -231,7 +233,8 @@ class _Table:
         """Note what the model's outputs lose; `names` are those of the files, by those of the module."""
         for place, costs in felt.changes.items():
             self._add(names[place], dict(zip(WIDTHS, costs.tolist(), strict=True)))
-        for place, squares in felt.tables.items():
+        for place, there in felt.tables.items():
+            squares = there.cpu()
             errors = {
                 bits: float((rows.to(torch.float64).square().mean(dim=0) * squares).sum())
                 for bits, rows in _table_errors(self._run.source, self._plans, names[place])

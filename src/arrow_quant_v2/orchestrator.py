@@ -20,6 +20,7 @@ from arrow_quant_v2.calibrated_run import (
     run_calibrated,
 )
 from arrow_quant_v2.calibration.remembered import Memory
+from arrow_quant_v2.engines.devices import refuse_missing, telling_what_is_full
 from arrow_quant_v2.engines.local import in_background, ordered_map
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import (
@@ -145,7 +146,7 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     identity = _identity(description) | {"calibration data": data_identity(job.config)}
     if kept is not None:
         identity["stats"] = kept.identity
-    with WorkFolder(job.out, identity, overwrite=job.overwrite) as folder:
+    with WorkFolder(job.out, identity, overwrite=job.overwrite) as folder, telling_what_is_full(job.config.device):
         progress = Progress(report, sum(plan.tensor.nbytes for plan in plans))
         run = _Run(plans=plans, budget=budget, description=description, folder=folder, progress=progress)
         with cores_at_most(budget.workers):
@@ -382,6 +383,7 @@ def _identity(description: Description) -> dict[str, object]:
 
 def _refuse_unusable(job: Job) -> None:
     """Find out before any work what would go wrong after all of it."""
+    refuse_missing(job.config.device)
     if job.model is None:
         return
     beside = [job.model.root / path for path in job.model.side_files]

@@ -17,11 +17,13 @@ import torch
 
 from arrow_quant_v2.budget import available_bytes
 from arrow_quant_v2.calibration.balance import balanced
+from arrow_quant_v2.calibration.on_device import move_to
 from arrow_quant_v2.calibration.pipelines import open_pipeline
 from arrow_quant_v2.calibration.remembered import NO_MEMORY, Memory
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.calibration.transformers_model import open_transformers
+from arrow_quant_v2.engines.devices import free_bytes
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.plan import quant_axis
 from arrow_quant_v2.sources.files import read_json
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     Provider = Callable[[nn.Module], Iterable[tuple[Any, float]]]
 
 BLOCK_BY_BLOCK = "larger than memory: weights are read from disk block by block"
+CPU = "cpu"
 FLOAT = 4  # bytes
 COPIES = 3  # of H: as seen, in another basis, and its factor; of a tensor: as read, quantized, and what that lost
 ROOM = 2**30  # libraries and inputs
@@ -82,6 +85,8 @@ def prepare(
         QuantizationError: the model cannot be called.
     """
     runnable = open_runnable(model, module, modality, config)
+    if config.device != CPU:
+        move_to(config.device, runnable)
     if runnable.on_demand is not None:
         tell(f"gathering calibration samples, {BLOCK_BY_BLOCK}")
     data = None if config.calibration_data is None else Path(config.calibration_data)
@@ -161,7 +166,7 @@ def _larger_than_memory(source: Source, config: DiffusionQuantConfig) -> bool:
     widest = max((math.prod(shape[quant_axis(shape) :]) for shape in shapes if len(shape) > 1), default=0)
     largest = max(map(math.prod, shapes), default=0)
     needed = FLOAT * (sum(map(math.prod, shapes)) + COPIES * max(widest**2, largest)) + ROOM
-    return needed > min(available_bytes(), config.max_memory or math.inf)
+    return needed > min(available_bytes(), config.max_memory or math.inf, free_bytes(config.device))
 
 
 def _live(module: nn.Module, modality: Modality, config: DiffusionQuantConfig) -> Runnable:

@@ -160,7 +160,8 @@ def fit_input(
     Raises:
         QuantizationError: a weight is not finite; or, by the bar, a layer may not have more bits or nothing may fail.
     """
-    tries = [_Try(plan=ask.plans[layer], weight=_weight(ask.plans[layer], ask)) for layer in layers]
+    where = stats.absmax.device
+    tries = [_Try(plan=ask.plans[layer], weight=_weight(ask.plans[layer], ask, where)) for layer in layers]
     try:
         fits = _close_enough(_made_up_for(tries, stats, drift, ask), stats, ask)
     except BarMissedError:
@@ -284,10 +285,10 @@ def _outputs(made: Made, stats: InputStats, sight: Sight) -> Outputs:
     )
 
 
-def _weight(plan: LayerPlan, ask: Fitting) -> Weight:
+def _weight(plan: LayerPlan, ask: Fitting, device: torch.device) -> Weight:
     if plan.spec is None or plan.layout is None:
         raise QuantizationError(f"{plan.tensor.name}: has no spec to be quantized by; this is a bug, please report it")
-    return Weight(values=ask.values(plan), info=plan.tensor, layout=plan.layout, spec=plan.spec)
+    return Weight(values=ask.values(plan).to(device), info=plan.tensor, layout=plan.layout, spec=plan.spec)
 
 
 def _layer(fit: _Fit, stats: InputStats, ask: Fitting) -> CalibratedLayer:

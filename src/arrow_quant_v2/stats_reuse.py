@@ -104,6 +104,7 @@ def run_on_stats(run: FittedRun, kept: KeptStats) -> CalibratedPlans:
         planned = [layer for layer in entry.layers if layer in names]
         if any(keeper.finished(by_name[layer]) is None for layer in planned):  # they share a basis: all or none
             stats = kept.read(number)
+            stats.move_to(run.config.device)
             if stats.second.matrix.diagonal().any():
                 fit_input(stats, planned, fitting)
     return keeper.result(UNKNOWN)

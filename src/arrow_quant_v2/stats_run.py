@@ -29,6 +29,7 @@ from arrow_quant_v2.calibration.stored_stats import (
     write_input,
     write_summary,
 )
+from arrow_quant_v2.engines.devices import refuse_missing, telling_what_is_full
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.plan import reason_not_to_quantize
@@ -117,7 +118,11 @@ def make_stats(job: StatsJob, report: Callable[[str, float], object] | None = No
     before = _made_before(job.out, asked, overwrite=job.overwrite)
     if before is not None:
         return StatsOutcome(kept=before, seconds=time.monotonic() - started, reused=True)
-    with cores_at_most(job.config.threads or cores()), StatsFolder(job.out, asked, overwrite=job.overwrite) as folder:
+    with (
+        cores_at_most(job.config.threads or cores()),
+        StatsFolder(job.out, asked, overwrite=job.overwrite) as folder,
+        telling_what_is_full(job.config.device),
+    ):
         memory = Memory(folder=folder.samples, model=lambda: json.dumps(asked["model"]))
         prepared = prepared or _prepared(job, progress, memory)
         groups = prepared.groups if like is None else like.groups
@@ -162,6 +167,7 @@ def merge_stats(folders: Sequence[Path], out: Path, *, overwrite: bool = False) 
 
 
 def _refuse_unusable(job: StatsJob) -> None:
+    refuse_missing(job.config.device)
     if job.config.stats is not None:
         raise ConfigurationError("stats are what calibrate makes; leave the setting `stats` out")
     if job.model is not None:
@@ -183,6 +189,7 @@ def _asked(job: StatsJob, like: KeptStats | None, prepared: Prepared | None) -> 
         "mask token": config.mask_token,
         "number of samples": [config.calibration_samples, config.calibration_tokens],
         "seed": config.seed,
+        "device": config.device,
         "calibration data": data,
         "time groups": groups,
         "way of keeping time groups": "together" if job.compact else "apart",

@@ -209,7 +209,7 @@ def seen(product: Product, seed: int) -> Seen:
     if product.place is None:
         rows = x.reshape(-1, x.shape[-1])
         channels = rows
-        rows = rows if len(rows) <= MOST_ROWS else rows[_choice(len(rows), seed)]
+        rows = rows if len(rows) <= MOST_ROWS else rows[_choice(len(rows), seed).to(rows.device)]
     else:
         batched = x if x.ndim == len(product.place.kernel) + 2 else x[None]
         channels = batched.transpose(0, 1).flatten(1).mT
@@ -241,4 +241,4 @@ def _unfolded(x: Tensor, place: Place, seed: int) -> Tensor:
     patches = x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
     total = torch.Size(shape).numel()
     chosen = torch.arange(total) if total <= MOST_ROWS else _choice(total, seed)
-    return patches[torch.unravel_index(chosen, shape)].flatten(1)
+    return patches[torch.unravel_index(chosen.to(x.device), shape)].flatten(1)

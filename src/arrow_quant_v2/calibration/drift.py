@@ -77,7 +77,7 @@ class Drift:
         x = torch.cat([rows for rows, _, _ in pairs])
         drift = torch.cat([_drifted(*pair) for pair in pairs])
         if self.matrix is None:
-            self.matrix = torch.zeros(x.shape[1], x.shape[1])
+            self.matrix = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         total = self.matrix
 
         def add(columns: slice) -> None:

@@ -36,6 +36,14 @@ class Filed:
         return raw.view(self.dtype).as_strided(self.shape, self.strides)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Elsewhere:
+    """A tensor of another device, whose memory is left to the block that runs: what it was lies with the CPU."""
+
+    values: Any
+    device: torch.device
+
+
 class Kept:
     """Outputs of any structure by a key; threads may keep and take different ones at the same time."""
 
@@ -53,7 +61,7 @@ class Kept:
         Raises:
             StoreError: a file cannot be written.
         """
-        copied = pytree.tree_map(_copied, outputs)
+        copied = pytree.tree_map(_brought, outputs)
         size = _bytes_of(copied)
         with self._lock:
             self._in_memory -= _forgotten(*self._outputs.pop(key, (None, 0)))
@@ -97,26 +105,40 @@ class Kept:
 
 def _forgotten(outputs: Any, counted: int) -> int:
     """The memory that is free once their files are removed."""
-    for leaf in pytree.tree_leaves(outputs):
+    for leaf in map(_inside, pytree.tree_leaves(outputs)):
         if isinstance(leaf, Filed):
             leaf.path.unlink()
     return counted
 
 
+def _inside(leaf: Any) -> Any:
+    return leaf.values if isinstance(leaf, Elsewhere) else leaf
+
+
+def _brought(leaf: Any) -> Any:
+    """A copy in the CPU's memory."""
+    if isinstance(leaf, torch.Tensor) and leaf.device.type not in {"cpu", "meta"}:
+        return Elsewhere(values=leaf.detach().cpu(), device=leaf.device)
+    return _copied(leaf)
+
+
 def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Elsewhere):
+        return _copied(leaf.values).to(leaf.device)
     if isinstance(leaf, Filed):
         return leaf.tensor()
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _emptied(leaf: Any) -> Any:
+    leaf = _inside(leaf)
     if isinstance(leaf, Filed):
         return torch.empty_strided(leaf.shape, leaf.strides, dtype=leaf.dtype, device="meta")
     return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _bytes_of(outputs: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(outputs) if _is_plain(leaf))
+    return sum(leaf.nbytes for leaf in map(_inside, pytree.tree_leaves(outputs)) if _is_plain(leaf))
 
 
 def _is_plain(leaf: Any) -> bool:
@@ -127,6 +149,8 @@ def _is_plain(leaf: Any) -> bool:
 
 def _filed(leaf: Any, folder: str) -> Any:
     """A clone's memory has no gaps, whatever its strides; what is no such tensor stays where it is."""
+    if isinstance(leaf, Elsewhere):
+        return Elsewhere(values=_filed(leaf.values, folder), device=leaf.device)
     if not _is_plain(leaf) or leaf.nbytes < WORTH_A_FILE:
         return leaf
     try:

@@ -121,7 +121,8 @@ def _added(
     if not flat:
         return stats
     first = flat[0][0]
-    stats = stats or InputStats(layers, parts.count, columns=first.rows.shape[1], channels=len(first.absmax))
+    columns, channels = first.rows.shape[1], len(first.absmax)
+    stats = stats or InputStats(layers, parts.count, columns=columns, channels=channels, device=first.rows.device)
     stats.add(
         [one for one, _ in flat],
         [parts.groups[number] for _, number in flat],

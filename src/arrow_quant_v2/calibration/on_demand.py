@@ -40,7 +40,7 @@ class OnDemand:
             SourceError: a tensor outside of all parts cannot be read.
         """
         self.module = module
-        self._files, self._read = dict(files), read
+        self._files, self._read, self._device = dict(files), read, "cpu"
         self._empty = dict(module.named_parameters(remove_duplicate=False))
         self._loaded: dict[str, nn.Parameter] = {}  # by the tensor's name
         self._users: Counter[str] = Counter()  # parts that a tensor is in memory for
@@ -52,6 +52,16 @@ class OnDemand:
         self._fill([place for place in self._files if place not in inside])
         for part in self._parts:
             part.forward = self._filling(part, part.forward)
+
+    def move_to(self, device: str) -> None:
+        """From now on tensors are in that device's memory; those that stay in memory are brought there."""
+        self._device = device
+        self._loaded = {
+            name: nn.Parameter(value.to(device), requires_grad=False) for name, value in self._loaded.items()
+        }
+        for place, tensor in self._files.items():
+            if tensor in self._loaded:
+                self._put(place, self._loaded[tensor])
 
     def parameters(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         """Parameters by name, on the meta device while neither they nor those tied to them are in memory."""
@@ -127,7 +137,7 @@ class OnDemand:
 
     def _timed(self, tensor: str) -> nn.Parameter:
         started = time.perf_counter()
-        values = nn.Parameter(self._read(tensor), requires_grad=False)
+        values = nn.Parameter(self._read(tensor).to(self._device), requires_grad=False)
         self.reading += time.perf_counter() - started
         return values
 

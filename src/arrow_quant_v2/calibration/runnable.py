@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Runnable:
-    """A module in eval mode on the CPU, its parameters in float32, and its companions; None where there is none.
+    """A module in eval mode, called from the CPU wherever it runs, and its companions; None where there is none.
+
+    Its parameters are float32.
 
     names        name of a weight in the model's files -> name of the module's parameter that holds it
     tokenizer    of transformers: text -> token ids

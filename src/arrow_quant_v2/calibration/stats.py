@@ -54,16 +54,24 @@ class InputStats:
     transposed  rows of the weight belong to inputs, not to outputs
     """
 
-    def __init__(self, layers: tuple[str, ...], groups: int, *, columns: int, channels: int) -> None:
+    def __init__(
+        self,
+        layers: tuple[str, ...],
+        groups: int,
+        *,
+        columns: int,
+        channels: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Start with nothing seen."""
         self.layers = layers
-        self.moments = torch.zeros(groups, MOMENTS, dtype=torch.float64)
+        self.moments = torch.zeros(groups, MOMENTS, dtype=torch.float64, device=device)
         self.moments[:, 3], self.moments[:, 4] = torch.inf, -torch.inf
-        self.absmax = torch.zeros(groups, channels)
-        self.sums = torch.zeros(groups, columns, dtype=torch.float64)
-        self.rows = torch.zeros(groups, dtype=torch.int64)
-        self.probes = [torch.zeros(0, columns) for _ in range(groups)]
-        self.second = SecondMoment(columns)
+        self.absmax = torch.zeros(groups, channels, device=device)
+        self.sums = torch.zeros(groups, columns, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(groups, dtype=torch.int64, device=device)
+        self.probes = [torch.zeros(0, columns, device=device) for _ in range(groups)]
+        self.second = SecondMoment(columns, device)
         self.parts: dict[tuple[int, int], InputStats] = {}
         self.transposed = False
 
@@ -97,7 +105,8 @@ class InputStats:
     def _part(self, part: tuple[int, int]) -> InputStats:
         if part not in self.parts:
             groups, channels = self.absmax.shape
-            self.parts[part] = InputStats(self.layers, groups, columns=self.second.columns, channels=channels)
+            columns, device = self.second.columns, self.absmax.device
+            self.parts[part] = InputStats(self.layers, groups, columns=columns, channels=channels, device=device)
         return self.parts[part]
 
     def merge(self, other: InputStats) -> None:
@@ -161,10 +170,18 @@ class InputStats:
         return (self.sums / self.rows.clamp(min=1)[:, None]).to(torch.float32)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything seen, ready to be stored; not to be changed."""
+        """Everything seen, on the CPU and ready to be stored; not to be changed."""
         own = dict(zip(OWN, (self.moments, self.absmax, self.sums, self.rows), strict=True))
         probes = {f"probes.{group}": rows for group, rows in enumerate(self.probes)}
-        return {**own, "count": torch.tensor([self.second.count]), "second": self.second.matrix, **probes}
+        found = {**own, "count": torch.tensor([self.second.count]), "second": self.second.matrix, **probes}
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    def move_to(self, device: str) -> None:
+        """Bring what was stored to where layers are fitted to it."""
+        self.moments, self.absmax = self.moments.to(device), self.absmax.to(device)
+        self.sums, self.rows = self.sums.to(device), self.rows.to(device)
+        self.probes = [rows.to(device) for rows in self.probes]
+        self.second = SecondMoment.of(self.second.matrix.to(device), self.second.count)
 
     @classmethod
     def of(cls, layers: tuple[str, ...], tensors: Mapping[str, Tensor]) -> InputStats:
@@ -192,14 +209,14 @@ class InputStats:
 
 def _spaced(rows: Tensor, count: int) -> Tensor:
     """At most `count` of the rows, evenly spaced."""
-    return rows if len(rows) <= count else rows[torch.linspace(0, len(rows) - 1, count).long()]
+    return rows if len(rows) <= count else rows[torch.linspace(0, len(rows) - 1, count).long().to(rows.device)]
 
 
 def moments_of(values: Tensor) -> Tensor:
     """(5,) float64: count, sum, sum of squares, least and largest of all elements of one input."""
     wide = values.to(torch.float64)
     low, high = values.aminmax()
-    count = torch.tensor(values.numel(), dtype=torch.float64)
+    count = torch.tensor(values.numel(), dtype=torch.float64, device=values.device)
     return torch.stack([count, wide.sum(), wide.square().sum(), low.to(torch.float64), high.to(torch.float64)])
 
 

@@ -85,7 +85,7 @@ class Weight:
         rows = len(self.values)
         if rows <= count:
             return self
-        chosen = spaced(rows, count)
+        chosen = spaced(rows, count).to(self.values.device)
         layout = replace(self.layout, shape=(count, *self.layout.shape[self.layout.quant_axis or 0 :]), quant_axis=1)
         wanted = None if self.wanted is None else self.wanted[chosen]
         return replace(self, values=self.values[chosen], layout=layout, wanted=wanted)
@@ -185,9 +185,9 @@ class InBasis:
             weight.info.dtype,
             weight.layout,
             rotation=self.basis.rotation,
-            equalization=None if scale is None else scale.numpy(),
+            equalization=None if scale is None else scale.cpu().numpy(),
         )
-        left = dequantized(packed)  # for the moment, Q
+        left = dequantized(packed).to(weight.values.device)  # for the moment, Q
         error = error_of(weight.values, left)
         torch.sub(weight.aim, left, out=left)
         return Fitted(packed=packed, basis=self.basis, error=error, left=left)

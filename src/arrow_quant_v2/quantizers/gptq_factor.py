@@ -114,7 +114,8 @@ def _diagonal_inverses(root: Tensor, groups: Sequence[Group]) -> dict[int, Tenso
     every = [block for group in groups for block in blocks(group.start, group.stop)]
 
     def inverse(b: slice) -> Tensor:
-        result: Tensor = torch.linalg.solve_triangular(root[b, b], torch.eye(b.stop - b.start), upper=True)
+        one = torch.eye(b.stop - b.start, device=root.device)
+        result: Tensor = torch.linalg.solve_triangular(root[b, b], one, upper=True)
         return result
 
     return {b.start: upper for b, upper in zip(every, each_on_one_core(inverse, every), strict=True)}
@@ -153,7 +154,7 @@ def group_aware_order(curvature: Tensor, group_size: int) -> tuple[Tensor, tuple
 
 def _ordered(hessian: Tensor, order: Tensor, mean: float) -> Tensor:
     """H / mean with rows and columns in this order, float32; its upper triangle and whole tiles on the diagonal."""
-    result = torch.zeros(hessian.shape, dtype=torch.float32)
+    result = torch.zeros(hessian.shape, dtype=torch.float32, device=hessian.device)
 
     def fill(rows: slice) -> None:
         right = order[rows.start :]

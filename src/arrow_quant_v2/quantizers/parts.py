@@ -74,7 +74,8 @@ def _by_rows(weight: Weight, sight: Sight, _: Freedom) -> Fitted:
     def fitted(part: _Part) -> QuantizedRows:
         if part.by == ALONE:
             return weights_alone(part.weight.aim, weight.spec)
-        return gptq_rows(part.weight.aim, weight.spec, part.sight.hessian, part.sight.count)
+        aim, hessian = part.weight.aim.cpu(), part.sight.hessian.cpu()  # row by row: nothing for a device of many cores
+        return gptq_rows(aim, weight.spec, hessian, part.sight.count)
 
     rows = joined(each_on_one_core(fitted, parts))
     if not np.isfinite(rows.sums).all():
@@ -118,7 +119,7 @@ def _part(weight: Weight, start: int, stop: int, own: Sight | None, shared: Sigh
 def _blind(sight: Sight, weight: Weight) -> Sight:
     """As if every input were seen alike often, and none with another: by it, weights alone decide."""
     count = len(weight.values) if sight.transposed else len(sight.hessian)
-    return Sight(hessian=torch.eye(count), count=100 * count, absmax=sight.absmax)
+    return Sight(hessian=torch.eye(count, device=sight.absmax.device), count=100 * count, absmax=sight.absmax)
 
 
 def _basis(parts: Sequence[_Part], weight: Weight, sight: Sight, freedom: Freedom) -> Basis:
@@ -163,7 +164,7 @@ def _joined(weight: Weight, parts: Sequence[PackedTensor], basis: Basis) -> Pack
 
 def _whole(weight: Weight, packed: PackedTensor, basis: Basis, parts: Sequence[_Part], ways: Sequence[str]) -> Fitted:
     """The weight as all its parts make it, and what is to be said of those that had too few tokens."""
-    quantized = dequantized(packed)
+    quantized = dequantized(packed).to(weight.values.device)
     rows: Counter[str] = Counter()
     for part, by in zip(parts, ways, strict=True):
         rows[by] += len(part.weight.values)

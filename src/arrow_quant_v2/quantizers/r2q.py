@@ -36,7 +36,7 @@ def residual_refinement(weight: Tensor, spec: LayerSpec, importance: Tensor | No
     ops.check_quantize("r2q", weight, spec.bits, group, STRETCHES[spec.bits], importance)
     mask = None
     if importance is not None or columns % group:
-        every = torch.ones(columns) if importance is None else importance
+        every = torch.ones(columns, device=weight.device) if importance is None else importance
         mask = reference.split_groups(every[None], group)[0]  # (groups, group), 0 where there is no column
     pieces = tiles(len(weight), max(1, TILE_WEIGHTS // columns))
     return joined(each_on_one_core(lambda rows: _quantized(weight[rows].to(torch.float32), group, mask, spec), pieces))

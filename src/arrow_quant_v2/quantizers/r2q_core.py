@@ -153,7 +153,7 @@ def _affine_start(three: Tensor, h: Tensor | None, bits: int) -> tuple[Tensor, l
         step, full, mean_q, mean_w = ops.fit_grid(three.flatten(1), bits, n, False, STRETCHES[bits], along)  # noqa: FBT003
     else:
         cover = reference.cover(three, bits, symmetric=False)
-        mask = (torch.ones(1, 1, n) if h is None else h).expand(rows, count, n)
+        mask = (three.new_ones(1, 1, n) if h is None else h).expand(rows, count, n)
         fit = reference.clip_search(three, mask, cover, bits, symmetric=False, stretches=STRETCHES[bits])
         step, full, mean_q, mean_w = fit.step, fit.full, fit.mean_q, fit.mean_w
     used, m = step > 0.0, float(largest_low(bits))
@@ -209,11 +209,11 @@ class Seen:
 
     def __init__(self, u: Tensor, h: Tensor | None, *, bits: int, symmetric: bool) -> None:
         self.u, self.h, self.m, self.symmetric = u, h, float(largest_low(bits)), symmetric
-        mass = torch.full(u.shape, 1.0) if h is None else h.clone()
+        mass = torch.ones_like(u) if h is None else h.clone()
         self.mass = folded_columns(mass[None])[0]
-        self.one = torch.ones(())
+        self.one = u.new_ones(())
         # Touched once for all rounds: fresh memory costs more than what is written to it.
-        self.room = torch.empty(4 + (self.m > 1.0) + 3 * (not symmetric), *u.shape)
+        self.room = u.new_empty(4 + (self.m > 1.0) + 3 * (not symmetric), *u.shape)
 
     def sums(self, grid: Residual) -> Tensor:
         """Float64 (k, groups): the sums of h times e^2, e c, e, c; if asymmetric e t, t, t c; above 2 bits c^2."""

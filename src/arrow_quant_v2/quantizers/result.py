@@ -33,13 +33,13 @@ class QuantizedRows:
 
     @classmethod
     def of(cls, codes: Tensor, scales: Tensor, zero_points: Tensor, row_scales: Tensor, sums: Tensor) -> QuantizedRows:
-        """The same from tensors as the operators give them: packed codes, and empty zero points where symmetric."""
+        """The same from tensors as the operators give them, on any device; zero points are empty where symmetric."""
         return cls(
-            codes=codes.numpy(),
-            scales=scales.numpy(),
-            zero_points=zero_points.numpy() if zero_points.numel() else None,
-            row_scales=row_scales.view(torch.uint16).numpy(),
-            sums=sums.numpy(),
+            codes=codes.cpu().numpy(),
+            scales=scales.cpu().numpy(),
+            zero_points=zero_points.cpu().numpy() if zero_points.numel() else None,
+            row_scales=row_scales.cpu().view(torch.uint16).numpy(),
+            sums=sums.cpu().numpy(),
         )
 
     def packed(

@@ -6,6 +6,7 @@ et al., 2023, arXiv 2211.10438) and DiTAS (Dong & Zhang, 2025, arXiv 2409.07756)
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +57,7 @@ class SpatialQuantizer:
         used = (self.absmax > 0.0) & (largest > 0.0)
         logs = alpha * self.absmax.log2() - (1.0 - alpha) * largest.log2()
         logs = torch.where(used, logs - logs[used].mean(), 0.0) if used.any() else torch.zeros_like(logs)
-        limit = torch.tensor(LARGEST_SCALE).log2()
+        limit = math.log2(LARGEST_SCALE)
         return logs.clamp(-limit, limit).exp2()
 
     def basis(self, weights: Sequence[Tensor], alpha: float) -> Basis:

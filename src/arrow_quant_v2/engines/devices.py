@@ -1,0 +1,58 @@
+"""Which devices this machine has for tensors, and what one of them can hold. Knows no models."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from arrow_quant_v2.errors import ConfigurationError, QuantizationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SINGLE_PRECISION = {"mps"}  # sums of squares are float64
+
+
+def devices() -> list[str]:
+    """The names of all devices that can be asked for, "cpu" first."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type in SINGLE_PRECISION:
+        return ["cpu"]
+    return ["cpu", found.type, *(f"{found.type}:{number}" for number in range(torch.accelerator.device_count()))]
+
+
+def refuse_missing(device: str) -> None:
+    """Find out before any work that there is no such device.
+
+    Raises:
+        ConfigurationError: this machine has none, or torch was built without it.
+    """
+    there = devices()
+    if device not in there:
+        raise ConfigurationError(
+            f"device is {device!r}; torch {torch.__version__} can work here on {', '.join(there)}: choose one of them"
+        )
+
+
+def free_bytes(device: str) -> float:
+    """Memory that is free on a device; infinity for the CPU, whose memory has limits of its own, or if not known."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else math.inf
+
+
+@contextmanager
+def telling_what_is_full(device: str) -> Iterator[None]:
+    """Inside, a device that runs out of memory is an error that names the way out.
+
+    Raises:
+        QuantizationError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QuantizationError(
+            f"{device}: its memory is full: {str(error).partition('.')[0]}; free it of other programs, work with one"
+            " thread (threads=1), let weights be read block by block (max_memory), or use device='cpu'"
+        ) from error

@@ -1,0 +1,106 @@
+"""Calibration on a device: what a GPU is given stays there, what is written is the CPU's, and what is missing is told.
+
+Without a GPU a pretended device stands in for it (see pretend_device), in a process of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from small_models import run_python
+from torch import nn
+
+from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig, QuantizationError
+from arrow_quant_v2.engines.devices import telling_what_is_full
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent
+ON_BOTH = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import pretend_device, torch
+from pathlib import Path
+from torch import nn
+from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
+from arrow_quant_v2.sources.parquet import ParquetSource
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(4, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, x, timestep):
+        x = self.stem(x).flatten(2).mT * (1.0 + timestep)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+def samples(module):
+    for number in range(6):
+        draw = torch.Generator().manual_seed(number)
+        time = number / 6
+        yield {{"x": torch.randn(1, 4, 8, 8, generator=draw), "timestep": torch.tensor([time])}}, time
+
+torch.manual_seed(0)
+model, found = Model().eval(), []
+for device in ("cpu", "pretend"):
+    out = Path(sys.argv[1]) / device
+    config = DiffusionQuantConfig(
+        bit_width=2, group_size=32, modality=sys.argv[2], device=device, threads=1, num_time_groups=2,
+    )
+    ArrowQuantV2(mode="diffusion").quantize_diffusion_model(model, out, config, calibration=samples)
+    source = ParquetSource(out)
+    found.append({{info.name: source.read(info.name) for info in source.tensors}})
+for name, values in found[0].items():
+    far = float((values - found[1][name]).norm() / values.norm())
+    print(name, far)
+    assert far < float(sys.argv[3]), name
+print(sorted(pretend_device.done))
+"""
+
+
+@pytest.mark.parametrize(
+    ("modality", "loop"), [("text", "quantize_columns_r2q"), ("image", "quantize_columns")], ids=["r2q", "gptq"]
+)
+def test_a_device_gives_what_the_cpu_gives_and_meets_no_tensor_of_it(modality: str, loop: str, tmp_path: Path) -> None:
+    done = run_python(
+        ON_BOTH, tmp_path, modality, 1e-6, timeout=300, ARROW_QUANT_ENABLE_CALIBRATION="true", OMP_NUM_THREADS="1"
+    )
+    assert not done.code, done.err
+    assert f"'arrow_quant::{loop}'" in done.out
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(device="tpu", modality="text")
+    with pytest.raises(ConfigurationError, match=r"device is 'tpu'.* can work here on cpu"):
+        ArrowQuantV2(mode="diffusion").quantize_diffusion_model(nn.Linear(32, 32), tmp_path / "out", config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_full_names_the_way_out() -> None:
+    with pytest.raises(QuantizationError, match=r"its memory is full.*max_memory"), telling_what_is_full("cuda"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_quantizes_to_the_same_bytes_each_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+
+    def samples(_: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
+        for number in range(6):
+            yield torch.randn(16, 64, generator=torch.Generator().manual_seed(number)), number / 6
+
+    found = []
+    for name in ("one", "other"):
+        config = DiffusionQuantConfig(bit_width=2, group_size=32, device="cuda", modality="text", min_accuracy=0.0)
+        ArrowQuantV2(mode="diffusion").quantize_diffusion_model(model, tmp_path / name, config, calibration=samples)
+        found.append([path.read_bytes() for path in sorted((tmp_path / name).rglob("*.parquet"))])
+    assert found[0] == found[1]

@@ -26,7 +26,7 @@
 #include <pthread.h>
 #endif
 
-#if defined(__x86_64__)
+#if defined(AQ_WITH_X86)
 #include <cpuid.h>
 #endif
 
@@ -41,7 +41,7 @@ extern const KernelTable table;
 }
 namespace baseline = portable;
 #endif
-#if defined(__x86_64__)
+#if defined(AQ_WITH_X86)
 namespace avx2 {
 extern const KernelTable table;
 }
@@ -65,7 +65,7 @@ constexpr int64_t MOST_CHUNK_VALUES = 1 << 18;  // the first row of a chunk is r
 constexpr int64_t FAST_VALUES = 8;              // of a product, that take as long as one of other kernels
 constexpr int64_t CHUNKS_OF_A_THREAD = 8;       // so that none waits long for the others
 
-#if defined(__x86_64__)
+#if defined(AQ_WITH_X86)
 // Clang's __builtin_cpu_supports knows no "f16c" (seen with 14).
 bool has_f16c() {
   unsigned a, b, c, d;
@@ -100,7 +100,7 @@ bool runs_here(const KernelTable& candidate) {
 #if defined(AQ_WITH_AMX)
   if (&candidate == &amx::table) return runs_here(avx512vnni::table) && has_bfloat16() && may_use_tiles();
 #endif
-#if defined(__x86_64__)
+#if defined(AQ_WITH_X86)
   if (&candidate == &avx512vnni::table) return runs_here(avx512::table) && __builtin_cpu_supports("avx512vnni");
   if (&candidate == &avx512::table)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -117,7 +117,7 @@ const KernelTable* const CANDIDATES[] = {
 #if defined(AQ_WITH_AMX)
     &amx::table,
 #endif
-#if defined(__x86_64__)
+#if defined(AQ_WITH_X86)
     &avx512vnni::table, &avx512::table, &avx2::table,
 #endif
     &baseline::table};

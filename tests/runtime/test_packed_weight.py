@@ -26,7 +26,12 @@ WEIGHT = normal(48, 64)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_its_values_are_those_of_the_file(bits: Any, grid: str, basis: dict[str, Any]) -> None:
     whole = packed(WEIGHT, bits, grid=grid, **basis)
-    torch.testing.assert_close(PackedWeight(whole).dequantized(), dequantized(whole), rtol=1e-6, atol=1e-6)
+    weight = PackedWeight(whole)
+    torch.testing.assert_close(weight.dequantized(), dequantized(whole), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(weight.dequantized(), weight.rows(torch.arange(48)).reshape(48, 64))
+        assert weight.dequantized(torch.bfloat16).dtype == torch.bfloat16
+        assert weight.dequantized(torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize("basis", BASES)

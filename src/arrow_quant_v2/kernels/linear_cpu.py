@@ -66,10 +66,15 @@ FURTHER = {
 """What some take besides: how inputs are rounded, their step and its zero point; all take the number of threads."""
 
 
+VALUES = (*(POINTER,) * 5, NUMBER, SIZE, SIZE, NUMBER, SIZE, NUMBER)
+"""What those take that dequantize: codes to row scales, result; its dtype, rows, columns, bits, group, threads."""
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Tell ctypes what the kernels take, which makes a call of them half as long."""
-    for name, further in FURTHER.items():
-        getattr(library, name).argtypes = (*OPERANDS, *further)
+    taken = {name: (*OPERANDS, *further) for name, further in FURTHER.items()}
+    for name, types in (taken | {"aq_dequantize": VALUES, "aq_dequantize_r2q": VALUES}).items():
+        getattr(library, name).argtypes = types
         getattr(library, name).restype = None
 
 
@@ -95,6 +100,7 @@ def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
     for kernel in (linear_cpp, linear_dynamic_cpp, linear_static_cpp):
         ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
     STRAIGHT.update({meaning.linear: kernels.exact, meaning.linear_dynamic: kernels.dynamic})
+    STRAIGHT.update(dict.fromkeys((ops.dequantize, ops.dequantize_r2q), kernels.values))
 
 
 STRAIGHT: dict[object, Callable[..., Tensor]] = {}
@@ -144,6 +150,11 @@ def straight(op: object, x: Tensor, weight: Operand, bias: Tensor | None) -> Ten
     return _product(STRAIGHT[op], x, weight, bias)
 
 
+def values(op: object, weight: Operand, dtype: torch.dtype) -> Tensor:
+    """A checked weight (rows, columns) as `op`, which dequantizes, gives it, by its kernel itself."""
+    return STRAIGHT[op](weight, dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
     """The C++ library, and how many threads a call of it may use; x has `count` rows (..., columns)."""
@@ -182,6 +193,14 @@ class Kernels:
         if kernel is None or vanishes:
             return self.exact(meaning.rounded_by_scale(x, scale, zero_point), count, operand, bias)
         return _call(kernel, x, count, operand, bias, torch.float32, scale, zero_point, self.threads())
+
+    def values(self, operand: Operand, dtype: torch.dtype) -> Tensor:
+        """Dequantize."""
+        weight, (*addresses, rows, columns, bits, group, _) = operand.weight, operand.told
+        made = torch.empty((rows, columns), dtype=dtype)
+        kernel = self.library.aq_dequantize_r2q if weight.grid == "r2q" else self.library.aq_dequantize
+        kernel(*addresses, made.data_ptr(), DTYPES[dtype], rows, columns, bits, group, self.threads())
+        return made
 
     def _have_blocks(self, count: int, weight: Weight) -> bool:
         """Whether a matrix unit takes rounded inputs: in bfloat16, as groups are too short for its whole numbers."""

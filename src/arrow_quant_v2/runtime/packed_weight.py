@@ -212,10 +212,12 @@ class PackedWeight(nn.Module):
         """Rows as the codes have them."""
         held = self._buffers
         parts: Any = held["codes"], held["scales"], held["zero_points"], held["row_scales"]
-        if ids is not None:
-            parts = [part.index_select(0, ids) for part in parts]
         dequantize: Any = ops.dequantize_r2q if self.grid == "r2q" else ops.dequantize
         made = dtype if dtype in ops.FLOATS else torch.float32
+        if ids is not None:
+            parts = [part.index_select(0, ids) for part in parts]
+        elif dequantize in linear_cpu.STRAIGHT and parts[0].is_cpu and nothing_between(parts[0]):
+            return linear_cpu.values(dequantize, self._operand(parts), made).to(dtype)
         coded: Tensor = dequantize(*parts, self.bits, self.columns, self.group_size, made)
         return coded.to(dtype)
 

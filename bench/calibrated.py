@@ -72,6 +72,7 @@ VARIANTS = (
     Variant("int4 round to nearest g64", {"bit_width": 4, "group_size": 64, "method": "rtn"}),
     Variant("int4 clip g64, weights alone", {"bit_width": 4, "group_size": 64, "method": "clip"}),
     Variant("int4 gptq g64", {"bit_width": 4, "group_size": 64, "method": "gptq"}),
+    Variant("4.39 bits where they matter, gptq g64", {"target_bits": 4.39, "group_size": 64, "method": "gptq"}),
     Variant("int4 r2q g128", {"bit_width": 4, "group_size": 128, "method": "r2q"}),
     Variant("int8 gptq g128", {"bit_width": 8, "group_size": 128, "method": "gptq"}),
 )

@@ -21,10 +21,11 @@ from arrow_quant_v2.errors import InterruptedRunError
 from arrow_quant_v2.kernels.cpu import threads_per_call
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.one_tensor import dequantize_tensor, quantize_tensor
-from arrow_quant_v2.packed import TensorInfo
-from arrow_quant_v2.plan import Calibrated, plan_model
-from arrow_quant_v2.quantizers.calibrated import Freedom
-from arrow_quant_v2.sequential import Fitting, fit_in_sequence
+from arrow_quant_v2.packed import Layout, TensorInfo
+from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
+from arrow_quant_v2.quantizers.calibrated import Freedom, Weight, loss_of
+from arrow_quant_v2.quantizers.parts import fit_in_parts, lost_in_parts
+from arrow_quant_v2.sequential import Fitting, fit_in_sequence, sight_of
 from arrow_quant_v2.store import StoredModel
 from arrow_quant_v2.time_groups import TimeGroups
 
@@ -33,12 +34,14 @@ sys.path.append(str(Path(__file__).parent / "calibration"))
 from small_blocks import made, random, samples_of
 
 from arrow_quant_v2.calibration.blocks import walking
+from arrow_quant_v2.calibration.observe import observe_block, strata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
+    from arrow_quant_v2.quantizers.calibrated import Sight
     from arrow_quant_v2.sequential import CalibratedLayer
 
 GROUPS = TimeGroups(edges=(0.0, 4.0, 8.0))
@@ -292,6 +295,39 @@ def test_parts_that_overlap_are_fitted_to_what_all_of_them_are_given() -> None:
     assert error(module, original, inputs) < 0.75 * error(alone, original, inputs)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_some_of_a_weight_tells_what_all_of_it_would_lose(name: str) -> None:
+    kind = KINDS[name]
+    module = made(kind.make)
+    calls = samples_of(*(kind.inputs(seed) for seed in range(4)))
+    parameters = {one: dict(module.named_parameters())[one] for one in kind.weights}
+    with walking(module, calls, parameters, plain=False) as walk:
+        seen = observe_block(walk, 0, range(4), strata(calls, GROUPS))
+    for (layer,), stats in seen.items():
+        sight, told = sight_of(stats), {}
+        for bits in (2, 4):
+            weight = asked_for(layer, parameters[layer], bits)
+            told[bits] = lost_in_parts(weight, sight, Freedom(refits=0))[0]
+            (fitted,) = fit_in_parts([weight], sight, Freedom(refits=0))
+            lost = outputs_lost(fitted.left, sight) / outputs_lost(weight.values, sight)
+            assert told[bits] == pytest.approx(lost, rel=0.5)
+        assert told[4] < 0.5 * told[2]
+
+
+def asked_for(name: str, values: Tensor, bits: int) -> Weight:
+    spec = LayerSpec(bits=bits, group_size=32, method="gptq", symmetric=False)
+    info = TensorInfo(name=name, shape=tuple(values.shape), dtype="float32")
+    layout = Layout(shape=info.shape, bits=bits, quant_axis=quant_axis(info.shape), group_size=32, grid=spec.grid)
+    return Weight(values=values.reshape(-1, layout.columns), info=info, layout=layout, spec=spec)
+
+
+def outputs_lost(matrix: Tensor, sight: Sight) -> float:
+    """tr(dW H dW^T), each part with its own H."""
+    parts = sight.parts or {(0, len(matrix)): sight}
+    rows = {part: matrix[slice(*part)] for part in parts}
+    return sum(loss_of(one.mT if sight.transposed else one, parts[part].hessian) for part, one in rows.items())
+
+
 def test_a_plain_walk_sees_none_of_these() -> None:
     for kind in KINDS.values():
         module = made(kind.make)
@@ -368,12 +404,19 @@ def test_weights_that_are_read_on_demand_give_the_same_bytes(
     assert content_of(tmp_path / "disk") == content_of(tmp_path / "memory")
 
 
-def test_a_size_and_stats_know_these_kinds_by_their_weights(folder: Path, tmp_path: Path) -> None:
-    """What a width costs is asked of the weights; a run that fits them does so to their inputs all the same."""
+@pytest.mark.parametrize("bits", [3.2, 5.0])
+def test_a_size_is_kept_and_bits_are_spent_by_what_outputs_lose(folder: Path, tmp_path: Path, bits: float) -> None:
+    _, pattern, count = MODELS[folder.name]
+    sized = settings_of(bit_width=4, target_bits=bits)
+    result = ArrowQuantV2().quantize_diffusion_model(folder, tmp_path / "sized", sized, calibration=token_calls)
+    assert result["bits_per_weight"] <= bits
+    said = said_of(tmp_path / "sized", pattern)
+    assert len(said) == count
+    assert all("told from its own outputs" in one and "calibrated on 6 samples" in one for one in said)
+
+
+def test_stats_know_these_kinds_by_their_weights(folder: Path, tmp_path: Path) -> None:
     api, pattern = ArrowQuantV2(), MODELS[folder.name][1]
-    sized = settings_of(bit_width=4, target_bits=5.0)
-    api.quantize_diffusion_model(folder, tmp_path / "sized", sized, calibration=token_calls)
-    assert any("calibrated on 6 samples" in one for one in said_of(tmp_path / "sized", pattern))
     api.calibrate(folder, tmp_path / "stats", settings_of(), calibration=token_calls)
     api.quantize_diffusion_model(folder, tmp_path / "out", settings_of(stats=str(tmp_path / "stats")))
     assert all("not calibrated: the stats hold no inputs of it" in one for one in said_of(tmp_path / "out", pattern))

@@ -25,7 +25,9 @@ from arrow_quant_v2.packed import WIDTHS
 from arrow_quant_v2.plan import Calibrated, plans_by_width
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.quantizers import quantizer
-from arrow_quant_v2.quantizers.calibrated import Sight, Weight, fit_together, spaced
+from arrow_quant_v2.quantizers.calibrated import Weight, fit_together, spaced
+from arrow_quant_v2.quantizers.parts import lost_in_parts
+from arrow_quant_v2.sequential import sight_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.layer_widths import Width
     from arrow_quant_v2.packed import Bits
     from arrow_quant_v2.plan import LayerPlan
-    from arrow_quant_v2.quantizers.calibrated import Fitted
+    from arrow_quant_v2.quantizers.calibrated import Fitted, Sight
     from arrow_quant_v2.sources.base import Source
 
     ByWidth: TypeAlias = Mapping[Width, Mapping[str, LayerPlan]]
@@ -134,15 +136,14 @@ def _seen_in_a_walk(
     """Note what is seen of each input, block by block; the errors of some rows, by the module's own names."""
     runnable, parts = run.prepared.runnable, strata(calls, run.prepared.groups)
     changes: dict[str, Change] = {}
-    with walking(
-        runnable.module, calls, runnable.parameters(names), run.folder.scratch / "losses", runnable.clock
-    ) as walk:
+    watched, scratch = runnable.parameters(names), run.folder.scratch / "losses"
+    with walking(runnable.module, calls, watched, scratch, runnable.clock, plain=False) as walk:
         for number, block in enumerate(walk.blocks):
             with runnable.holding(block.module):
                 for layers, stats in observe_block(walk, number, range(len(calls)), parts).items():
                     if stats is not None and stats.second.matrix.diagonal().any():
-                        errors = table.note_inputs([names[layer] for layer in layers], stats)
-                        changes |= dict(zip(layers, errors, strict=True))
+                        found = table.note_inputs([names[layer] for layer in layers], stats)
+                        changes |= {layer: found[names[layer]] for layer in layers if names[layer] in found}
                     progress.advance(sum(table.elements[names[layer]] for layer in layers), block.name)
             walk.forget(number)
             progress.tell(f"{number + 1}/{len(walk.blocks)} {block.name or 'the whole model'} measured")
@@ -186,31 +187,44 @@ class _Table:
         self.inputs: dict[str, dict[Bits, float]] = {}
         self.weights: dict[str, dict[Bits, float]] = {}
 
-    def note_inputs(self, layers: Sequence[str], stats: InputStats) -> list[Change]:
-        """Quantize some rows of layers that share an input at each width, and note what their outputs lose."""
-        asked = [
-            (layer, bits, weight) for layer in layers for bits, weight in self._some_rows(layer, stats.absmax.device)
-        ]
-        sight = Sight(hessian=stats.second.matrix, count=stats.count, absmax=stats.absmax.amax(dim=0))
-        fitted = self._fitted([weight for _, _, weight in asked], sight)
-        changes = []
+    def note_inputs(self, layers: Sequence[str], stats: InputStats) -> dict[str, Change]:
+        """Quantize some rows of layers that share an input at each width, and note what their outputs lose.
+
+        Of those whose rows have inputs of their own, or belong to inputs, no changes are known.
+        """
+        sight = sight_of(stats)
+        asked = {layer: self._at_each_width(layer, stats.absmax.device) for layer in layers}
+        if not sight.plain:
+            for layer, weights in asked.items():
+                self._note_parts(layer, weights, sight)
+            return {}
+        some = [(layer, bits, _some_rows(one)) for layer, weights in asked.items() for bits, one in weights.items()]
+        fitted = self._fitted([weight for _, _, weight in some], sight)
+        changes = {}
         for layer in layers:
-            values = next(weight.values for name, _, weight in asked if name == layer)
+            values = next(weight.values for name, _, weight in some if name == layer)
             left = dict.fromkeys(WIDTHS, torch.zeros_like(values))  # at a width that keeps it
-            left |= {bits: one.left for (name, bits, _), one in zip(asked, fitted, strict=True) if name == layer}
-            changes.append(self._change(layer, values, left, stats))
+            left |= {bits: one.left for (name, bits, _), one in zip(some, fitted, strict=True) if name == layer}
+            changes[layer] = self._change(layer, values, left, stats)
         return changes
 
-    def _some_rows(self, layer: str, device: torch.device) -> list[tuple[Bits, Weight]]:
-        """The same rows of a layer, asked for at each width that quantizes it."""
+    def _at_each_width(self, layer: str, device: torch.device) -> dict[Bits, Weight]:
+        """The weight, asked for at each width that quantizes it."""
         plans = {bits: self._plans[bits][layer] for bits in WIDTHS if self._plans[bits][layer].spec is not None}
         whole = weight_of(self._run.source, next(iter(plans.values()))).to(device)
-        count = min(MOST_ROWS, max(FEWEST_ROWS, PROBED // whole.shape[1]))
-        return [
-            (bits, Weight(values=whole, info=plan.tensor, layout=plan.layout, spec=plan.spec).some(count))
+        return {
+            bits: Weight(values=whole, info=plan.tensor, layout=plan.layout, spec=plan.spec)
             for bits, plan in plans.items()
             if plan.layout is not None and plan.spec is not None
-        ]
+        }
+
+    def _note_parts(self, layer: str, weights: Mapping[Bits, Weight], sight: Sight) -> None:
+        """Each part for its own inputs."""
+        freedom = replace(self._run.freedom, refits=0)
+        found = {bits: lost_in_parts(weight, sight, freedom) for bits, weight in weights.items()}
+        kept = (0.0, 0.0)  # at a width that keeps it
+        self.inputs[layer] = {bits: found.get(bits, kept)[0] for bits in WIDTHS}
+        self.weights[layer] = {bits: found.get(bits, kept)[1] for bits in WIDTHS}
 
     def _fitted(self, weights: Sequence[Weight], sight: Sight) -> list[Fitted]:
         freedom = replace(self._run.freedom, refits=0)
@@ -264,6 +278,11 @@ class _Table:
             else:
                 found[name] = LayerLoss(at=_times(self.weights[name], by_weights), told="weights")
         return found
+
+
+def _some_rows(weight: Weight) -> Weight:
+    """Always the same ones of a layer."""
+    return weight.some(min(MOST_ROWS, max(FEWEST_ROWS, PROBED // weight.values.shape[1])))
 
 
 def _rate(known: Mapping[str, Mapping[Bits, float]], other: Mapping[str, Mapping[Bits, float]]) -> float:

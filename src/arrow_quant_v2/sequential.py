@@ -246,7 +246,7 @@ def _widened(fit: _Fit, ask: Fitting) -> _Try:
 
 def _fitted(tries: Sequence[_Try], stats: InputStats, ask: Fitting) -> list[_Fit]:
     """The layers fitted together, and how close each of them is."""
-    sight = _sight(stats)
+    sight = sight_of(stats)
     made, trouble = fit_somehow([one.weight for one in tries], sight, ask.freedom, fail_fast=ask.bar.fail_fast)
     return [
         _Fit(
@@ -260,7 +260,7 @@ def _fitted(tries: Sequence[_Try], stats: InputStats, ask: Fitting) -> list[_Fit
     ]
 
 
-def _sight(stats: InputStats) -> Sight:
+def sight_of(stats: InputStats) -> Sight:
     """The stats as the fit sees them; parts that overlap, or are not all that was seen, are taken together."""
     ends = [0, *(end for part in sorted(stats.parts) for end in part)]
     apart = ends == sorted(ends) and sum(own.count for own in stats.parts.values()) == stats.count
@@ -268,7 +268,7 @@ def _sight(stats: InputStats) -> Sight:
         hessian=stats.second.matrix,
         count=stats.count,
         absmax=stats.absmax.amax(dim=0),
-        parts={part: _sight(own) for part, own in stats.parts.items()} if apart else {},
+        parts={part: sight_of(own) for part, own in stats.parts.items()} if apart else {},
         transposed=stats.transposed,
     )
 

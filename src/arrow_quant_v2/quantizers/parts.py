@@ -16,12 +16,14 @@ import torch
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.quantizers.basis import Basis
-from arrow_quant_v2.quantizers.calibrated import Fitted, InBasis, Sight, error_of, every_basis, loss_of
-from arrow_quant_v2.quantizers.gptq_rows import gptq_rows, weights_alone
+from arrow_quant_v2.quantizers.calibrated import Fitted, InBasis, Sight, error_of, every_basis, loss_of, spaced
+from arrow_quant_v2.quantizers.gptq_rows import gptq_rows, values_of, weights_alone
 from arrow_quant_v2.quantizers.result import joined, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
 
     from arrow_quant_v2.packed import PackedTensor
     from arrow_quant_v2.quantizers.calibrated import Freedom, Weight
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 FEW = 8  # times as many columns as tokens: an H of fewer says little of a part
 JUDGES, JUDGED_ROWS = 8, 32  # parts, and rows of each, by which a basis is chosen for all
+JUDGED_COLUMNS = 64  # of a weight whose rows belong to inputs, as whole groups
 OWN, SHARED, ALONE = "to inputs of their own", "to the inputs of all", "by their weights alone"
 
 
@@ -54,6 +57,52 @@ def fit_in_parts(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
     return [(_by_rows if sight.transposed else _by_columns)(weight, sight, freedom) for weight in weights]
 
 
+def lost_in_parts(weight: Weight, sight: Sight, freedom: Freedom) -> tuple[float, float]:
+    """tr(dW H dW^T) / tr(W H W^T) and |dW|^2 / |W|^2, told by some of the weight.
+
+    That are some rows of the parts that saw most tokens, or some groups of columns where rows belong to inputs.
+
+    Raises:
+        QuantizationError: an H has no Cholesky factor.
+    """
+    found = list((_lost_columns if sight.transposed else _lost_rows)(weight, sight, freedom))
+    lost, whole = (sum(loss_of(one[place], one[2]) for one in found) for place in (0, 1))
+    changed, size = (sum(float(one[place].square().sum()) for one in found) for place in (0, 1))
+    return lost / whole if whole else 0.0, changed / size if size else 0.0
+
+
+def _lost_rows(weight: Weight, sight: Sight, freedom: Freedom) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """dW, W and H of some rows of each judge."""
+    parts = list(_parts(weight, sight))
+    basis = _basis(parts, weight, sight, replace(freedom, equalize=False))
+    for part in _judges(parts):
+        some = replace(part, weight=part.weight.some(JUDGED_ROWS))
+        yield _better(some, basis, sight, freedom.refits)[0].left, some.weight.aim, part.sight.hessian
+
+
+def _lost_columns(weight: Weight, sight: Sight, _: Freedom) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """dW, W and H of some groups of columns of each part, as rows."""
+    group, columns = weight.layout.group, weight.values.shape[1]
+    starts = group * spaced(max(1, columns // group), max(1, JUDGED_COLUMNS // group))
+    chosen = (starts[:, None] + torch.arange(min(group, columns))).flatten()
+    for part in _judges(list(_parts(weight, sight))):
+        aim = part.weight.aim.cpu()[:, chosen]
+        left = aim - values_of(_rows(part, aim), weight.spec, len(chosen))
+        yield left.mT, aim.mT, part.sight.hessian.cpu()
+
+
+def _rows(part: _Part, aim: Tensor) -> QuantizedRows:
+    """What a part whose rows belong to inputs becomes, or some columns of it."""
+    if part.by == ALONE:
+        return weights_alone(aim, part.weight.spec)
+    return gptq_rows(aim.cpu(), part.weight.spec, part.sight.hessian.cpu(), part.sight.count)  # too narrow for a GPU
+
+
+def _judges(parts: Sequence[_Part]) -> list[_Part]:
+    """Those that saw most tokens."""
+    return sorted(parts, key=lambda part: -part.seen)[:JUDGES]
+
+
 def _by_columns(weight: Weight, sight: Sight, freedom: Freedom) -> Fitted:
     parts = list(_parts(weight, sight))
     basis = _basis(parts, weight, sight, replace(freedom, equalize=False))
@@ -70,14 +119,7 @@ def _by_columns(weight: Weight, sight: Sight, freedom: Freedom) -> Fitted:
 def _by_rows(weight: Weight, sight: Sight, _: Freedom) -> Fitted:
     """Channels along the columns are outputs, so nothing is turned."""
     parts = list(_parts(weight, sight))
-
-    def fitted(part: _Part) -> QuantizedRows:
-        if part.by == ALONE:
-            return weights_alone(part.weight.aim, weight.spec)
-        aim, hessian = part.weight.aim.cpu(), part.sight.hessian.cpu()  # row by row: nothing for a device of many cores
-        return gptq_rows(aim, weight.spec, hessian, part.sight.count)
-
-    rows = joined(each_on_one_core(fitted, parts))
+    rows = joined(each_on_one_core(lambda part: _rows(part, part.weight.aim), parts))
     if not np.isfinite(rows.sums).all():
         raise not_finite(weight.values, weight.info.name, weight.info.shape)
     packed = rows.packed(weight.info.name, weight.info.dtype, weight.layout)
@@ -125,7 +167,7 @@ def _blind(sight: Sight, weight: Weight) -> Sight:
 def _basis(parts: Sequence[_Part], weight: Weight, sight: Sight, freedom: Freedom) -> Basis:
     """The basis that loses least of what the parts of most tokens give; the first one where several do."""
     bases = every_basis([weight], sight, freedom)
-    judges = sorted(parts, key=lambda part: -part.seen)[:JUDGES]
+    judges = _judges(parts)
     if len(bases) == 1:
         return bases[0]
     pairs = [(basis, part) for basis in bases for part in judges]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from real_models import minilm_states
 from small_models import Run, content_of, layers, run_python, save_model
 from text_models import save_folder, small_module
+from torch import Tensor, nn
 
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig, losses
 from arrow_quant_v2.allocation import LayerLoss, Scope, allocate, forethought, reach
@@ -23,7 +24,7 @@ from arrow_quant_v2.packed import TensorInfo
 from arrow_quant_v2.sources.folder import open_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 api = ArrowQuantV2()
 CALIBRATED = {"ARROW_QUANT_ENABLE_CALIBRATION": "true"}
@@ -196,6 +197,95 @@ def test_a_table_and_the_outputs_are_measured(bert: Path, tmp_path: Path) -> Non
     found = {x["layer_name"]: x["decision"] for x in api.inspect(tmp_path / "out")["layers"]}
     for name in ("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"):
         assert re.search(r"% of the model's loss at int2, target 4 bits", found[name])
+
+
+class Three(nn.Module):
+    """Three layers, between which a model does something that gradients do not pass."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor] = Tensor.clone) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64) for _ in range(3))
+        self.between, self.after = between, after
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.after(self.third(self.between(self.second(self.first(x).relu()))))
+
+
+class Unwatched(Three):
+    @torch.no_grad()
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep)
+
+
+@torch.library.custom_op("arrow_quant_tests::doubled", mutates_args=())
+def _doubled(x: Tensor) -> Tensor:
+    return 2.0 * x
+
+
+def through_an_operator(x: Tensor) -> Tensor:
+    return _doubled(x)  # which itself cannot be copied with its module
+
+
+def through_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(2.0 * x.numpy())
+
+
+def noise(_: nn.Module) -> Iterator[tuple[Any, float]]:
+    for seed in range(6):
+        draw = torch.Generator().manual_seed(seed)
+        yield {"x": torch.randn(16, 64, generator=draw), "timestep": torch.tensor(seed / 6)}, seed / 6
+
+
+NOISY: dict[str, Any] = {
+    "target_bits": 4.4, "group_size": 32, "modality": "image", "enable_calibration": True, "min_accuracy": 0.0,
+}  # fmt: skip
+WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "an operator without autograd": (lambda: Three(through_an_operator), "no autograd formula was registered"),
+    "a detour through numpy": (lambda: Three(through_numpy), "Can't call numpy"),
+    "token ids instead of floats": (lambda: Three(Tensor.clone, Tensor.long), "no tensor of floating-point numbers"),
+    "a forward that is never watched": (lambda: Unwatched(Tensor.clone), "runs without gradients"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:bits are spent")
+@pytest.mark.parametrize("kind", WITHOUT_GRADIENTS)
+def test_where_gradients_tell_nothing_each_layers_own_outputs_do(kind: str, tmp_path: Path) -> None:
+    make, because = WITHOUT_GRADIENTS[kind]
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        module = make()
+    with torch.no_grad():
+        module.second.weight[:, 5] *= 40.0  # far from the others: two bits would lose these
+    config = DiffusionQuantConfig(enable_spatial=False, enable_rotation=False, **NOISY)
+    result = api.quantize_diffusion_model(module, tmp_path / "out", config, calibration=noise)
+    assert any(because in note for note in result["notes"])
+    layers = {one.layer_name: one for one in result["decisions"] if one.method}
+    assert all("told from its own outputs" in one.because for one in layers.values())
+    assert layers["second.weight"].got in {"int4", "int8"}
+    assert result["bits_per_weight"] <= 4.4
+
+
+def test_what_gradients_do_not_reach_is_told_from_its_own_outputs(tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(**NOISY)
+    result = api.quantize_diffusion_model(Three(Tensor.detach), tmp_path / "out", config, calibration=noise)
+    told = {one.layer_name: "told from its own outputs" in one.because for one in result["decisions"] if one.method}
+    assert told == {"first.weight": True, "second.weight": True, "third.weight": False}
+    assert not any("gradients" in note for note in result["notes"])
+
+
+def test_stats_spend_bits_by_what_each_layers_own_outputs_lose(bert: Path, tmp_path: Path) -> None:
+    common = {"group_size": 16, "min_accuracy": 0.0, "enable_calibration": True, "calibration_tokens": 0}
+    api.calibrate(bert, tmp_path / "stats", DiffusionQuantConfig(calibration_samples=6, **common))
+    config = DiffusionQuantConfig(target_bits=4.0, stats=str(tmp_path / "stats"), **common)
+    result = api.quantize_diffusion_model(bert, tmp_path / "out", config)
+    assert 3.6 < result["bits_per_weight"] <= 4.0
+    assert len(result["bit_widths"]) > 1
+    assert any("stats do not tell what the model's outputs lose" in note for note in result["notes"])
+    said = {one.layer_name: one.because for one in result["decisions"] if one.method}
+    fitted = {name: told for name, told in said.items() if "calibrated on stats" in told}
+    assert len(fitted) > 5
+    assert all("told from its own outputs" in told for told in fitted.values())
+    assert all("told from its weights alone" in told for name, told in said.items() if name not in fitted)
 
 
 def test_people_overrule_what_is_measured(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _seen_in_a_walk(
 def _felt(
     run: CalibratedRun, changes: Mapping[str, Change], tables: list[str], calls: Sequence[Sample], progress: Progress
 ) -> tuple[Felt, tuple[str, ...]]:
-    """What the outputs feel; where the model has no gradients, nothing, and a note that says so."""
+    """What the outputs feel; where gradients tell nothing, nothing, and a note that says so."""
     parts, runnable = strata(calls, run.prepared.groups), run.prepared.runnable
     done = 0
 
@@ -168,7 +168,7 @@ def _felt(
     try:
         return sensitivity(runnable, calls, parts.weights, changes, tables=tables, seed=run.config.seed, tell=tell), ()
     except (RuntimeError, NotImplementedError) as error:
-        note = f"bits are spent by what each layer's own outputs lose, because the model has no gradients: {error}"
+        note = f"bits are spent by what each layer's own outputs lose, because gradients tell nothing: {error}"
         warnings.warn(note, stacklevel=2)
         return Felt(), (note,)
 

@@ -89,6 +89,7 @@ def sensitivity(
 
     Raises:
         RuntimeError: the model, or one of its operators, has no gradient, or it cannot be called.
+        NotImplementedError: one of its functions has no gradient.
     """
     parameters = runnable.parameters(dict.fromkeys((*changes, *tables)))
     total = Felt()
@@ -106,6 +107,8 @@ def sensitivity(
             for number, one in zip(numbers, found, strict=True):
                 total.add(one, weights[number] / len(samples))
             tell(numbers.stop)
+    if not (total.changes or total.tables):
+        raise RuntimeError("no output depends on a weight that is asked about, or the model runs without gradients")
     return total
 
 
@@ -127,9 +130,15 @@ def _of_one(runnable: Runnable, gradients: Gradients, sample: Sample, seed: int,
 
 
 def first_tensor(outputs: object) -> Tensor:
-    """What a model's answer is, however it wraps it: the first tensor of floats in it."""
-    leaves = tree_leaves(outputs)
-    return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    """What a model's answer is, however it wraps it: the first tensor of floats in it.
+
+    Raises:
+        RuntimeError: there is none, so nothing can be told by gradients.
+    """
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise RuntimeError("it gives no tensor of floating-point numbers")
 
 
 def _told(output: Tensor, runnable: Runnable, sample: Sample, draw: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from findings_examples import HOSTILE, findings, hostile, layer, norm
 
-from arrow_quant_v2.report.charts import Chart, charts, compared_time_groups, group_labels, short_names, trajectory
+from arrow_quant_v2.report.charts import Chart, charts, compared_time_groups, group_labels, short_names, trajectories
 
 if TYPE_CHECKING:
     from arrow_quant_v2.validation.findings import Findings
@@ -55,16 +55,28 @@ def test_without_outputs_weights_are_shown_and_called_so() -> None:
 
 def test_a_model_of_which_nothing_is_known_has_no_charts() -> None:
     assert charts(findings(layers=(norm("a"),), steps=())) == []
-    assert trajectory({"a": findings(steps=())}) is None
+    assert trajectories({"a": findings(steps=())}) == []
 
 
-def test_several_models_share_their_axes() -> None:
-    models = {"int2": findings(4), "int4": findings(9)}
-    groups, steps = compared_time_groups(models), trajectory(models)
-    assert groups is not None
-    assert steps is not None
-    for chart in (groups, steps):
-        assert [line["name"] for line in chart.figure["data"]] == ["int2", "int4"]
+def names(chart: Chart) -> list[str]:
+    return [line["name"] for line in chart.figure["data"]]
+
+
+def test_widths_of_one_original_share_their_axes() -> None:
+    models = {"int2": findings(4), "int4": findings(4, steps=findings().steps[:3])}
+    for made in (compared_time_groups(models), trajectories(models)):
+        assert [(chart.title.count("int2"), names(chart)) for chart in made] == [(0, ["int2", "int4"])]
+
+
+def test_different_originals_and_time_groups_have_no_axis_in_common() -> None:
+    """The share of hidden tokens of the one is no noise level of the other."""
+    noisy = ((20.0, 40.0), (40.0, 60.0), (60.0, 70.0), (70.0, 80.0))
+    models = {"text INT2": findings(4), "maps": findings(9, time_groups=noisy), "text INT4": findings(4)}
+    for made in (compared_time_groups(models), trajectories(models)):
+        assert [names(chart) for chart in made] == [["text INT2", "text INT4"], ["maps"]]
+        assert [chart.title.rpartition(": ")[2] for chart in made] == ["text INT2, text INT4", "maps"]
+    groups = compared_time_groups({"int2": findings(4), "otherwise": findings(4, time_groups=noisy)})
+    assert [chart.figure["data"][0]["x"][0] for chart in groups] == ["0\u20130.25", "20\u201340"]
 
 
 def test_time_groups_have_their_ranges_or_their_numbers() -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from arrow_quant_v2.report.stored import is_quantized, mean_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     from arrow_quant_v2.validation.findings import Findings, LayerFinding
 
@@ -61,8 +61,39 @@ def judged_layers(findings: Findings) -> Sequence[LayerFinding]:
     return [one for one in findings.layers if is_quantized(one)] or findings.layers
 
 
-def trajectory(models: Mapping[str, Findings]) -> Chart | None:
-    """Error of the whole model's outputs at each timestep, a line for each model."""
+def trajectories(models: Mapping[str, Findings]) -> list[Chart]:
+    """Error of the whole model's outputs at each timestep: a chart for each original, a line for each model.
+
+    Timesteps of different originals, such as shares of hidden tokens and noise levels, have no axis in common.
+    """
+    return _each(_trajectory, _sets(models, _original))
+
+
+def _original(findings: Findings) -> Hashable:
+    """Its tensors tell it from others."""
+    return frozenset((one.name, one.shape) for one in findings.layers)
+
+
+def _sets(models: Mapping[str, Findings], key: Callable[[Findings], Hashable]) -> list[dict[str, Findings]]:
+    """The models that are alike, in the order in which they come."""
+    found: dict[Hashable, dict[str, Findings]] = {}
+    for name, findings in models.items():
+        found.setdefault(key(findings), {})[name] = findings
+    return list(found.values())
+
+
+def _each(
+    draw: Callable[[Mapping[str, Findings]], Chart | None], sets: Sequence[Mapping[str, Findings]]
+) -> list[Chart]:
+    """One chart for each set that has something to show; with the names in the title where there are several."""
+    made = [(chart, names) for names in sets if (chart := draw(names)) is not None]
+    if len(made) == 1:
+        return [made[0][0]]
+    return [replace(chart, title=f"{chart.title}: {', '.join(names)}") for chart, names in made]
+
+
+def _trajectory(models: Mapping[str, Findings]) -> Chart | None:
+    """Of models with the same timesteps."""
     lines = [
         _line(name, [one.timestep for one in found.steps], [one.error for one in found.steps], number)
         | {
@@ -83,10 +114,13 @@ def trajectory(models: Mapping[str, Findings]) -> Chart | None:
     )
 
 
-def compared_time_groups(models: Mapping[str, Findings]) -> Chart | None:
-    """Mean error of the layers in each time group, a line for each model with the groups of the first."""
-    first = next(iter(models.values()))
-    return _by_time_group(models, group_labels(first))
+def compared_time_groups(models: Mapping[str, Findings]) -> list[Chart]:
+    """Mean error of layers in each time group: a chart for each original and its groups, a line for each model."""
+
+    def draw(alike: Mapping[str, Findings]) -> Chart | None:
+        return _by_time_group(alike, group_labels(next(iter(alike.values()))))
+
+    return _each(draw, _sets(models, lambda findings: (_original(findings), tuple(group_labels(findings)))))
 
 
 def group_labels(findings: Findings) -> list[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.errors import ConfigurationError, ValidationError
 from arrow_quant_v2.report.changes import Changes, changes
-from arrow_quant_v2.report.charts import Chart, charts, colour_of, compared_time_groups, trajectory
+from arrow_quant_v2.report.charts import Chart, charts, colour_of, compared_time_groups, trajectories
 from arrow_quant_v2.report.spectrogram import spectrogram
 from arrow_quant_v2.report.stored import mean_error
 from arrow_quant_v2.report.summary import Summary, figure, kept_reasons, kind, megabytes, reason, summarize
@@ -163,9 +163,9 @@ def _panel(anchor: str, name: str, findings: Findings) -> Panel:
 def _shared_charts(models: Mapping[str, Findings]) -> list[tuple[str, Chart]]:
     """Those with a line for each model; of one model its time groups are in its panel."""
     several = len(models) > 1
-    steps = trajectory(models if several else {"": next(iter(models.values()))})
-    made = (steps, compared_time_groups(models) if several else None)
-    return [(f"shared-chart-{number}", chart) for number, chart in enumerate(made) if chart is not None]
+    steps = trajectories(models if several else {"": next(iter(models.values()))})
+    made = (*steps, *(compared_time_groups(models) if several else ()))
+    return [(f"shared-chart-{number}", chart) for number, chart in enumerate(made)]
 
 
 def _row(one: LayerFinding) -> Row:

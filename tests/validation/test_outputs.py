@@ -20,7 +20,8 @@ from arrow_quant_v2.validation.outputs import (
     first_tensor,
     hidden_logits,
     model_outputs,
-    stored_weights,
+    other_values,
+    replaced,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def judged(made: Any, runnable: Runnable, count: int) -> OutputAccuracy:
     reference = model_outputs(runnable, samples)
     with ExitStack() as stack:
         other = stack.enter_context(open_model(made.path))
-        stack.enter_context(stored_weights(runnable, other.source))
+        stack.enter_context(replaced(runnable, other_values(runnable, other.source)))
         outputs = model_outputs(runnable, samples)
     assert all(map(torch.equal, reference, model_outputs(runnable, samples))), "its own weights are back"
     return compare_outputs(reference, outputs, samples, groups)
@@ -117,9 +118,8 @@ def test_weights_of_another_model_are_refused(quantized: Callable[[str, int], An
     with (
         open_model(quantized("minilm", 4).path) as other,
         pytest.raises(ValidationError, match=r"give a copy of the same model"),
-        stored_weights(runnable, other.source),
     ):
-        pass
+        other_values(runnable, other.source)
 
 
 class Speaker(torch.nn.Module):

@@ -118,27 +118,16 @@ def compare_outputs(
     )
 
 
-@contextmanager
-def stored_weights(runnable: Runnable, source: Source) -> Iterator[None]:
-    """Inside, the runnable's parameters hold another model's values, dequantized; afterwards its own again.
+def other_values(runnable: Runnable, source: Source) -> dict[str, torch.Tensor]:
+    """Another model's tensor for every place in the module that has a name in the files, in that place's dtype.
 
     `source` is a quantized or any other model with the same names of tensors; of those without a place in the module
-    nothing is read. So both models run the same code on the same inputs. Both are in memory.
+    nothing is read. Both models are in memory then.
 
     Raises:
         ValidationError: the runnable's weights are not in memory; or a tensor is missing or has another shape.
         SourceError: the source cannot be read.
         StoreError: it is damaged.
-    """
-    with replaced(runnable, other_values(runnable, source)):
-        yield
-
-
-def other_values(runnable: Runnable, source: Source) -> dict[str, torch.Tensor]:
-    """Another model's tensor for every place in the module that has a name in the files, in that place's dtype.
-
-    Raises:
-        ValidationError: as for `stored_weights`.
     """
     if runnable.on_demand is not None:
         raise ValidationError(f"{source.location}: larger than memory; compare the weights alone (--weights-only)")

@@ -328,12 +328,17 @@ def outputs_lost(matrix: Tensor, sight: Sight) -> float:
     return sum(loss_of(one.mT if sight.transposed else one, parts[part].hessian) for part, one in rows.items())
 
 
-def test_a_plain_walk_sees_none_of_these() -> None:
-    for kind in KINDS.values():
+WHOLE = {"Conv1D", "GPT-2", "transposed", "transposed, overlapping"}
+
+
+def test_a_plain_walk_sees_those_of_which_all_rows_meet_the_same_inputs() -> None:
+    for name, kind in KINDS.items():
         module = made(kind.make)
-        parameters = {name: dict(module.named_parameters())[name] for name in kind.weights}
+        parameters = {one: dict(module.named_parameters())[one] for one in kind.weights}
         with walking(module, samples_of(kind.inputs(0)), parameters) as walk:
-            assert [block.inputs for block in walk.blocks if block.inputs] == []
+            found = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
+            assert found == (set(kind.weights) if name in WHOLE else set())
+            assert walk.turned == found
 
 
 # Whole models
@@ -415,11 +420,41 @@ def test_a_size_is_kept_and_bits_are_spent_by_what_outputs_lose(folder: Path, tm
     assert all("told from its own outputs" in one and "calibrated on 6 samples" in one for one in said)
 
 
-def test_stats_know_these_kinds_by_their_weights(folder: Path, tmp_path: Path) -> None:
+TOLD_BY_STATS = {
+    "GPT2Model": "calibrated on stats stats (6 samples of a function of the user's own)",
+    "Qwen3MoeForCausalLM": "not calibrated: the stats hold no inputs of it",
+}
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_stats_hold_inputs_of_whole_weights_of_every_kind(folder: Path, tmp_path: Path, compact: bool) -> None:
     api, pattern = ArrowQuantV2(), MODELS[folder.name][1]
-    api.calibrate(folder, tmp_path / "stats", settings_of(), calibration=token_calls)
-    api.quantize_diffusion_model(folder, tmp_path / "out", settings_of(stats=str(tmp_path / "stats")))
-    assert all("not calibrated: the stats hold no inputs of it" in one for one in said_of(tmp_path / "out", pattern))
+    api.calibrate(folder, tmp_path / "stats", settings_of(), calibration=token_calls, compact=compact)
+    for name, asked in (("out", {}), ("sized", {"target_bits": 4.0, "bit_width": 4})):
+        config = settings_of(stats=str(tmp_path / "stats"), **asked)
+        result = api.quantize_diffusion_model(folder, tmp_path / name, config)
+        said = said_of(tmp_path / name, pattern)
+        assert all(TOLD_BY_STATS[folder.name] in one for one in said)
+        assert result["bits_per_weight"] <= 4.0
+
+
+def test_layers_fitted_to_stats_are_those_fitted_to_the_same_inputs(tmp_path: Path) -> None:
+    """Of a layer alone nothing comes before it whose errors it could make up for."""
+    kind, api = KINDS["transposed"], ArrowQuantV2()
+
+    def shown(_: nn.Module) -> Iterator[tuple[Any, float]]:
+        yield from ((kind.inputs(seed), seed / 6.0) for seed in range(6))
+
+    module = nn.Sequential(made(kind.make))
+    config = settings_of(modality="image", enable_spatial=False)
+    api.calibrate(module, tmp_path / "stats", config, calibration=shown)
+    api.quantize_diffusion_model(module, tmp_path / "at once", config, calibration=shown)
+    api.quantize_diffusion_model(module, tmp_path / "later", config.replace(stats=str(tmp_path / "stats")))
+    codes = []
+    for name in ("at once", "later"):
+        with StoredModel(tmp_path / name) as stored:
+            codes.append([chunk.codes.tobytes() for chunk in stored.read("0.weight")])
+    assert codes[0] == codes[1]
 
 
 def test_memory_is_foretold_with_an_h_for_each_expert_and_no_more() -> None:

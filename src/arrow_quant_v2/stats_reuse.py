@@ -130,9 +130,16 @@ def stats_summary(kept: KeptStats, method: str) -> dict[str, object]:
 def _refuse_unfit(kept: KeptStats, entry: KeptInput, plans: Mapping[str, LayerPlan]) -> None:
     for layer in entry.layers:
         shape = plans[layer].tensor.shape if layer in plans else ()
-        known = (shape[1], torch.Size(shape[1:]).numel()) if len(shape) > 1 else ()
+        known = _input_of(shape, transposed=entry.transposed)
         if known != (entry.channels, entry.columns) or quant_axis(shape) != 1:
             raise StoreError(
                 f"{kept.folder}: {layer} is {shape or 'no tensor'} in the model; its input has"
                 f" {entry.channels} channels and {entry.columns} columns in the stats; calibrate again"
             )
+
+
+def _input_of(shape: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
+    """(channels, columns) of what goes into a weight; nothing for one that nothing goes into."""
+    if len(shape) < 2:  # noqa: PLR2004 - a matrix
+        return ()
+    return (shape[0], shape[0]) if transposed else (shape[1], torch.Size(shape[1:]).numel())

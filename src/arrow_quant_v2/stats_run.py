@@ -302,7 +302,13 @@ def _block(run: _Run, walk: Walk, block: int, parts: Strata, first: int, *, prog
                 sizes[layers] = _size(stats)
         progress.advance(weight * len(members), name)
     return [
-        KeptInput(layers=layers, columns=sizes[layers][0], channels=sizes[layers][1], files=tuple(found))
+        KeptInput(
+            layers=layers,
+            columns=sizes[layers][0],
+            channels=sizes[layers][1],
+            transposed=not walk.turned.isdisjoint(layers),
+            files=tuple(found),
+        )
         for layers, found in files.items()
         if layers in sizes
     ]
@@ -317,9 +323,15 @@ def _weight(walk: Walk, block: int) -> int:
     return sum(walk.parameters[name].numel() * count for name, count in walk.blocks[block].uses.items())
 
 
+def _columns(walk: Walk, layer: str) -> int:
+    """Of its input."""
+    shape = walk.parameters[layer].shape
+    return shape[0] if layer in walk.turned else shape[1:].numel()
+
+
 def _refuse_too_large(run: _Run, walk: Walk, parts: Strata) -> None:
     """Find out before the pass whether the disk has room for every H."""
-    columns = [walk.parameters[layers[0]].shape[1:].numel() for block in walk.blocks for layers in block.inputs]
+    columns = [_columns(walk, layers[0]) for block in walk.blocks for layers in block.inputs]
     times = sum(size > 0 for size in parts.sizes) if run.apart else 1
     needed, free = 4 * times * sum(count * count for count in columns), shutil.disk_usage(run.target).free
     if needed > free:

@@ -107,7 +107,7 @@ class Walk:
         """Find the blocks by one call of the model, timed by `clock`; the module is changed until `close`.
 
         Outputs that are too much for memory go into files in `folder`; None: where the system keeps such things.
-        A `plain` walk sees products with whole weights (out, in) alone.
+        A `plain` walk sees products with whole weights alone.
 
         Raises:
             QuantizationError: there are no samples, or the model cannot be called with the first one.
@@ -115,7 +115,7 @@ class Walk:
         if not samples:
             raise QuantizationError("a model is calibrated on what goes into its layers; give one sample or more")
         self.module, self.samples, self.parameters, self._clock = module, samples, parameters, clock
-        self._plain, self.parted = plain, frozenset[str]()
+        self._plain, self.parted, self.turned = plain, frozenset[str](), frozenset[str]()
         self._now = threading.local()
         self._kept = Kept(folder)
         self._names = _once(candidates(module, matrices(module)))
@@ -248,7 +248,7 @@ class Walk:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.parted = frozenset(seen.watch.parted)
+        self.parted, self.turned = frozenset(seen.watch.parted), frozenset(seen.watch.turned)
         blocks: list[Block] = []
         for name, spans in seen.spans.items():
             taken = {layer for block in blocks for layer in block.uses}

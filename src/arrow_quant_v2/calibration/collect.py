@@ -68,8 +68,9 @@ class Watch(TorchFunctionMode):
     products  each input, as it was when it was first used; none of them where `keep` is False
     log       each use of a weight, and the number of its input
     parted    the weights of which some rows were multiplied without the others
+    turned    those whose rows belong to inputs
 
-    A `plain` watch sees products with whole weights (out, in) alone.
+    A `plain` watch sees products with whole weights alone.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Watch(TorchFunctionMode):
         self.products: list[Product] = []
         self.log: list[tuple[str, int]] = []
         self.parted: set[str] = set()
+        self.turned: set[str] = set()
         self._inputs: list[TensorWeakRef] = []
         self._of: dict[tuple[object, ...], int] = {}
 
@@ -108,14 +110,14 @@ class Watch(TorchFunctionMode):
 
     def _note(self, pair: Operands) -> None:
         name, part = self._name_of(pair.weight), None
-        if self._plain and pair.transposed:
-            return
         if name is None and not self._plain:
             name, part = self._part_of(pair.weight)
         if name is None:
             return
         if part is not None:
             self.parted.add(name)
+        if pair.transposed:
+            self.turned.add(name)
         self.log.append((name, self._number(pair, name, part)))
 
     def _part_of(self, weight: Tensor) -> tuple[str, Rows] | tuple[None, None]:

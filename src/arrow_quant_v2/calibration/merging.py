@@ -117,10 +117,14 @@ def _refuse_other_inputs(one: KeptStats, other: KeptStats) -> None:
     for entry in other.summary.inputs:
         for layer in entry.layers:
             mine = known.get(layer, entry)
-            if (mine.layers, mine.columns, mine.channels) != (entry.layers, entry.columns, entry.channels):
+            if _shape(mine) != _shape(entry):
                 raise ConfigurationError(
                     f"{one.folder} and {other.folder} cannot be merged: the input of {layer} goes into other layers"
                 )
+
+
+def _shape(entry: KeptInput) -> tuple[object, ...]:
+    return entry.layers, entry.columns, entry.channels, entry.transposed
 
 
 def _refuse_other_strata(one: KeptStats, other: KeptStats) -> None:

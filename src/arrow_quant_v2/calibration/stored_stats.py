@@ -51,11 +51,15 @@ class KeptFile(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class KeptInput(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The layers that share one input, and where its stats lie: None where no sample of that time group gave any."""
+    """The layers that share one input, and where its stats lie: None where no sample of that time group gave any.
+
+    transposed  rows of their weights belong to inputs, not to outputs
+    """
 
     layers: Annotated[tuple[Text, ...], Field(min_length=1)]
     columns: Positive
     channels: Positive
+    transposed: bool = False
     files: Annotated[tuple[KeptFile | None, ...], Field(min_length=1)]
 
 
@@ -166,10 +170,14 @@ class KeptStats:
         if _checksum(tensors) != file.crc32:
             raise ChecksumError(f"{path}: its bytes are not those that were written; {AGAIN}")
         _refuse_not_finite(tensors, path)
-        return InputStats.of(entry.layers, tensors)
+        found = InputStats.of(entry.layers, tensors)
+        found.transposed = entry.transposed
+        return found
 
     def _nothing(self, entry: KeptInput) -> InputStats:
-        return InputStats(entry.layers, self.groups.count, columns=entry.columns, channels=entry.channels)
+        found = InputStats(entry.layers, self.groups.count, columns=entry.columns, channels=entry.channels)
+        found.transposed = entry.transposed
+        return found
 
     def _refuse_unfit(self, entry: KeptInput) -> None:
         files, groups = (self.groups.count, 1) if self.summary.apart else (1, self.groups.count)

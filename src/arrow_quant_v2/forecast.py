@@ -30,10 +30,13 @@ BASES = 2  # that H is looked at in
 FACTORS = 3  # of H: one for each basis, and the best one again where H is large
 
 
-def seconds_to_fit(walk: Walk, plans: Mapping[str, LayerPlan], reading: float, *, beside: bool = False) -> float:
+def seconds_to_fit(
+    walk: Walk, plans: Mapping[str, LayerPlan], reading: float, *, beside: bool = False, device: torch.device = CPU
+) -> float:
     """Seconds for all blocks of the walk: calls of the model, what is made of H, the column loops; `reading` more.
 
-    `plans` are by the module's own names of the weights; `beside`: the original blocks run too, and D is added up.
+    `plans` are by the module's own names of the weights; `beside`: the original blocks run too, and D is added up; on
+    the device layers are fitted.
     """
     layers = [plans[layer] for block in walk.blocks for inputs in block.inputs for layer in inputs]
     spec = next((plan.spec for plan in layers if plan.spec is not None), None)
@@ -42,8 +45,6 @@ def seconds_to_fit(walk: Walk, plans: Mapping[str, LayerPlan], reading: float, *
     weights = sum(plan.tensor.numel for plan in layers)
     rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples) * (3 if beside else 1)  # H is half of a matrix
     products = sum(_products(block, plans, rows) for block in walk.blocks)
-    used = (walk.parameters[name].device for block in walk.blocks for name in block.uses)
-    device = next(used, CPU)
     per_weight, per_product = each_on_one_core(lambda spec: _timed(spec, device), [spec])[0]
     cores = threads_per_call.get() or torch.get_num_threads()
     return reading + ((2 if beside else 1) * _calls(walk) + weights * per_weight + products * per_product) / cores

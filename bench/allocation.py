@@ -31,6 +31,7 @@ from quality_table import figure
 from subjects import SUBJECTS, opened
 
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
+from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.packed import WIDTHS
 from arrow_quant_v2.plan import likely_calibrated, plan_model
 
@@ -183,7 +184,18 @@ def cells_of(name: str, asked: Asked, done: Iterable[Cell]) -> Iterator[Cell]:
     with opened(SUBJECTS[name](place)) as model:
         measured = partial(cell_of, Judge(model), name, asked=asked, out=place / "out")
         for target, way in missing:
-            yield measured(target, way)
+            cell = if_possible(measured, target, way)
+            if cell is not None:
+                yield cell
+
+
+def if_possible(measured: Callable[[float, str], Cell], target: float, way: str) -> Cell | None:
+    """The cell, or nothing where the model cannot be that small, which is told."""
+    try:
+        return measured(target, way)
+    except ConfigurationError as error:
+        CONSOLE.print(f"{target:g} bits, {way}: {error}")
+        return None
 
 
 def every_cell(names: Iterable[str], asked: Asked) -> list[Cell]:

@@ -392,3 +392,16 @@ def test_a_long_message_loses_its_middle() -> None:
 
 def test_a_hundred_percent_is_only_told_at_the_end() -> None:
     assert [percent(fraction) for fraction in (0.0, 0.5, 0.9999, 1.0)] == [0, 50, 99, 100]
+
+
+@pytest.mark.parametrize("verb", ["quantize", "calibrate"])
+def test_a_device_that_is_not_there_costs_no_work(verb: str, model: Path, tmp_path: Path, arrow_quant: Command) -> None:
+    for device, told in (
+        ("tpu9", r"device.*'tpu9'.*cpu, cuda or cuda and a number"),
+        ("cuda:99", r"device is 'cuda:99'; torch .* can work here on cpu.*: choose one of them"),
+    ):
+        done = arrow_quant(verb, model, tmp_path / "out", "--device", device)
+        assert done.code == 2
+        assert re.search(told, " ".join(done.err.split())), done.err
+        assert "Traceback" not in done.err
+        assert not list(tmp_path.iterdir())

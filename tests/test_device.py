@@ -86,7 +86,28 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path: Path) -
 
 def test_a_device_that_is_full_names_the_way_out() -> None:
     with pytest.raises(QuantizationError, match=r"its memory is full.*max_memory"), telling_what_is_full("cuda"):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class Full(nn.Module):
+    """A model whose device has no memory left for what it makes of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_full_memory_is_not_taken_for_a_model_that_cannot_be_called(tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(modality="text", enable_calibration=True)
+
+    def samples(_: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
+        return ((torch.ones(2, 32), number / 6) for number in range(6))
+
+    with pytest.raises(QuantizationError, match=r"its memory is full"):
+        ArrowQuantV2(mode="diffusion").quantize_diffusion_model(Full(), tmp_path / "out", config, calibration=samples)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -46,7 +46,7 @@ def seconds_to_fit(
     rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples) * (3 if beside else 1)  # H is half of a matrix
     products = sum(_products(block, plans, rows) for block in walk.blocks)
     per_weight, per_product = each_on_one_core(lambda spec: _timed(spec, device), [spec])[0]
-    cores = threads_per_call.get() or torch.get_num_threads()
+    cores = (threads_per_call.get() or torch.get_num_threads()) if device == CPU else 1  # they share one device
     return reading + ((2 if beside else 1) * _calls(walk) + weights * per_weight + products * per_product) / cores
 
 
@@ -82,9 +82,10 @@ def _timed(spec: LayerSpec, device: torch.device = CPU) -> tuple[float, float]:
     group = TRIAL_COLUMNS if spec.group_size is None else min(spec.group_size, TRIAL_COLUMNS)
     seen = square[:, :TRIAL_COLUMNS]
     factor = factorize(seen.mT @ seen, group)
+    torch.mm(square, square)[0, 0].item()  # a device has done all that came before, and its library is loaded
     moments = [time.perf_counter()]
     gptq(weight, spec, factor)
     moments.append(time.perf_counter())
-    torch.mm(square, square)[0, 0].item()  # else a device may not have begun
+    torch.mm(square, square)[0, 0].item()
     moments.append(time.perf_counter())
     return (moments[1] - moments[0]) / weight.numel(), (moments[2] - moments[1]) / PRODUCT**3

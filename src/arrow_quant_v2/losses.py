@@ -167,6 +167,8 @@ def _felt(
 
     try:
         return sensitivity(runnable, calls, parts.weights, changes, tables=tables, seed=run.config.seed, tell=tell), ()
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError too, but the model has gradients
+        raise
     except (RuntimeError, NotImplementedError) as error:
         note = f"bits are spent by what each layer's own outputs lose, because gradients tell nothing: {error}"
         warnings.warn(note, stacklevel=2)

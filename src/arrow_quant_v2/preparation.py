@@ -124,6 +124,8 @@ def _refuse_uncallable(runnable: Runnable, samples: Samples) -> None:
     try:
         with torch.no_grad():
             runnable.module(*first.arguments, **first.keywords)
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError too, but other inputs are no way out
+        raise
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise QuantizationError(
             f"{type(runnable.module).__name__} cannot be called with {samples.origin} ({error}); give calibration data"

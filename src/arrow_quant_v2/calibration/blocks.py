@@ -190,7 +190,7 @@ class Walk:
         try:
             with torch.no_grad():
                 self.module(*sample.arguments, **sample.keywords)
-        except (ArrowQuantError, torch.OutOfMemoryError):
+        except (ArrowQuantError, torch.cuda.OutOfMemoryError):
             raise
         except Exception as error:
             raise QuantizationError(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from arrow_quant_v2.calibration.blocks import candidates, matrices
@@ -40,7 +41,7 @@ class OnDemand:
             SourceError: a tensor outside of all parts cannot be read.
         """
         self.module = module
-        self._files, self._read, self._device = dict(files), read, "cpu"
+        self._files, self._read, self._device = dict(files), read, torch.device("cpu")
         self._empty = dict(module.named_parameters(remove_duplicate=False))
         self._loaded: dict[str, nn.Parameter] = {}  # by the tensor's name
         self._users: Counter[str] = Counter()  # parts that a tensor is in memory for
@@ -53,7 +54,7 @@ class OnDemand:
         for part in self._parts:
             part.forward = self._filling(part, part.forward)
 
-    def move_to(self, device: str) -> None:
+    def move_to(self, device: torch.device) -> None:
         """From now on tensors are in that device's memory; those that stay in memory are brought there."""
         self._device = device
         self._loaded = {

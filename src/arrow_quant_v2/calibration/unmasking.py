@@ -178,7 +178,7 @@ def _logits(model: MaskedModel, ids: torch.Tensor) -> torch.Tensor:
     devices = (parameter.device for parameter in model.module.parameters() if not parameter.is_meta)  # on demand
     try:
         output = model.module(**keywords(model.module, ids.to(next(devices, ids.device))))
-    except (ArrowQuantError, torch.OutOfMemoryError):
+    except (ArrowQuantError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         raise QuantizationError(

@@ -18,10 +18,18 @@ SINGLE_PRECISION = {"mps"}  # sums of squares are float64
 
 def devices() -> list[str]:
     """The names of all devices that can be asked for, "cpu" first."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None or found.type in SINGLE_PRECISION:
+    kind, count = _accelerators()
+    if not count or kind in SINGLE_PRECISION:
         return ["cpu"]
-    return ["cpu", found.type, *(f"{found.type}:{number}" for number in range(torch.accelerator.device_count()))]
+    return ["cpu", kind, *(f"{kind}:{number}" for number in range(count))]
+
+
+def _accelerators() -> tuple[str, int]:
+    """Their kind, and how many there are; torch before 2.6 knows of CUDA's alone."""
+    if not hasattr(torch, "accelerator"):
+        return "cuda", torch.cuda.device_count()
+    found = torch.accelerator.current_accelerator()
+    return ("", 0) if found is None else (found.type, torch.accelerator.device_count())
 
 
 def refuse_missing(device: str) -> None:
@@ -51,7 +59,7 @@ def telling_what_is_full(device: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise QuantizationError(
             f"{device}: its memory is full: {str(error).partition('.')[0]}; free it of other programs, work with one"
             " thread (threads=1), let weights be read block by block (max_memory), or use device='cpu'"

@@ -188,7 +188,7 @@ def call(runnable: Runnable, sample: Sample) -> Any:
     try:
         with torch.no_grad():
             return runnable.module(*sample.arguments, **sample.keywords)
-    except ArrowQuantError:
+    except (ArrowQuantError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         raise ValidationError(

@@ -295,41 +295,42 @@ AQ_EXPORT void aq_hadamard(const float* from, float* to, int64_t rows, int64_t b
 
 namespace {
 
-// Some rows of x at a time, as floats.
+// Some rows of x at a time: `prepare` is asked for their inputs, and `kernel` for rows of W.
+template <class Ask, class Prepare, class Kernel>
+void some_at_a_time(Ask ask, int64_t most, Prepare prepare, Kernel kernel, int threads) {
+  const int64_t all = ask.count, row_bytes = ask.of.columns * (ask.dtype == FLOAT32 ? 4 : 2);
+  const char* x = (const char*)ask.x;
+  float* y = ask.y;
+  for (int64_t m = 0; m < all; m += most) {
+    ask.count = std::min(most, all - m);
+    ask.x = x + m * row_bytes;
+    ask.y = y + m * ask.rows;
+    prepare(ask);
+    over_rows(ask, kernel, ask.rows, std::max<int64_t>(1, ask.of.columns / FAST_VALUES), threads);
+  }
+}
+
 void multiply_floats(Product ask, int threads) {
-  const int64_t all = ask.count;
-  std::vector<float> planes(std::min(all, MOST_DIRECT) * ask.of.groups * ask.group_places());
+  const KernelTable* table = chosen.load();
+  std::vector<float> planes(std::min(ask.count, MOST_DIRECT) * ask.of.groups * ask.group_places());
   std::vector<float> sums(MOST_DIRECT * ask.of.groups);
   ask.planes = planes.data();
   ask.sums = sums.data();
-  const char* x = (const char*)ask.x;
-  float* y = ask.y;
-  for (int64_t m = 0; m < all; m += MOST_DIRECT) {
-    ask.count = std::min(MOST_DIRECT, all - m);
-    ask.x = x + m * ask.of.columns * (ask.dtype == FLOAT32 ? 4 : 2);
-    ask.y = y + m * ask.rows;
-    chosen.load()->split(ask, 0, ask.count);
-    over_rows(ask, chosen.load()->product, ask.rows, std::max<int64_t>(1, ask.of.columns / FAST_VALUES), threads);
-  }
+  const auto prepare = [table](const Product& some) { table->split(some, 0, some.count); };
+  some_at_a_time(ask, MOST_DIRECT, prepare, table->product, threads);
 }
 
 // The same in whole numbers of 8 bits: rounded inputs, or pieces whose sum they are.
 void multiply_whole_numbers(RoundedProduct ask, int threads) {
-  const int64_t all = ask.count, most = MOST_DIRECT - (ask.inputs() - all);
+  const KernelTable* table = chosen.load();
+  const int64_t most = MOST_DIRECT - (ask.inputs() - ask.count);
   std::vector<int8_t> places(MOST_DIRECT * ask.pieces * ask.stream_places());
   std::vector<float> steps(MOST_DIRECT * ask.of.groups), sums(steps.size());
   ask.places = places.data();
   ask.steps = steps.data();
   ask.sums = sums.data();
-  const char* x = (const char*)ask.x;
-  float* y = ask.y;
-  for (int64_t m = 0; m < all; m += most) {
-    ask.count = std::min(most, all - m);
-    ask.x = x + m * ask.of.columns * (ask.dtype == FLOAT32 ? 4 : 2);
-    ask.y = y + m * ask.rows;
-    chosen.load()->round_inputs(ask, 0, ask.inputs());
-    over_rows(ask, chosen.load()->rounded_product, ask.rows, std::max<int64_t>(1, ask.of.columns / FAST_VALUES), threads);
-  }
+  const auto prepare = [table](const RoundedProduct& some) { table->round_inputs(some, 0, some.inputs()); };
+  some_at_a_time(ask, most, prepare, table->rounded_product, threads);
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ static inline float sum_of(const float* x, int64_t padded) {
 static inline bool is_spoiled(const float* x, int64_t padded, bool infinity_too) {
   Lanes rest = fill(0.0f);  // x - x is 0 or NaN
   for (int64_t i = 0; i < padded; i += LANES) rest = rest + (load(x + i) - load(x + i));
-  if (infinity_too || fold(pairs(rest)) == 0.0f) return fold(pairs(rest)) != 0.0f;
+  const bool finite = fold(pairs(rest)) == 0.0f;
+  if (infinity_too || finite) return !finite;
   return std::any_of(x, x + padded, [](float value) { return value != value; });
 }
 

@@ -62,8 +62,6 @@ def _threads() -> int:
 def register(library: ctypes.CDLL) -> None:
     """Let the dispatcher use the C++ kernels for every CPU tensor."""
     _register_codes(library)
-    _register_dequantize("dequantize", library.aq_dequantize)
-    _register_dequantize("dequantize_r2q", library.aq_dequantize_r2q)
     _register_columns(library)
     _register_hadamard(library)
     linear_cpu.register(library, _threads)
@@ -114,28 +112,6 @@ def _register_codes(library: ctypes.CDLL) -> None:
 
     for kernel in (pack_cpp, unpack_cpp, quantize_cpp):
         ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
-
-
-def _register_dequantize(name: str, kernel: Callable[..., None]) -> None:
-    def dequantize_cpp(
-        codes: Tensor,
-        scales: Tensor,
-        zero_points: Tensor,
-        row_scales: Tensor,
-        bits: int,
-        columns: int,
-        group_size: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ops.check_dequantize(name, codes, scales, zero_points, row_scales, bits, columns, group_size, dtype)
-        weight = codes.new_empty((codes.shape[0], columns), dtype=dtype)
-        kept = [t.contiguous() for t in (codes, scales, zero_points, row_scales)]
-        pointers = [pointer(t) if t.numel() else None for t in kept]
-        rows, group = ctypes.c_int64(codes.shape[0]), ctypes.c_int64(group_size)
-        kernel(*pointers, pointer(weight), DTYPES[dtype], rows, ctypes.c_int64(columns), bits, group, _threads())
-        return weight
-
-    ops.register_kernel(name, "CPU", dequantize_cpp)
 
 
 def _register_columns(library: ctypes.CDLL) -> None:

@@ -1,4 +1,4 @@
-"""Products with packed weights on the CPU: which C++ kernel, or torch product of tiles, takes which shape."""
+"""Values and products of packed weights on the CPU: which C++ kernel, or torch product of tiles, takes which shape."""
 
 from __future__ import annotations
 
@@ -97,7 +97,13 @@ def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
         meaning.check_static(scale, zero_point)
         return _product(kernels.static, x, Operand.of(weight), weight.bias, scale, zero_point)
 
-    for kernel in (linear_cpp, linear_dynamic_cpp, linear_static_cpp):
+    def dequantize_cpp(*given: Any) -> Tensor:
+        return kernels.values(*_dequantized("dequantize", "affine", *given))
+
+    def dequantize_r2q_cpp(*given: Any) -> Tensor:
+        return kernels.values(*_dequantized("dequantize_r2q", "r2q", *given))
+
+    for kernel in (linear_cpp, linear_dynamic_cpp, linear_static_cpp, dequantize_cpp, dequantize_r2q_cpp):
         ops.register_kernel(kernel.__name__.removesuffix("_cpp"), "CPU", kernel)
     STRAIGHT.update({meaning.linear: kernels.exact, meaning.linear_dynamic: kernels.dynamic})
     STRAIGHT.update(dict.fromkeys((ops.dequantize, ops.dequantize_r2q), kernels.values))
@@ -120,7 +126,7 @@ class Operand:
         """Of a weight that `asked` has let pass."""
         parts = cast("tuple[Tensor, Tensor, Tensor, Tensor]", tuple(part.contiguous() for part in weight.stored))
         addresses = [part.data_ptr() for part in parts]  # 0, no address, where there are no values
-        sizes = (weight.rows, weight.columns, weight.bits, weight.group, weight.grid == "r2q")
+        sizes = (weight.rows, weight.columns, weight.bits, max(1, weight.group), weight.grid == "r2q")
         return cls(weight, parts, (*addresses, *sizes))
 
     def is_that_of(self, codes: Tensor, scales: Tensor, zero_points: Tensor, row_scales: Tensor) -> bool:
@@ -229,6 +235,14 @@ class Kernels:
         return (
             self.library.aq_linear_rounded_tiled if fast and self.library.aq_tiles_whole_numbers(weight.bits) else None
         )
+
+
+def _dequantized(op: str, grid: str, *given: Any) -> tuple[Operand, torch.dtype]:
+    """What `values` needs, of what follows in the schema of `dequantize`."""
+    codes, scales, zero_points, row_scales, bits, columns, group_size, dtype = given
+    stored = (codes, scales, zero_points, row_scales)
+    ops.check_dequantize(op, *stored, bits, columns, group_size, dtype)
+    return Operand.of(meaning.Weight(columns, *stored, None, bits, group_size, grid)), dtype
 
 
 def _product(kernel: Callable[..., Tensor], x: Tensor, operand: Operand, bias: Tensor | None, *further: Any) -> Tensor:

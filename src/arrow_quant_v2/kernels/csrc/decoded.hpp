@@ -1,0 +1,302 @@
+// Rows of W as tiles of bfloat16 for a matrix unit, decoded some columns at a time; knows nothing of inputs.
+#pragma once
+
+#if defined(__AMX_BF16__)
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.hpp"
+#include "levels.hpp"
+#include "matrix_unit.hpp"
+#include "pieces.hpp"
+
+namespace AQ_ISA {
+
+void dequantize(const Dequantize& ask, int64_t first, int64_t last);  // rows.cpp
+void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last);
+
+constexpr int64_t CHUNKS_AT_ONCE = 16, OF_TILE = CHUNKS_AT_ONCE * TILE;
+
+// How many values the tiles of a block of rows have.
+static inline int64_t tiles_size(const BlockProduct& ask, int64_t pieces) { return pieces * ask.rows_of_block / SIDE * OF_TILE; }
+
+// How many chunks the columns of 64 bytes of codes are woven into: where the levels of their groups fit in one vector, code
+// k of every 16 bits goes to chunk k. Else 1: chunks are columns in their order.
+static inline int64_t chunks_woven(const BlockProduct& ask) {
+  const int64_t columns = 512 / ask.of.bits, groups = std::max<int64_t>(1, columns / ask.of.group);
+  if (ask.of.bits == 8 || !in_whole_chunks(ask) || groups << ask.of.bits > CHUNK) return 1;
+  const bool fits = ask.of.groups == 1 || columns % ask.of.group == 0 || ask.of.group % columns == 0;
+  return fits ? columns / CHUNK : 1;
+}
+
+// Where the levels of each word's group begin among those of a vector of codes.
+static inline __m512i places_of_words(const BlockProduct& ask) {
+  alignas(64) uint16_t places[CHUNK];
+  for (int64_t i = 0; i < CHUNK; i++) places[i] = (uint16_t)(i * chunks_woven(ask) / ask.of.group << ask.of.bits);
+  return _mm512_load_si512(places);
+}
+
+// The levels of every group of a row in bfloat16 pieces, in the order of codes: (groups, 4 or 16).
+template <int PIECES>
+struct Levels {
+  uint16_t *hi, *lo;
+
+  static int64_t size(int64_t groups, int bits) { return (groups + SIDE) << bits; }
+
+  void read(const RowLevels& of, int64_t groups, int bits) const {
+    if (bits == 2)
+      read_fours(of, groups);
+    else
+      read_sixteens(of, groups);
+  }
+
+ private:
+  // Sixteen groups at a time; RowLevels has as many beyond the last.
+  void read_fours(const RowLevels& of, int64_t groups) const {
+    for (int64_t g = 0; g < groups; g += SIDE) {
+      const __m512 base = _mm512_loadu_ps(&of.base[g]), step = _mm512_loadu_ps(&of.step[g]);
+      const __m512 upper = _mm512_add_ps(base, _mm512_loadu_ps(&of.jump[g])), two = _mm512_add_ps(step, step);
+      const __m512 third = _mm512_add_ps(upper, two);
+      write_fours(4 * g, pieces(base), pieces(_mm512_add_ps(base, step)), pieces(third),
+                  pieces(_mm512_add_ps(third, step)));
+    }
+  }
+
+  void write_fours(int64_t at, Pieces a, Pieces b, Pieces c, Pieces d) const {
+    write_fours(&hi[at], a.hi, b.hi, c.hi, d.hi);
+    if (PIECES == 2) write_fours(&lo[at], a.lo, b.lo, c.lo, d.lo);
+  }
+
+  static void write_fours(uint16_t* to, __m256i a, __m256i b, __m256i c, __m256i d) {
+    const auto twice = [](__m256i first, __m256i second) {  // 16 pairs of first and second
+      return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+    };
+    const __m512i low = twice(a, b), high = twice(c, d);
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi32(low, first, high));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi32(low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), high));
+  }
+
+  void read_sixteens(const RowLevels& of, int64_t groups) const {
+    const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t g = 0; g < groups; g++) {
+      const __m512 level = _mm512_fmadd_ps(code, _mm512_set1_ps(of.step[g]), _mm512_set1_ps(of.base[g]));
+      const __m512 all = _mm512_mask_add_ps(level, 0xFF00, level, _mm512_set1_ps(of.jump[g]));
+      const Pieces both = PIECES == 2 ? pieces(all) : Pieces{(__m256i)_mm512_cvtneps_pbh(all), __m256i{}};
+      _mm256_storeu_si256((__m256i*)&hi[16 * g], both.hi);
+      if (PIECES == 2) _mm256_storeu_si256((__m256i*)&lo[16 * g], both.lo);
+    }
+  }
+};
+
+template <int BITS>
+AQ_INLINE __m512i repeated(const uint16_t* levels) {
+  int64_t four;
+  std::memcpy(&four, levels, 8);
+  return BITS == 2 ? _mm512_set1_epi64(four) : _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)levels));
+}
+
+template <int PIECES>
+AQ_INLINE void put(uint16_t* to, int64_t apart, __m512 low, __m512 high) {
+  if (PIECES == 1) return _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  const Pieces first = pieces(low), second = pieces(high);
+  _mm512_store_si512(to, _mm512_inserti64x4(_mm512_castsi256_si512(first.hi), second.hi, 1));
+  _mm512_store_si512(to + apart, _mm512_inserti64x4(_mm512_castsi256_si512(first.lo), second.lo, 1));
+}
+
+// Some chunks of a group of a row, of 2 or 4 bits, to their places in tiles; lo pieces lie `apart` behind the others.
+template <int BITS, int PIECES>
+struct Pick {
+  Levels<PIECES> levels;
+  int64_t apart;
+  __m512i place;  // where in a table the levels of a word's group begin
+  Spread<BITS> spread;
+
+  // 64 bytes of codes, the first of them in group g: each code of a word goes to a chunk of its own.
+  AQ_INLINE_MEMBER void weave(int64_t g, const uint8_t* codes, uint16_t* to) const {
+    const int64_t at = g << BITS;
+    const __m512i hi = _mm512_loadu_si512(levels.hi + at), words = _mm512_loadu_si512(codes);
+    const __m512i lo = PIECES == 2 ? _mm512_loadu_si512(levels.lo + at) : hi;
+    const __m512i ones = _mm512_set1_epi16((1 << BITS) - 1);
+    constexpr int MASK_OR = 0xEA;  // a & b | c
+    for (int k = 0; k < 16 / BITS; k++, to += TILE) {
+      const __m512i which = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, BITS * k), ones, place, MASK_OR);
+      _mm512_store_si512(to, _mm512_permutexvar_epi16(which, hi));
+      if (PIECES == 2) _mm512_store_si512(to + apart, _mm512_permutexvar_epi16(which, lo));
+    }
+  }
+
+  AQ_INLINE_MEMBER void operator()(int64_t g, const uint8_t* codes, uint16_t* to, int64_t chunks) const {
+    const __m512i hi = repeated<BITS>(levels.hi + (g << BITS));
+    const __m512i lo = PIECES == 2 ? repeated<BITS>(levels.lo + (g << BITS)) : hi;
+    for (int64_t c = 0; c < chunks; c++, codes += 4 * BITS, to += TILE) {
+      const __m512i which = spread(codes);
+      _mm512_store_si512(to, _mm512_permutexvar_epi16(which, hi));
+      if (PIECES == 2) _mm512_store_si512(to + apart, _mm512_permutexvar_epi16(which, lo));
+    }
+  }
+};
+
+// The same of 8 bits, which have too many levels for a table.
+template <int PIECES>
+struct Compute {
+  const float *base, *step, *jump;  // jump is null on the affine grid
+  int64_t apart;
+
+  AQ_INLINE_MEMBER void operator()(int64_t g, const uint8_t* codes, uint16_t* to, int64_t chunks) const {
+    const __m512 from = _mm512_set1_ps(base[g]), by = _mm512_set1_ps(step[g]), more = _mm512_set1_ps(jump ? jump[g] : 0);
+    for (int64_t c = 0; c < chunks; c++, codes += CHUNK, to += TILE)
+      put<PIECES>(to, apart, level(codes, from, by, more), level(codes + 16, from, by, more));
+  }
+
+ private:
+  AQ_INLINE_MEMBER __m512 level(const uint8_t* codes, __m512 from, __m512 by, __m512 more) const {
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+    const __m512 all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), by, from);
+    return jump ? _mm512_mask_add_ps(all, _mm512_test_epi32_mask(code, _mm512_set1_epi32(128)), all, more) : all;
+  }
+};
+
+// Rows of W as bfloat16 tiles, of some chunks at a time: (pieces, tiles, CHUNKS_AT_ONCE, 16, 32).
+template <int PIECES>
+struct Decoded {
+  const BlockProduct& ask;
+  int64_t of_group, woven, woven_end, first_row = 0, count = 0;  // chunks before woven_end are woven
+  bool in_chunks;
+  __m512i places;
+  uint16_t* tiles = nullptr;          // where they are written to
+  std::vector<int64_t> groups;        // in which each chunk begins, as columns in their order
+  RowLevels row;                      // of the one that is read
+  Aligned<float> factors;             // of each row where codes have 8 bits: (rows, 3, groups): base, step, jump
+  Aligned<uint16_t> levels;           // (rows, pieces, groups and some more, 4 or 16)
+  Aligned<float> values;             // of all columns, where groups are not made of whole chunks
+
+  explicit Decoded(const BlockProduct& ask)
+      : ask(ask),
+        of_group(ask.of.groups == 1 ? ask.chunks() : ask.of.group / CHUNK),
+        woven(chunks_woven(ask)),
+        woven_end(woven > 1 ? ask.of.columns / (woven * CHUNK) * woven : 0),  // as weave() has it
+        in_chunks(in_whole_chunks(ask)),
+        places(places_of_words(ask)),
+        groups(ask.chunks()),
+        row(ask),
+        factors(in_chunks && ask.of.bits == 8 ? ask.rows_of_block * 3 * ask.of.groups : 0),
+        levels(in_chunks && ask.of.bits < 8
+                   ? ask.rows_of_block * PIECES * Levels<PIECES>::size(ask.of.groups, ask.of.bits) + CHUNK
+                   : 0),
+        values(in_chunks ? 0 : ask.rows_of_block * ask.chunks() * CHUNK + LANES) {
+    for (int64_t c = 0; c < ask.chunks(); c++) groups[c] = c * CHUNK / ask.of.group;
+  }
+
+  // What is needed of some rows before any of their chunks.
+  void begin(int64_t row) {
+    first_row = row;
+    count = std::min(ask.rows_of_block, ask.rows - row);
+    for (int64_t r = 0; r < count; r++)
+      if (in_chunks)
+        read_levels(r);
+      else
+        read_values(r);
+  }
+
+  // At most CHUNKS_AT_ONCE.
+  void decode(int64_t first, int64_t chunks, uint16_t* to) {
+    tiles = to;
+    for (int64_t r = 0; r < (count + SIDE - 1) / SIDE * SIDE; r++)
+      if (r >= count)
+        clear(r, chunks);
+      else if (!in_chunks)
+        copy(r, first, chunks);
+      else
+        decode_codes(r, first, chunks);
+  }
+
+ private:
+  uint16_t* place(int64_t r) { return tiles + r / SIDE * OF_TILE + r % SIDE * CHUNK; }
+  int64_t piece_size() const { return tiles_size(ask, 1); }
+
+  void read_levels(int64_t r) {
+    row.read(ask, first_row + r);
+    if (ask.of.bits < 8) return levels_of_row(r).read(row, ask.of.groups, ask.of.bits);
+    float* to = factors_of_row(r);
+    for (const std::vector<float>* some : {&row.base, &row.step, &row.jump})
+      to = std::copy_n(some->begin(), ask.of.groups, to);
+  }
+
+  float* factors_of_row(int64_t r) { return factors.data() + r * 3 * ask.of.groups; }
+
+  Levels<PIECES> levels_of_row(int64_t r) {
+    const int64_t size = Levels<PIECES>::size(ask.of.groups, ask.of.bits);
+    uint16_t* first = levels.data() + r * PIECES * size;
+    return {first, first + (PIECES - 1) * size};
+  }
+
+  void read_values(int64_t r) {
+    Dequantize of = from_row(ask, first_row + r);
+    float* to = values.data() + r * ask.chunks() * CHUNK;
+    of.weight = to;
+    (ask.residual ? dequantize_r2q : dequantize)(of, 0, 1);
+    std::fill(to + ask.of.columns, to + ask.chunks() * CHUNK, 0.0f);
+  }
+
+  void clear(int64_t r, int64_t chunks) {
+    for (int64_t c = 0; c < chunks; c++) put<PIECES>(place(r) + c * TILE, piece_size(), __m512{}, __m512{});
+  }
+
+  void copy(int64_t r, int64_t first, int64_t chunks) {
+    const float* from = values.data() + (r * ask.chunks() + first) * CHUNK;
+    for (int64_t c = 0; c < chunks; c++, from += CHUNK)
+      put<PIECES>(place(r) + c * TILE, piece_size(), _mm512_loadu_ps(from), _mm512_loadu_ps(from + 16));
+  }
+
+  void decode_codes(int64_t r, int64_t first, int64_t chunks) {
+    if (ask.of.bits == 2) decode_row<2>(r, first, chunks);
+    if (ask.of.bits == 4) decode_row<4>(r, first, chunks);
+    if (ask.of.bits == 8) decode_row<8>(r, first, chunks);
+  }
+
+  template <int BITS>
+  void decode_row(int64_t r, int64_t first, int64_t chunks) {
+    constexpr int64_t BYTES = 4 * BITS;  // of a chunk
+    const uint8_t* codes = ask.of.codes + (first_row + r) * ask.of.row_bytes + first * BYTES;
+    const int64_t left = ask.of.row_bytes - first * BYTES, whole = std::min(chunks, left / BYTES);
+    uint16_t* to = place(r);
+    ask_for_next(r, first, chunks, codes, BYTES);
+    const auto decode = decoder<BITS>(r);
+    int64_t c = 0;
+    if constexpr (BITS < 8)
+      for (; first + c < woven_end && c < chunks; c += woven) decode.weave(groups[first + c], codes + c * BYTES, to + c * TILE);
+    for (int64_t g = (first + c) / of_group; c < whole; g++) {
+      const int64_t stop = std::min((g + 1) * of_group - first, whole);
+      decode(g, codes + c * BYTES, to + c * TILE, stop - c);
+      c = stop;
+    }
+    if (whole == chunks) return;
+    uint8_t rest[BYTES] = {};  // the last chunk of a row
+    std::memcpy(rest, codes + whole * BYTES, left - whole * BYTES);
+    decode((first + whole) / of_group, rest, to + whole * TILE, 1);
+  }
+
+  // A row is read piece by piece, which no processor foresees.
+  AQ_INLINE_MEMBER void ask_for_next(int64_t r, int64_t first, int64_t chunks, const uint8_t* codes, int64_t chunk) const {
+    const bool same_row = first + chunks < ask.chunks();
+    if (!same_row && first_row + r + ask.rows_of_block >= ask.rows) return;
+    const uint8_t* next = same_row ? codes + chunks * chunk : codes - first * chunk + ask.rows_of_block * ask.of.row_bytes;
+    for (int64_t i = 0; i < chunks * chunk; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
+  }
+
+  template <int BITS>
+  auto decoder(int64_t r) {
+    if constexpr (BITS == 8) {
+      const float* base = factors_of_row(r);
+      return Compute<PIECES>{base, base + ask.of.groups, ask.residual ? base + 2 * ask.of.groups : nullptr, piece_size()};
+    } else {
+      return Pick<BITS, PIECES>{levels_of_row(r), piece_size(), places, Spread<BITS>()};
+    }
+  }
+};
+
+}  // namespace AQ_ISA
+
+#endif

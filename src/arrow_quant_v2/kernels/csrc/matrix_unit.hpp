@@ -1,0 +1,138 @@
+// Intel's matrix unit (AMX): its registers, and sums of products of bfloat16 tiles; knows nothing of codes.
+#pragma once
+
+#if defined(__AMX_BF16__)
+
+#include <memory>
+
+#include "kernels.hpp"
+#include "pieces.hpp"
+#include "stored.hpp"
+
+namespace AQ_ISA {
+
+constexpr int64_t SIDE = 16, TILE = SIDE * CHUNK;  // rows of a tile of bfloat16, and its values
+constexpr int64_t SUMS = SIDE * SIDE;              // values of a tile of sums
+
+// Every register is 16 rows of 64 bytes.
+struct alignas(64) Registers {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+
+  Registers() { _tile_loadconfig(this); }
+  ~Registers() { _tile_release(); }
+};
+
+// Memory that begins on a line of the cache, with no values in it yet: those of a vector would be written for nothing.
+template <class Value>
+struct Aligned {
+  std::unique_ptr<Value[]> all;
+  explicit Aligned(int64_t size) : all(new Value[size + 64 / sizeof(Value)]) {}
+  Value* data() { return (Value*)(((uintptr_t)all.get() + 63) / 64 * 64); }
+};
+
+// Sixteen rows of sixteen words, turned.
+AQ_INLINE void turn(__m512i (&v)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; k++) {
+      v[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      v[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+  }
+}
+
+// Tiles of W and panels, from some chunk on; `to` holds their sums so far, or nothing yet. Four sums are added at a time,
+// as each waits for the one before: two tiles meet two panels, or four tiles one.
+struct Meeting {
+  const uint16_t *weight, *inputs;
+  int64_t weight_tile, weight_piece, input_piece, panel_size, chunks;
+  float* to;  // (panels, tiles, 16, 16)
+  int64_t to_panel;
+  bool begin;
+};
+
+constexpr int64_t LINE = 64;
+
+template <int PANELS>
+AQ_INLINE void load_sums(const Meeting& of) {
+  float* last = of.to + (PANELS == 2 ? of.to_panel : 2 * SUMS);
+  if (of.begin) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, of.to, LINE);
+    _tile_loadd(1, of.to + SUMS, LINE);
+    _tile_loadd(2, last, LINE);
+    _tile_loadd(3, last + SUMS, LINE);
+  }
+}
+
+template <int PANELS>
+AQ_INLINE void store_sums(const Meeting& of) {
+  float* last = of.to + (PANELS == 2 ? of.to_panel : 2 * SUMS);
+  _tile_stored(0, of.to, LINE);
+  _tile_stored(1, of.to + SUMS, LINE);
+  _tile_stored(2, last, LINE);
+  _tile_stored(3, last + SUMS, LINE);
+}
+
+template <int PANELS>
+AQ_INLINE void meet(const Meeting& of, const uint16_t* weight, const uint16_t* inputs) {
+  _tile_loadd(6, inputs, LINE);
+  _tile_loadd(4, weight, LINE);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, weight + of.weight_tile, LINE);
+  _tile_dpbf16ps(1, 5, 6);
+  if (PANELS == 2) {
+    _tile_loadd(7, inputs + of.panel_size, LINE);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  } else {
+    _tile_loadd(7, weight + 2 * of.weight_tile, LINE);
+    _tile_dpbf16ps(2, 7, 6);
+    _tile_loadd(4, weight + 3 * of.weight_tile, LINE);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+}
+
+// W's pieces and those of x that are multiplied, the smallest first.
+template <int PANELS, int PIECES>
+static inline void multiply(const Meeting& of) {
+  load_sums<PANELS>(of);
+  for (int64_t c = 0; c < of.chunks; c++) {
+    const uint16_t *w = of.weight + c * TILE, *x = of.inputs + c * TILE;
+    if (PIECES == 2) {
+      meet<PANELS>(of, w + of.weight_piece, x);
+      meet<PANELS>(of, w, x + of.input_piece);
+    }
+    meet<PANELS>(of, w, x);
+  }
+  store_sums<PANELS>(of);
+}
+
+static inline void store_as(const BlockProduct& ask, int64_t at, __m512 x, __mmask16 some) {
+  if (ask.dtype == FLOAT32) return _mm512_mask_storeu_ps((float*)ask.result + at, some, x);
+  const __m256i halves = ask.dtype == BFLOAT16 ? (__m256i)_mm512_cvtneps_pbh(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16((uint16_t*)ask.result + at, some, halves);
+}
+
+}  // namespace AQ_ISA
+
+#endif

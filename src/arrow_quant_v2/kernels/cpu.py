@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.kernels import linear_cpu, ops, reference
+from arrow_quant_v2.kernels import convolution_cpu, linear_cpu, ops, reference
 from arrow_quant_v2.kernels.linear_cpu import DTYPES, pointer
 from arrow_quant_v2.kernels.native import find_library, open_library, share_team
 
@@ -65,6 +65,7 @@ def register(library: ctypes.CDLL) -> None:
     _register_columns(library)
     _register_hadamard(library)
     linear_cpu.register(library, _threads)
+    convolution_cpu.register(library, _threads)
 
 
 def _register_codes(library: ctypes.CDLL) -> None:

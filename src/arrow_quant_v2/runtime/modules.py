@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels import linear
+from arrow_quant_v2.kernels.convolution import How
 from arrow_quant_v2.runtime.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -73,11 +75,6 @@ class PackedLayer(nn.Module):
                 )
         return out
 
-    def bias_as(self, x: Tensor) -> Tensor | None:
-        """The bias in the dtype of the inputs."""
-        bias: Tensor | None = self.bias
-        return None if bias is None else bias.to(x.dtype)
-
 
 def _is_finite(x: Tensor) -> bool:
     """Whether all values are; a sum, which is read in one pass, tells it unless it overflows."""
@@ -126,26 +123,28 @@ class QuantizedLinear(PackedLayer, nn.Linear):
 
 
 class _QuantizedConv(PackedLayer):
-    """A convolution whose weight is dequantized for each call."""
+    """A convolution from codes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the convolution of the original basis: padding, dilation and groups are those of the layer."""
-        layer = cast("Any", self)
-        if not isinstance(self.weight, PackedWeight):
+        """As the convolution of the original: padding, dilation and groups are those of the layer."""
+        weight = self.weight
+        if not isinstance(weight, PackedWeight):
             plain: Tensor = cast("Any", super()).forward(x)
             return plain
-        given, weight = self._in_one_basis(x)
-        out: Tensor = layer._conv_forward(given, weight, self.bias_as(x))  # noqa: SLF001
-        return self.checked(x, out)
+        batched = x if x.dim() == len(weight.shape) else x[None]
+        padded, how = self._padded(batched)
+        out = weight.convolved(padded, self.bias, how)
+        return self.checked(x, out if batched is x else out[0])
 
-    def _in_one_basis(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and weight: the smaller of the two is brought into the basis of the other."""
-        packed: PackedWeight = self.weight
-        if not packed.has_basis or x.numel() >= packed.numel() or cast("Any", self).groups != 1:
-            return x, packed.dequantized(x.dtype)
-        channels = 1 - len(packed.shape)  # the axis, with a batch before it and without
-        changed = packed.changed(x.movedim(channels, -1)).movedim(-1, channels)
-        return changed.to(x.dtype), packed.in_own_basis(x.dtype)
+    def _padded(self, x: Tensor) -> tuple[Tensor, How]:
+        """Inputs with the padding that a kernel cannot have, that of other values or of one side, and the rest."""
+        layer = cast("Any", self)
+        sides = layer._reversed_padding_repeated_twice  # noqa: SLF001 - also of padding that is said in words
+        moved, padding = (layer.dilation, layer.groups), tuple(reversed(sides[::2]))
+        if layer.padding_mode == "zeros" and sides[::2] == sides[1::2]:
+            return x, How(layer.kernel_size, layer.stride, padding, *moved)
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        return functional.pad(x, sides, mode=mode), How(layer.kernel_size, layer.stride, (0,) * len(padding), *moved)
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):

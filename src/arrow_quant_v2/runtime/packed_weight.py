@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from arrow_quant_v2.errors import QuantizationError
-from arrow_quant_v2.kernels import cpu, linear, linear_cpu, ops
+from arrow_quant_v2.kernels import convolution, convolution_cpu, cpu, linear, linear_cpu, ops
 from arrow_quant_v2.kernels.interception import nothing_between
 from arrow_quant_v2.kernels.rotation import signs
 from arrow_quant_v2.kernels.tensors import shared_tensor
@@ -204,10 +204,6 @@ class PackedWeight(nn.Module):
             return self._coded(ids, wanted)
         return self._unchanged(self._coded(ids, torch.float32)).to(wanted)
 
-    def in_own_basis(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight (*shape) as the codes have it, for inputs that were `changed`; fresh."""
-        return self._coded(None, dtype).reshape(self.shape)
-
     def _coded(self, ids: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Rows as the codes have them."""
         held = self._buffers
@@ -257,6 +253,21 @@ class PackedWeight(nn.Module):
         if op in linear_cpu.STRAIGHT and parts[0].is_cpu and nothing_between(inputs):
             return linear_cpu.straight(op, inputs, self._operand(parts), bias).to(x.dtype)
         return op(inputs, *parts, bias, self.bits, self.group_size, self.grid, *further).to(x.dtype)
+
+    def convolved(self, x: Tensor, bias: Tensor | None, how: convolution.How) -> Tensor:
+        """Give x (batch, channels, *in) * W + bias (batch, rows, *out), of the dtype that `product` gives."""
+        x = _under_autocast(x)
+        inputs, equalization = x, self._buffers["equalization"]
+        if self.has_basis and (how.groups != 1 or (self.rotation is not None and x.numel() >= self.numel())):
+            return convolution.with_values(x, self.rows(None, x.dtype), bias, how)  # the smaller of both is turned
+        if self.rotation is not None:
+            inputs, equalization = self.changed(x.movedim(1, -1)).movedim(-1, 1).to(x.dtype), None
+        held = self._buffers
+        parts: Any = held["codes"], held["scales"], held["zero_points"], held["row_scales"]
+        if convolution.convolution in convolution_cpu.STRAIGHT and parts[0].is_cpu and nothing_between(inputs):
+            return convolution_cpu.straight(inputs, self._operand(parts), bias, how, equalization)
+        given: Any = (*parts, bias, self.bits, self.group_size, self.grid, *how, equalization)
+        return convolution.convolution(inputs, *given)
 
     def _operand(self, parts: tuple[Tensor, Tensor, Tensor, Tensor]) -> linear_cpu.Operand:
         """These parts as CPU kernels take them, checked when they are new."""

@@ -170,8 +170,8 @@ void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int
 
 // Two kinds of rows by the same threads, the second once all of the first are done: starting threads twice costs more
 // than waiting here.
-template <class Ask, class Kernel>
-void over_both(const Ask& ask, Kernel one, int64_t ones, Kernel other, int64_t others, int64_t step, int threads) {
+template <class Ask, class One, class Other>
+void over_both(const Ask& ask, One one, int64_t ones, Other other, int64_t others, int64_t step, int threads) {
   std::atomic<int64_t> next{0}, done{0}, next_other{0};
   auto share = [&] {
     for (int64_t i = next++; i < ones; i = next++, done++) one(ask, i, i + 1);
@@ -179,7 +179,7 @@ void over_both(const Ask& ask, Kernel one, int64_t ones, Kernel other, int64_t o
     for (int64_t i = next_other.fetch_add(step); i < others; i = next_other.fetch_add(step))
       other(ask, i, std::min(i + step, others));
   };
-  in_threads(share, (int)std::min<int64_t>(threads, (others + step - 1) / step));
+  in_threads(share, (int)std::min<int64_t>(threads, std::max(ones, (others + step - 1) / step)));
 }
 
 // A fresh result costs a page fault every 4 KiB, which can take longer than filling it; large pages make that one every
@@ -194,6 +194,13 @@ void expect_to_fill(void* result, int64_t bytes) {
 #endif
 }
 
+// Memory that begins on a line of the cache, with no values in it yet.
+struct Uninitialized {
+  std::unique_ptr<uint16_t[]> all;
+  explicit Uninitialized(int64_t size) : all(new uint16_t[size + 32]) { expect_to_fill(data(), 2 * size); }
+  uint16_t* data() { return (uint16_t*)(((uintptr_t)all.get() + 63) / 64 * 64); }
+};
+
 int64_t groups_of(int64_t columns, int64_t group) { return (columns + group - 1) / group; }
 int64_t row_bytes_of(int64_t columns, int bits) { return (columns * bits + 7) / 8; }
 
@@ -206,7 +213,7 @@ Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* ze
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 6; }
+AQ_EXPORT int aq_abi() { return 7; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -417,13 +424,87 @@ AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, con
                     rounded == 2, step, (float)zero, nullptr, nullptr, 1},
                    rounded != 0, y, nullptr, BlockProduct::FEWEST_ROWS};
   shape_blocks(ask, threads);
-  const int64_t size = ask.pieces() * ask.piece_size();
-  const std::unique_ptr<uint16_t[]> inputs(new uint16_t[size + 32]);  // not a vector: all of it is written below
-  ask.inputs = (uint16_t*)(((uintptr_t)inputs.get() + 63) / 64 * 64);
-  expect_to_fill(ask.inputs, 2 * size);
+  Uninitialized inputs(ask.pieces() * ask.piece_size());
+  ask.inputs = inputs.data();
   const int64_t work = (2 + ask.panels()) * columns * ask.rows_of_block / (2 * FAST_VALUES);  // to decode, and to meet
   const int64_t at_once = step_of(ask.blocks_of_rows(), work, threads);
   over_both(ask, table->fill_blocks, ask.panels(), table->block_product, ask.blocks_of_rows(), at_once, threads);
+}
+
+namespace {
+
+constexpr int64_t DECODED_AT_ONCE = 1 << 20;  // values of W, that a cache keeps while positions are gone through
+constexpr int64_t MOST_GROUPS_OF_A_CHUNK = 16, CHANNELS_OF_A_CHUNK = 8;
+
+}  // namespace
+
+Convolution::Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization, void* y)
+    : BlockProduct{}, ConvolutionSizes(sizes), equalization(equalization) {
+  static_cast<Product&>(*this) = product;
+  result = y;
+  rows_of_block = FEWEST_ROWS;
+  phases = out_size = grid_size = 1;
+  int64_t farthest = 0, last = 0;
+  bool as_it_lies = dtype == BFLOAT16 && !equalization && batch == 1 && of.columns % 32 == 0;
+  for (int axis = AXES - 1; axis >= 0; axis--) {
+    const int64_t padded = in[axis] + 2 * padding[axis], reach = dilation[axis] * (kernel[axis] - 1);
+    out[axis] = (padded - reach - 1) / stride[axis] + 1;
+    grid[axis] = (padded + stride[axis] - 1) / stride[axis];
+    ahead[axis] = grid_size;
+    farthest += reach / stride[axis] * ahead[axis];
+    last += (out[axis] - 1) * ahead[axis];
+    phases *= stride[axis];
+    out_size *= out[axis];
+    grid_size *= grid[axis];
+    as_it_lies = as_it_lies && stride[axis] == 1 && padding[axis] == 0;
+  }
+  count = (batch - 1) * grid_size + last + 1;  // up to the last position that is written
+  const int64_t seen = groups_of_positions() * POSITIONS + farthest, whole = batch * grid_size;
+  in_place = as_it_lies && seen <= whole;
+  const int64_t lines = (std::max(seen, whole) + 31) / 32;
+  plane_size = in_place ? grid_size : (lines | 1) * 32;  // an odd number of lines: planes do not meet in the cache
+}
+
+namespace {
+
+// Blocks of rows that fit, at least one.
+int64_t blocks_kept(const Convolution& ask) {
+  const int64_t of_block = ask.pieces() * ask.rows_of_block * ask.chunks() * 32;
+  return std::clamp<int64_t>(DECODED_AT_ONCE / of_block, 1, ask.blocks_of_rows());
+}
+
+// Blocks of rows to decode, and then channels, some at a time.
+void prepare_part(const Convolution& ask, int64_t part, int64_t) {
+  const KernelTable* table = chosen.load();
+  if (part < ask.blocks_at_once) return table->decode_blocks(ask, part, part + 1);
+  const int64_t first = (part - ask.blocks_at_once) * CHANNELS_OF_A_CHUNK;
+  table->fill_planes(ask, first, std::min(first + CHANNELS_OF_A_CHUNK, ask.channels + 1));
+}
+
+void convolve_all(Convolution ask, int threads) {
+  const int64_t kept = blocks_kept(ask), groups = ask.groups_of_positions();
+  Uninitialized planes(ask.in_place ? 0 : ask.pieces() * ask.planes_size());
+  Uninitialized weight(ask.pieces() * kept * ask.rows_of_block * (ask.chunks() + 15) / 16 * 16 * 32);
+  ask.planes = ask.in_place ? (uint16_t*)ask.x : planes.data();
+  ask.weight = weight.data();
+  const int64_t at_once = std::clamp<int64_t>(groups / (2 * threads), 1, MOST_GROUPS_OF_A_CHUNK);
+  int64_t of_channels = ask.in_place ? 0 : (ask.channels + CHANNELS_OF_A_CHUNK) / CHANNELS_OF_A_CHUNK;
+  for (ask.first_block = 0; ask.first_block < ask.blocks_of_rows(); ask.first_block += kept, of_channels = 0) {
+    ask.blocks_at_once = std::min(kept, ask.blocks_of_rows() - ask.first_block);
+    over_both(ask, prepare_part, ask.blocks_at_once + of_channels, chosen.load()->convolve, groups, at_once, threads);
+  }
+}
+
+}  // namespace
+
+// Inputs as they are; y has the dtype of x.
+AQ_EXPORT void aq_convolve(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
+                           const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
+                           int residual, const void* x, int dtype, const ConvolutionSizes* sizes,
+                           const float* equalization, const float* bias, void* y, int threads) {
+  const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
+  const Product product{of, residual != 0, rows, x, (Dtype)dtype, 0, nullptr, nullptr, bias, nullptr};
+  convolve_all(Convolution(product, *sizes, equalization, y), threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

@@ -158,6 +158,34 @@ struct BlockProduct : RoundedProduct {
   int64_t blocks_of_rows() const { return (rows + rows_of_block - 1) / rows_of_block; }
 };
 
+// Of x (batch, channels, in) and of what is done with it, along depth, height and width; there is 1 of what is missing.
+struct ConvolutionSizes {
+  static constexpr int AXES = 3;
+  int64_t batch, channels;
+  int64_t in[AXES], kernel[AXES], stride[AXES], padding[AXES], dilation[AXES];
+};
+
+// A convolution of x as the same product: a column of W is a channel at one place of the kernel, a row of "x" what the
+// kernel sees from one position.
+//
+// x lies in `planes` of bfloat16, padded: where the kernel moves by s, a channel has a plane for each place within a step
+// (a phase), and all planes have one grid of positions. From any position, what a column meets lies in its plane by the
+// same distance ahead. Positions of a batch follow each other; those over an edge are computed too, and not written.
+struct Convolution : BlockProduct, ConvolutionSizes {
+  static constexpr int64_t POSITIONS = 2 * PANEL;  // that meet W together
+  int64_t out[AXES], grid[AXES], ahead[AXES];  // sizes of the result and of a plane; from one place to the next, of an axis
+  int64_t phases, out_size, grid_size, plane_size;
+  const float* equalization;  // (channels,), by which x is divided, or null
+  bool in_place;              // x is its own planes
+  uint16_t* planes;           // (pieces, channels * phases and one of zeros, plane_size)
+  uint16_t* weight;           // (blocks at once, blocks of chunks, pieces, tiles, chunks of a block, 16, 32)
+  int64_t first_block, blocks_at_once;
+
+  Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization, void* y);
+  int64_t planes_size() const { return (channels * phases + 1) * plane_size; }
+  int64_t groups_of_positions() const { return (count + POSITIONS - 1) / POSITIONS; }
+};
+
 struct Repack {
   const uint8_t* from;
   uint8_t* to;
@@ -188,4 +216,7 @@ struct KernelTable {
   void (*rounded_tiled_product)(const TiledProduct&, int64_t first, int64_t last);
   void (*fill_blocks)(const BlockProduct&, int64_t first, int64_t last);  // panels; null where there is no matrix unit
   void (*block_product)(const BlockProduct&, int64_t first, int64_t last);  // blocks of rows of W
+  void (*fill_planes)(const Convolution&, int64_t first, int64_t last);    // channels, and then the plane of zeros
+  void (*decode_blocks)(const Convolution&, int64_t first, int64_t last);  // of those that are kept at once
+  void (*convolve)(const Convolution&, int64_t first, int64_t last);       // groups of positions
 };

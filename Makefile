@@ -52,6 +52,7 @@ bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python bench/kernels.py --peers $(OUT)/peers.json --json $(OUT)/kernels.json
 	$(BIN)/python bench/load.py --json $(OUT)/load.json
 	$(BIN)/python bench/linear.py --json $(OUT)/linear.json
+	$(BIN)/python bench/convolution.py --json $(OUT)/convolution.json
 	$(BIN)/python bench/first_output.py --json $(OUT)/first_output.json
 	$(BIN)/python bench/speed.py --write
 	$(PEERS)/bin/python bench/peers/speed.py --folder $(OUT)/speed --json $(OUT)/peers-speed.json

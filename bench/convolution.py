@@ -16,7 +16,7 @@ import torch
 from measure import machine, seconds, show, write_json
 from torch.nn.functional import conv2d
 
-from arrow_quant_v2.kernels import ops
+from arrow_quant_v2.kernels import cpu, ops
 from arrow_quant_v2.kernels.convolution import How, convolution
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    cpu.activate()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     print(machine())

@@ -6,20 +6,25 @@ Without a GPU a pretended device stands in for it (see pretend_device), in a pro
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from small_models import run_python
+from text_models import save_folder, small_module
 from torch import nn
 
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig, QuantizationError
+from arrow_quant_v2.calibration.runnable import Runnable
+from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.engines.devices import telling_what_is_full
+from arrow_quant_v2.validation.outputs import call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = Path(__file__).parent
+FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 ON_BOTH = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
@@ -86,7 +91,7 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path: Path) -
 
 def test_a_device_that_is_full_names_the_way_out() -> None:
     with pytest.raises(QuantizationError, match=r"its memory is full.*max_memory"), telling_what_is_full("cuda"):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise FULL
 
 
 class Full(nn.Module):
@@ -97,17 +102,56 @@ class Full(nn.Module):
         self.linear = nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise FULL
+
+
+class FullWithGradients(Full):
+    """A model whose device has room for its outputs, and none for what gradients keep."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise FULL
+        found: torch.Tensor = self.linear(x)
+        return found
+
+
+def rows(_: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
+    return ((torch.ones(2, 32), number / 6) for number in range(6))
 
 
 def test_full_memory_is_not_taken_for_a_model_that_cannot_be_called(tmp_path: Path) -> None:
     config = DiffusionQuantConfig(modality="text", enable_calibration=True)
-
-    def samples(_: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
-        return ((torch.ones(2, 32), number / 6) for number in range(6))
-
     with pytest.raises(QuantizationError, match=r"its memory is full"):
-        ArrowQuantV2(mode="diffusion").quantize_diffusion_model(Full(), tmp_path / "out", config, calibration=samples)
+        ArrowQuantV2(mode="diffusion").quantize_diffusion_model(Full(), tmp_path / "out", config, calibration=rows)
+
+
+@pytest.mark.filterwarnings("ignore:calibrated on random inputs")
+def test_full_memory_is_not_taken_for_random_inputs_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_folder(tmp_path / "model", small_module("BertModel"))
+    config = DiffusionQuantConfig(modality="text", enable_calibration=True)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise FULL
+
+    monkeypatch.setattr("torch.nn.functional.embedding", full)
+    with pytest.raises(QuantizationError, match=r"its memory is full"):
+        ArrowQuantV2(mode="diffusion").quantize_diffusion_model(model, tmp_path / "out", config)
+
+
+def test_full_memory_is_not_taken_for_a_model_without_gradients(tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(modality="text", enable_calibration=True, target_bits=6.0, group_size=32)
+    with pytest.raises(QuantizationError, match=r"its memory is full"):
+        ArrowQuantV2(mode="diffusion").quantize_diffusion_model(
+            FullWithGradients(), tmp_path / "out", config, calibration=rows
+        )
+
+
+def test_full_memory_is_not_taken_for_a_forward_that_fails_when_outputs_are_compared() -> None:
+    runnable = Runnable(module=Full(), modality="image", names={})
+    with pytest.raises(QuantizationError, match=r"its memory is full"), telling_what_is_full("cuda"):
+        call(runnable, Sample(arguments=(torch.ones(2, 32),), timestep=0.5))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-ON_BOTH = f"""
+MODEL = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import pretend_device, torch
@@ -55,6 +55,10 @@ def samples(module):
 
 torch.manual_seed(0)
 model, found = Model().eval(), []
+"""
+ON_BOTH = (
+    MODEL
+    + """
 for device in ("cpu", "pretend"):
     out = Path(sys.argv[1]) / device
     config = DiffusionQuantConfig(
@@ -62,13 +66,34 @@ for device in ("cpu", "pretend"):
     )
     ArrowQuantV2(mode="diffusion").quantize_diffusion_model(model, out, config, calibration=samples)
     source = ParquetSource(out)
-    found.append({{info.name: source.read(info.name) for info in source.tensors}})
+    found.append({info.name: source.read(info.name) for info in source.tensors})
 for name, values in found[0].items():
     far = float((values - found[1][name]).norm() / values.norm())
     print(name, far)
     assert far < float(sys.argv[3]), name
 print(sorted(pretend_device.done))
 """
+)
+FROM_STATS = (
+    MODEL
+    + """
+for device in ("cpu", "pretend"):
+    config = DiffusionQuantConfig(
+        bit_width=2, group_size=32, modality="image", device=device, threads=1, num_time_groups=2,
+    )
+    stats, out = Path(sys.argv[1]) / f"{device}-stats", Path(sys.argv[1]) / device
+    ArrowQuantV2(mode="diffusion").calibrate(model, stats, config, calibration=samples)
+    config = config.model_copy(update={"stats": str(stats)})
+    ArrowQuantV2(mode="diffusion").quantize_diffusion_model(model, out, config)
+    source = ParquetSource(out)
+    found.append({info.name: source.read(info.name) for info in source.tensors})
+for name, values in found[0].items():
+    far = float((values - found[1][name]).norm() / values.norm())
+    print(name, far)
+    assert far < 1e-6, name
+print(sorted(pretend_device.done))
+"""
+)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +105,12 @@ def test_a_device_gives_what_the_cpu_gives_and_meets_no_tensor_of_it(modality: s
     )
     assert not done.code, done.err
     assert f"'arrow_quant::{loop}'" in done.out
+
+
+def test_stats_kept_on_a_device_are_fitted_there_to_what_the_cpu_gives(tmp_path: Path) -> None:
+    done = run_python(FROM_STATS, tmp_path, timeout=300, ARROW_QUANT_ENABLE_CALIBRATION="true", OMP_NUM_THREADS="1")
+    assert not done.code, done.err
+    assert "'arrow_quant::quantize_columns'" in done.out
 
 
 def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -32,6 +32,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    """The number of torch's threads, which the test may change."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(
     params=["neon"]
     if platform.machine() in {"aarch64", "arm64"}

@@ -295,13 +295,6 @@ def test_every_float16_can_be_written() -> None:
 # Threads and strides
 
 
-@pytest.fixture
-def torch_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("library", "torch_threads")
 @pytest.mark.parametrize("stretches", [(), STRETCHES])
 def test_results_do_not_depend_on_the_number_of_threads(stretches: tuple[float, ...]) -> None:

@@ -77,6 +77,19 @@ def test_a_convolution_is_what_it_means(case: tuple[Any, ...], grid: str, bits: 
         assert error(x, given, how) <= 1.0, dtype
 
 
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_convolutions_do_not_depend_on_the_number_of_threads(isa: str, dtype: torch.dtype) -> None:
+    x = gaussian(1, 2 * 64 * 100).reshape(2, 64, 10, 10).to(dtype)
+    given = (*stored(200, 576, 4, 64, "affine"), gaussian(1, 200)[0], 4, 64, "affine")
+    torch.set_num_threads(1)
+    alone = convolution(x, *given, *ALIKE)
+    for threads in (2, 5, 64):
+        torch.set_num_threads(threads)
+        assert error(x, given, ALIKE) <= 1.0
+        assert isa != "amx" or torch.equal(convolution(x, *given, *ALIKE), alone)  # elsewhere torch's own adds up
+
+
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_channels_are_divided_by_the_equalization(dtype: torch.dtype) -> None:

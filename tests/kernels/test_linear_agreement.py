@@ -1,6 +1,5 @@
 """Kernels of products agree with their meaning to float32 rounding: on any instruction set, for any shape and width."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,13 +186,6 @@ def test_strides_do_not_matter_to_products(count: int, name: str) -> None:
     spread = tuple(part.repeat_interleave(2, dim=0)[::2] for part in some.stored)
     found = getattr(products, name)(x, *spread, *some.arguments[4:], *OPS[name])
     torch.testing.assert_close(found, getattr(products, name)(x.contiguous(), *some.arguments, *OPS[name]))
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("library", "torch_threads")

@@ -88,8 +88,8 @@ def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def in_bfloat16(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The same of a model whose weights are bfloat16, with every input of a layer cast to that."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """The same of a model that was cast; the terrain UNet's own embeddings stay float32 and are cast by autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=isinstance(model, TerrainUNet)):
         return output(model, inputs)
 
 
@@ -107,7 +107,7 @@ def steps_of(folder: Path, name: str) -> dict[str, Callable[[], Tensor]]:
             label = f"INT{bits}" + (", int8 inputs" if activations else "")
             steps[label] = partial(output, model, inputs)
             if activations is None:
-                steps[f"{label}, bfloat16"] = partial(in_bfloat16, model, inputs)
+                steps[f"{label}, bfloat16"] = partial(in_bfloat16, packed(folder, name, bits, None).bfloat16(), inputs)
     return steps
 
 
@@ -144,7 +144,7 @@ def rows_of(name: str, found: dict[str, dict[str, float]], peers: list[dict[str,
     ]
     for peer in peers:
         if peer["model"] == name:
-            label = f"{peer['peer']}, INT{peer['bits']}"
+            label = f"{peer['peer']}, INT{peer['bits']}, {peer['dtype']}"
             if peer["failure"]:
                 rows.append((label, "", "", "", peer["failure"].splitlines()[0][:60]))
             else:

@@ -1,8 +1,8 @@
-"""Seconds of one denoising step under each peer on the CPU, beside the original in the same process.
+"""Seconds of one denoising step under each peer on the CPU, beside the float32 original in the same process.
 
 Run it with the peers' own Python: .venv-peers/bin/python bench/peers/speed.py --folder bench/out/speed. There lie
-the models as bench/speed.py wrote them. Every cell (model x peer x bits) runs in a process of its own, so that a peer
-that fails costs its own cell only; it says so with its own error.
+the models as bench/speed.py wrote them. Every cell (model x peer x bits x dtype) runs in a process of its own, so that
+a peer that fails costs its own cell only; it says so with its own error.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
 GROUP = 64
+DTYPES = ["float32", "bfloat16"]
 
 
 def with_torchao(model: nn.Module, bits: int) -> None:
@@ -56,11 +58,11 @@ def with_quanto(model: nn.Module, bits: int) -> None:
 def with_hqq(model: nn.Module, bits: int) -> None:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    config = BaseQuantizeConfig(nbits=bits, group_size=GROUP)
+    config, dtype = BaseQuantizeConfig(nbits=bits, group_size=GROUP), next(model.parameters()).dtype
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child.in_features % GROUP == 0:
-                setattr(parent, name, HQQLinear(child, config, compute_dtype=torch.float32, device="cpu"))
+                setattr(parent, name, HQQLinear(child, config, compute_dtype=dtype, device="cpu"))
 
 
 def with_sdnq(model: nn.Module, bits: int) -> None:
@@ -105,43 +107,55 @@ def terrain(folder: Path) -> nn.Module:
 MODELS = {"antiberty": antiberty, "terrain": terrain}
 
 
-def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    found = model(**inputs)
-    return getattr(found, "logits", found)
+UNDER_AUTOCAST = "terrain"  # whose own embeddings stay float32
 
 
-def seconds(model: nn.Module, inputs: dict[str, Tensor]) -> float:
+def step_of(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """One step in the dtype of the model."""
+    half = next(model.parameters()).dtype == torch.bfloat16
+
+    def step() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and name == UNDER_AUTOCAST):
+            found = model(**inputs)
+            return getattr(found, "logits", found).float()
+
+    return step
+
+
+def seconds(step: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
-    output(model, inputs)
+    step()
     return time.perf_counter() - start
 
 
-def measure(name: str, peer: str, bits: int, ask: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, peer: str, bits: int, dtype: str, ask: argparse.Namespace) -> dict[str, Any]:
     """Original and quantized in turns, after one warm-up each."""
     folder = ask.folder / name
     inputs = load_file(ask.folder / f"{name}.inputs.safetensors")
-    original, quantized = MODELS[name](folder), MODELS[name](folder)
+    quantized = MODELS[name](folder).to(getattr(torch, dtype))
     PEERS[peer][1](quantized, bits)
-    exact, rounded = output(original, inputs), output(quantized, inputs).float()
-    turns = [(seconds(original, inputs), seconds(quantized, inputs)) for _ in range(ask.repeats)]
-    fp32, own = (statistics.median(times) for times in zip(*turns, strict=True))
-    return {"seconds": own, "fp32_seconds": fp32, "error": float((rounded - exact).var() / exact.var())}
+    original, own = step_of(name, MODELS[name](folder), inputs), step_of(name, quantized, inputs)
+    exact, rounded = original(), own()
+    turns = [(seconds(original), seconds(own)) for _ in range(ask.repeats)]
+    fp32, narrow = (statistics.median(times) for times in zip(*turns, strict=True))
+    return {"seconds": narrow, "fp32_seconds": fp32, "error": float((rounded - exact).var() / exact.var())}
 
 
-def cell(name: str, peer: str, bits: int, ask: argparse.Namespace) -> dict[str, Any]:
+def cell(name: str, peer: str, bits: int, dtype: str, ask: argparse.Namespace) -> dict[str, Any]:
     """Run this file again for one cell, and return its row of the JSON file."""
     command = [sys.executable, __file__, "--folder", str(ask.folder), "--threads", str(ask.threads)]
-    command += ["--repeats", str(ask.repeats), "--cell", name, peer, str(bits)]
+    command += ["--repeats", str(ask.repeats), "--cell", name, peer, str(bits), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     failed = done.returncode != 0
     figures = {} if failed else json.loads(done.stdout.splitlines()[-1])
     package = PEERS[peer][0]
     said = raised(done.stderr, done.returncode) if failed else None
-    return {"model": name, "peer": f"{peer} ({version(package)})", "bits": bits, **figures, "failure": said}
+    what = {"model": name, "peer": f"{peer} ({version(package)})", "bits": bits, "dtype": dtype}
+    return {**what, **figures, "failure": said}
 
 
 def line(row: dict[str, Any]) -> str:
-    head = f"{row['model']:<10} {row['peer']:<34} INT{row['bits']}"
+    head = f"{row['model']:<10} {row['peer']:<34} INT{row['bits']} {row['dtype']:<8}"
     if row["failure"]:
         return f"{head}  {row['failure'].splitlines()[0]}"
     ratio = row["fp32_seconds"] / row["seconds"]
@@ -157,20 +171,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--cell", nargs=4, help=argparse.SUPPRESS)
     ask = parser.parse_args()
     torch.set_num_threads(ask.threads)
     torch.set_grad_enabled(False)
     if ask.cell:
-        name, peer, bits = ask.cell
-        print(json.dumps(measure(name, peer, int(bits), ask)))
+        name, peer, bits, dtype = ask.cell
+        print(json.dumps(measure(name, peer, int(bits), dtype, ask)))
         return
     rows = []
-    for name in ask.models:
-        for peer in ask.peers:
-            for bits in ask.bits:
-                rows.append(cell(name, peer, bits, ask))
-                print(line(rows[-1]), flush=True)
+    for which in product(ask.models, ask.peers, ask.bits, ask.dtypes):
+        rows.append(cell(*which, ask))
+        print(line(rows[-1]), flush=True)
     if ask.json:
         ask.json.write_text(json.dumps(rows, indent=2) + "\n")
 

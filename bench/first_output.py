@@ -2,9 +2,10 @@
 
     python bench/first_output.py [--rounds 3] [--json FILE]
 
-Every run is a process of its own that has imported its libraries already. What a step needs beside the weights is what
-the original takes more than its file has bytes. The large model has random weights, of which neither time nor memory
-depends.
+Every run is a process of its own that has imported its libraries already. Memory is measured in another one than time
+is, after a tiny model was loaded and run in the same way, so that code of libraries does not count. What a step needs
+beside the weights is what the original takes more than its file has bytes. The large model has random weights, of
+which neither time nor memory depends.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import arrow_quant_v2 as aq
 TIME_BAR, ACTIVATIONS_BAR = 1.3, 1.3
 TOKENS = 124
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+TINY = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64}
 
 ONE = """
 import json, re, sys, time, warnings
@@ -43,35 +45,47 @@ import arrow_quant_v2 as aq
 def memory(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
 
-folder, packed, tokens = Path(sys.argv[1]), sys.argv[2] == "packed", int(sys.argv[3])
+packed, tokens, folders = sys.argv[1] == "packed", int(sys.argv[2]), [Path(folder) for folder in sys.argv[3:]]
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.simplefilter("ignore")
 torch.ones(64, 64) @ torch.ones(64, 64)
-Path("/proc/self/clear_refs").write_text("5")
-before, started = memory("VmRSS"), time.perf_counter()
-with torch.inference_mode():
-    model = aq.load(folder) if packed else BertForMaskedLM.from_pretrained(folder, dtype="auto").eval()
-    model(input_ids=torch.full((1, tokens), 5))
+for folder in folders:
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started = memory("VmRSS"), time.perf_counter()
+    with torch.inference_mode():
+        model = aq.load(folder) if packed else BertForMaskedLM.from_pretrained(folder, dtype="auto").eval()
+        model(input_ids=torch.full((1, tokens), 5))
 print(json.dumps({"seconds": time.perf_counter() - started, "memory": memory("VmHWM") - before}))
 """
 
 
-def run_one(folder: Path, kind: str) -> dict[str, float]:
+def run_one(folder: Path, kind: str, tiny: Path) -> dict[str, float]:
     """Seconds to the first output, and bytes beyond what the libraries take."""
-    command = [sys.executable, "-c", ONE, str(folder), kind, str(TOKENS)]
+    return {"seconds": run(kind, folder)["seconds"], "memory": run(kind, tiny, folder)["memory"]}
+
+
+def run(kind: str, *folders: Path) -> dict[str, float]:
+    """What the last of these models takes in a process that has run the others."""
+    command = [sys.executable, "-c", ONE, kind, str(TOKENS), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{folder}: {done.stderr.strip()}")
+        raise SystemExit(f"{folders[-1]}: {done.stderr.strip()}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def originals(work: Path) -> dict[str, Path]:
-    """The real models, and a large one."""
+    """A real model, and a large one."""
     shutil.copytree(packaged("antiberty", "trained_models/AntiBERTy_md_smooth"), work / "antiberty")
     BertForMaskedLM(BertConfig(**LARGE)).bfloat16().save_pretrained(work / "bert, 336 M, bfloat16")
     return {path.name: path for path in (work / "antiberty", work / "bert, 336 M, bfloat16")}
+
+
+def tiny_model(folder: Path) -> Path:
+    """A model of the same class that takes next to nothing."""
+    BertForMaskedLM(BertConfig(**TINY)).save_pretrained(folder)
+    return folder
 
 
 def in_safetensors(folder: Path) -> Path:
@@ -89,6 +103,8 @@ def in_safetensors(folder: Path) -> Path:
 def quantized(folder: Path, bits: int) -> Path:
     """From weights alone: how they were chosen changes neither time nor memory."""
     out = folder.with_name(f"{folder.name}-int{bits}")
+    if out.exists():
+        return out
     config = aq.DiffusionQuantConfig(
         bit_width=bits, group_size=64, method="rtn", enable_calibration=False, min_accuracy=0.0, modality="text"
     )
@@ -101,15 +117,15 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in {".safetensors", ".parquet"})
 
 
-def compared(name: str, original: Path, rounds: int) -> list[dict[str, Any]]:
+def compared(name: str, original: Path, tiny: Path, rounds: int) -> list[dict[str, Any]]:
     """Medians of both, taken in turns, for each width."""
-    packed = {bits: quantized(original, bits) for bits in (2, 4, 8)}
+    tiny_packed, packed = quantized(tiny, 4), {bits: quantized(original, bits) for bits in (2, 4, 8)}
     of_original: list[dict[str, float]] = []
     of_packed: dict[int, list[dict[str, float]]] = {bits: [] for bits in packed}
     for _ in range(rounds):
-        of_original.append(run_one(original, "original"))
+        of_original.append(run_one(original, "original", tiny))
         for bits, folder in packed.items():
-            of_packed[bits].append(run_one(folder, "packed"))
+            of_packed[bits].append(run_one(folder, "packed", tiny_packed))
     needed = max(0.0, median(of_original, "memory") - weight_bytes(original))
     return [
         {"model": name, "bits": bits}
@@ -155,10 +171,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     ask = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
+        tiny = tiny_model(Path(name) / "tiny")
         found = [
             one
             for label, folder in originals(Path(name)).items()
-            for one in compared(label, in_safetensors(folder), ask.rounds)
+            for one in compared(label, in_safetensors(folder), tiny, ask.rounds)
         ]
     columns = ("to the first output", "original, s", "packed, s", "times", "original, MB", "packed, MB", "memory")
     show("In a process of its own", columns, map(cells, found))

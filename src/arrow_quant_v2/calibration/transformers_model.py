@@ -283,6 +283,8 @@ def _set_buffers(module: Any, location: str, held: Iterable[str]) -> None:
     theirs = set(held)
     for name, buffer in dict(module.named_buffers()).items():
         _put(module, name, torch.full_like(buffer, UNSET.get(buffer.dtype, 0), device="cpu"))
+    for layer in filter(_has_parameters_alone, module.modules()):
+        layer._is_hf_initialized = True  # noqa: SLF001 - transformers' own mark: it has nothing to compute there
     with torch.random.fork_rng(devices=()):
         module.initialize_weights()
     for name, buffer in module.named_buffers():
@@ -292,6 +294,10 @@ def _set_buffers(module: Any, location: str, held: Iterable[str]) -> None:
                 f"{location}: {name} of {type(module).__name__} is neither in the files nor computed by transformers;"
                 " the model cannot be run from these files"
             )
+
+
+def _has_parameters_alone(layer: torch.nn.Module) -> bool:
+    return next(layer.children(), None) is None and next(layer.buffers(), None) is None
 
 
 def _put(module: Any, name: str, value: torch.Tensor) -> None:

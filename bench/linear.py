@@ -1,4 +1,4 @@
-"""Products with packed weights beside torch's linear in bfloat16 and float32: one row of inputs to many.
+"""Linear layers that run on packed weights beside torch's in bfloat16 and float32: one row of inputs to many.
 
 Every round runs torch's and ours one after the other, on the same inputs; ratios are of a round, and their median
 counts. Inputs are bfloat16 for ours and for torch's bfloat16, which is slow on a processor without instructions for it:
@@ -16,20 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from measure import CONSOLE, machine, seconds, show, verdict, write_json
-from torch.nn.functional import linear
+from torch import nn
 
-from arrow_quant_v2.kernels import cpu, ops
-from arrow_quant_v2.kernels import linear as products
+from arrow_quant_v2.config import LayerSpec
+from arrow_quant_v2.kernels import cpu
+from arrow_quant_v2.packed import Layout
+from arrow_quant_v2.quantizers import quantizer
+from arrow_quant_v2.runtime.modules import run_packed
+from arrow_quant_v2.runtime.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from arrow_quant_v2.packed import PackedTensor
+
 SHAPES = [(4096, 4096), (11008, 4096)]
 COUNTS = (1, 8, 32, 256, 1024)
 FORMATS = [(2, 64, "affine"), (2, 64, "r2q"), (4, 64, "affine"), (4, 128, "affine"), (8, 128, "affine")]
 ALONE = {"linear": {2: 3.5, 4: 2.5, 8: 1.8}, "linear_dynamic": {2: 6.0, 4: 3.5, 8: 1.8}}  # one row
+ACTIVATIONS: dict[str, Any] = {"linear": None, "linear_dynamic": "dynamic"}
 FEW = 1.5  # 8 and 32 rows, 4 bits
 MANY = {"linear": 0.9, "linear_dynamic": 1.3}
 
@@ -81,29 +88,37 @@ class Cell:
         }
 
 
-def stored(weight: Tensor, bits: int, group_size: int, grid: str) -> tuple[Any, ...]:
-    """What the ops take of a weight; on the r2q grid with made-up steps, which take as long."""
-    codes, scales, zeros, row_scales, _ = ops.quantize(weight, bits, group_size, False, ())  # noqa: FBT003
-    if grid == "r2q":
-        scales = torch.stack([scales, (scales * 0.6).to(torch.uint8)], dim=-1).flatten(1)
-    return codes, scales, zeros, row_scales, None, bits, group_size, grid
+def plain(weight: Tensor) -> nn.Linear:
+    """Torch's own layer."""
+    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def coded(weight: Tensor, bits: Any, group_size: int, grid: Any) -> PackedTensor:
+    """The weight in codes, chosen by the quickest method of its grid."""
+    method = "r2q" if grid == "r2q" else "rtn"
+    layout = Layout(shape=tuple(weight.shape), bits=bits, quant_axis=1, group_size=group_size, grid=grid)
+    spec = LayerSpec(bits=bits, group_size=group_size, method=method, symmetric=False)
+    return quantizer(method)(weight, spec).packed("weight", "float32", layout)
 
 
 def cells_of(weight: Tensor, x: Tensor) -> list[Cell]:
     cells = []
     for bits, group_size, grid in FORMATS:
-        arguments = stored(weight, bits, group_size, grid)
-        for name in ALONE:
-            run = partial(getattr(products, name), x, *arguments)
+        packed = PackedWeight(coded(weight, bits, group_size, grid))
+        for name, activations in ACTIVATIONS.items():
+            layer = run_packed(plain(weight), packed)
+            layer.activations = activations
             shape = (weight.shape[0], weight.shape[1])
-            cells.append(Cell(name, shape, len(x), bits, group_size, grid, run))
+            cells.append(Cell(name, shape, len(x), bits, group_size, grid, partial(layer, x)))
     return cells
 
 
 def measure(weight: Tensor, x: Tensor, rounds: int) -> list[dict[str, Any]]:
     """Figures of every op for one weight and one number of inputs."""
-    cells, narrow, wide = cells_of(weight, x), weight.bfloat16(), x.float()
-    torchs = {"bfloat16": partial(linear, x, narrow), "float32": partial(linear, wide, weight)}
+    cells = cells_of(weight, x)
+    torchs = {"bfloat16": partial(plain(weight.bfloat16()), x), "float32": partial(plain(weight), x.float())}
     torch_times: dict[str, list[float]] = {name: [] for name in torchs}
     for number in range(rounds + 1):
         for name, run in torchs.items():
@@ -136,6 +151,7 @@ def asked() -> argparse.Namespace:
 def main() -> None:
     ask = asked()
     torch.set_num_threads(ask.threads)
+    torch.set_grad_enabled(False)
     about = machine() | {"isa": cpu.activate()}
     CONSOLE.print("{cpu}, {threads} threads, torch {torch}, kernels: {isa}".format(**about))
     random, figures = torch.Generator().manual_seed(0), []

@@ -89,7 +89,7 @@ void fill_planes(const Convolution& ask, int64_t first, int64_t last) {
     std::fill_n(ask.planes + piece * ask.planes_size() - ask.plane_size, (size_t)ask.plane_size, (uint16_t)0);
 }
 
-static int64_t blocks_of_chunks(const Convolution& ask) { return (ask.chunks() + CHUNKS_AT_ONCE - 1) / CHUNKS_AT_ONCE; }
+static int64_t blocks_of_chunks(const Convolution& ask) { return (ask.chunks() + ask.chunks_at_once - 1) / ask.chunks_at_once; }
 
 static uint16_t* decoded_tiles(const Convolution& ask, int64_t block, int64_t of_chunks) {
   return ask.weight + (block * blocks_of_chunks(ask) + of_chunks) * tiles_size(ask, ask.pieces());
@@ -101,8 +101,8 @@ static void decode_some(const Convolution& ask, int64_t first, int64_t last) {
   for (int64_t b = first; b < last; b++) {
     weight.begin((ask.first_block + b) * ask.rows_of_block);
     for (int64_t i = 0; i < blocks_of_chunks(ask); i++) {
-      const int64_t c = i * CHUNKS_AT_ONCE;
-      weight.decode(c, std::min(CHUNKS_AT_ONCE, ask.chunks() - c), decoded_tiles(ask, b, i));
+      const int64_t c = i * ask.chunks_at_once;
+      weight.decode(c, std::min(ask.chunks_at_once, ask.chunks() - c), decoded_tiles(ask, b, i));
     }
   }
 }
@@ -152,22 +152,22 @@ static std::vector<int64_t> shifts_of_columns(const Convolution& ask) {
 struct Panels {
   const Convolution& ask;
   std::vector<int64_t> shifts;
-  Aligned<uint16_t> inputs;  // (pieces, 2, CHUNKS_AT_ONCE, 16, 16, 2)
+  Aligned<uint16_t> inputs;  // (pieces, 2, chunks_at_once, 16, 16, 2)
 
-  explicit Panels(const Convolution& ask) : ask(ask), shifts(shifts_of_columns(ask)), inputs(ask.pieces() * 2 * OF_TILE) {}
+  explicit Panels(const Convolution& ask) : ask(ask), shifts(shifts_of_columns(ask)), inputs(ask.pieces() * 2 * of_tile(ask)) {}
 
   void fill(int64_t position, int64_t first_chunk, int64_t chunks) {
     const int64_t* shift = &shifts[first_chunk * CHUNK];
     for (int64_t piece = 0; piece < ask.pieces(); piece++)
-      fill_piece(ask.planes + piece * ask.planes_size() + position, shift, chunks, inputs.data() + 2 * piece * OF_TILE);
+      fill_piece(ask.planes + piece * ask.planes_size() + position, shift, chunks, inputs.data() + 2 * piece * of_tile(ask));
   }
 
  private:
-  static void fill_piece(const uint16_t* planes, const int64_t* shift, int64_t chunks, uint16_t* to) {
+  void fill_piece(const uint16_t* planes, const int64_t* shift, int64_t chunks, uint16_t* to) {
     for (int64_t pair = 0; pair < chunks * SIDE; pair++, shift += 2, to += CHUNK) {
       const __m512i a = _mm512_loadu_si512(planes + shift[0]), b = _mm512_loadu_si512(planes + shift[1]);
       _mm512_store_si512(to, _mm512_unpacklo_epi16(a, b));
-      _mm512_store_si512(to + OF_TILE, _mm512_unpackhi_epi16(a, b));
+      _mm512_store_si512(to + of_tile(ask), _mm512_unpackhi_epi16(a, b));
     }
   }
 };
@@ -250,15 +250,15 @@ static void write_sums(const Convolution& ask, const float* of_first, const floa
 // All decoded rows of W at 32 positions: their sums (2, tiles, 16, 16).
 template <int PIECES>
 static void meet_positions(const Convolution& ask, Panels& inputs, int64_t position, float* sums) {
-  const int64_t of_block = ask.rows_of_block / SIDE, of_panel = ask.blocks_at_once * of_block * SUMS;
+  const int64_t of_block = ask.rows_of_block / SIDE, of_panel = ask.blocks_at_once * of_block * SUMS, tile = of_tile(ask);
   for (int64_t i = 0; i < blocks_of_chunks(ask); i++) {
-    const int64_t c = i * CHUNKS_AT_ONCE, chunks = std::min(CHUNKS_AT_ONCE, ask.chunks() - c);
+    const int64_t c = i * ask.chunks_at_once, chunks = std::min(ask.chunks_at_once, ask.chunks() - c);
     inputs.fill(position, c, chunks);
     for (int64_t b = 0; b < ask.blocks_at_once; b++) {
       const int64_t rows = std::min(ask.rows_of_block, ask.rows - (ask.first_block + b) * ask.rows_of_block);
       for (int64_t t = 0; t * SIDE < rows; t += 2) {
-        const Meeting of{decoded_tiles(ask, b, i) + t * OF_TILE, inputs.inputs.data(), OF_TILE, tiles_size(ask, 1),
-                         2 * OF_TILE, OF_TILE, chunks, sums + (b * of_block + t) * SUMS, of_panel, i == 0};
+        const Meeting of{decoded_tiles(ask, b, i) + t * tile, inputs.inputs.data(), tile, tiles_size(ask, 1),
+                         2 * tile, tile, chunks, sums + (b * of_block + t) * SUMS, of_panel, i == 0};
         multiply<2, PIECES>(of);
       }
     }

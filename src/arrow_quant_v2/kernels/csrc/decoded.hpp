@@ -16,10 +16,11 @@ namespace AQ_ISA {
 void dequantize(const Dequantize& ask, int64_t first, int64_t last);  // rows.cpp
 void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last);
 
-constexpr int64_t CHUNKS_AT_ONCE = 16, OF_TILE = CHUNKS_AT_ONCE * TILE;
+// Values of the chunks of a tile that are decoded at once.
+static inline int64_t of_tile(const BlockProduct& ask) { return ask.chunks_at_once * TILE; }
 
 // How many values the tiles of a block of rows have.
-static inline int64_t tiles_size(const BlockProduct& ask, int64_t pieces) { return pieces * ask.rows_of_block / SIDE * OF_TILE; }
+static inline int64_t tiles_size(const BlockProduct& ask, int64_t pieces) { return pieces * ask.rows_of_block / SIDE * of_tile(ask); }
 
 // How many chunks the columns of 64 bytes of codes are woven into: where the levels of their groups fit in one vector, code
 // k of every 16 bits goes to chunk k. Else 1: chunks are columns in their order.
@@ -158,7 +159,7 @@ struct Compute {
   }
 };
 
-// Rows of W as bfloat16 tiles, of some chunks at a time: (pieces, tiles, CHUNKS_AT_ONCE, 16, 32).
+// Rows of W as bfloat16 tiles, of some chunks at a time: (pieces, tiles, chunks_at_once, 16, 32).
 template <int PIECES>
 struct Decoded {
   const BlockProduct& ask;
@@ -200,7 +201,7 @@ struct Decoded {
         read_values(r);
   }
 
-  // At most CHUNKS_AT_ONCE.
+  // At most chunks_at_once.
   void decode(int64_t first, int64_t chunks, uint16_t* to) {
     tiles = to;
     for (int64_t r = 0; r < (count + SIDE - 1) / SIDE * SIDE; r++)
@@ -213,7 +214,7 @@ struct Decoded {
   }
 
  private:
-  uint16_t* place(int64_t r) { return tiles + r / SIDE * OF_TILE + r % SIDE * CHUNK; }
+  uint16_t* place(int64_t r) { return tiles + r / SIDE * of_tile(ask) + r % SIDE * CHUNK; }
   int64_t piece_size() const { return tiles_size(ask, 1); }
 
   void read_levels(int64_t r) {

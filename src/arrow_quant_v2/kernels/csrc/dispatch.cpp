@@ -402,9 +402,11 @@ AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scal
 
 namespace {
 
-// The sums of many inputs are worth more rows of W at a time. Every thread gets some blocks.
+// The sums of many inputs are worth more rows of W at a time, and so few chunks that two tiles of W and two panels stay in
+// the first-level cache. Every thread gets some blocks.
 void shape_blocks(BlockProduct& ask, int threads) {
   if (ask.count <= 4 * BlockProduct::PANEL) return;
+  ask.chunks_at_once /= 2;
   while (ask.rows_of_block < 4 * BlockProduct::FEWEST_ROWS && ask.blocks_of_rows() >= 8 * threads) ask.rows_of_block *= 2;
 }
 

@@ -148,7 +148,8 @@ struct BlockProduct : RoundedProduct {
   bool rounded;
   void* result;  // (count, rows)
   uint16_t* inputs;
-  int64_t rows_of_block;  // of W, that are decoded before they meet all panels
+  int64_t rows_of_block;  // of W, that are decoded before they meet all panels,
+  int64_t chunks_at_once = 16;  // and so many of their chunks
 
   int64_t pieces() const { return dtype == BFLOAT16 ? 1 : 2; }
   int64_t panels() const { return (count + PANEL - 1) / PANEL; }

@@ -23,7 +23,7 @@
 
 namespace AQ_ISA {
 
-constexpr int64_t PANELS_AT_ONCE = 64;
+constexpr int64_t PANELS_AT_ONCE = 32;
 
 // The values that x is taken for, of one group that was read to `group`.
 static void round_in_place(const BlockProduct& ask, float* group, int64_t n, int64_t padded, int8_t* whole) {
@@ -79,13 +79,13 @@ void fill_blocks(const BlockProduct& ask, int64_t first, int64_t last) {
 template <int PIECES>
 static void meet_panels(const BlockProduct& ask, const uint16_t* weight, int64_t rows, int64_t first_panel,
                         int64_t panels, int64_t first_chunk, int64_t chunks, float* sums) {
-  const int64_t tiles = (rows + SIDE - 1) / SIDE, of_panel = ask.rows_of_block / SIDE * SUMS;
+  const int64_t tiles = (rows + SIDE - 1) / SIDE, of_panel = ask.rows_of_block / SIDE * SUMS, tile = of_tile(ask);
   for (int64_t p = 0; p < panels; p += 2) {
     const bool two = p + 1 < panels;
     for (int64_t t = 0; t < tiles; t += two ? 2 : 4) {
       const uint16_t* x = ask.inputs + (first_panel + p) * ask.panel_size() + first_chunk * TILE;
-      const Meeting of{weight + t * OF_TILE, x,      OF_TILE,                          tiles_size(ask, 1), ask.piece_size(),
-                       ask.panel_size(),     chunks, sums + p * of_panel + t * SUMS, of_panel,           first_chunk == 0};
+      const Meeting of{weight + t * tile, x, tile, tiles_size(ask, 1), ask.piece_size(), ask.panel_size(), chunks,
+                       sums + p * of_panel + t * SUMS, of_panel, first_chunk == 0};
       (two ? multiply<2, PIECES> : multiply<1, PIECES>)(of);
     }
   }
@@ -113,8 +113,8 @@ static void multiply_blocks(const BlockProduct& ask, int64_t first, int64_t last
     weight.begin(b * ask.rows_of_block);
     for (int64_t p = 0; p < ask.panels(); p += PANELS_AT_ONCE) {
       const int64_t panels = std::min(PANELS_AT_ONCE, ask.panels() - p);
-      for (int64_t c = 0; c < ask.chunks(); c += CHUNKS_AT_ONCE) {
-        const int64_t chunks = std::min(CHUNKS_AT_ONCE, ask.chunks() - c);
+      for (int64_t c = 0; c < ask.chunks(); c += ask.chunks_at_once) {
+        const int64_t chunks = std::min(ask.chunks_at_once, ask.chunks() - c);
         weight.decode(c, chunks, tiles.data());
         meet_panels<PIECES>(ask, tiles.data(), weight.count, p, panels, c, chunks, sums.data());
       }

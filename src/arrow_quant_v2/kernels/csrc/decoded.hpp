@@ -38,38 +38,44 @@ static inline __m512i places_of_words(const BlockProduct& ask) {
   return _mm512_load_si512(places);
 }
 
-// The levels of every group of a row in bfloat16 pieces, in the order of codes: (groups, 4 or 16).
+// Levels of the codes of a group, and of the groups behind it as far as they fit, in bfloat16 pieces.
+struct LevelPieces {
+  __m512i hi, lo;
+};
+
+// Of codes of 2 bits: kept for every group of a row, (groups, 4).
 template <int PIECES>
-struct Levels {
+struct Fours {
   uint16_t *hi, *lo;
 
-  static int64_t size(int64_t groups, int bits) { return (groups + SIDE) << bits; }
+  static int64_t size(int64_t groups) { return (groups + SIDE) * 4; }
 
-  void read(const RowLevels& of, int64_t groups, int bits) const {
-    if (bits == 2)
-      read_fours(of, groups);
-    else
-      read_sixteens(of, groups);
-  }
-
- private:
   // Sixteen groups at a time; RowLevels has as many beyond the last.
-  void read_fours(const RowLevels& of, int64_t groups) const {
+  void read(const RowLevels& of, int64_t groups) const {
     for (int64_t g = 0; g < groups; g += SIDE) {
       const __m512 base = _mm512_loadu_ps(&of.base[g]), step = _mm512_loadu_ps(&of.step[g]);
       const __m512 upper = _mm512_add_ps(base, _mm512_loadu_ps(&of.jump[g])), two = _mm512_add_ps(step, step);
       const __m512 third = _mm512_add_ps(upper, two);
-      write_fours(4 * g, pieces(base), pieces(_mm512_add_ps(base, step)), pieces(third),
-                  pieces(_mm512_add_ps(third, step)));
+      write(4 * g, pieces(base), pieces(_mm512_add_ps(base, step)), pieces(third), pieces(_mm512_add_ps(third, step)));
     }
   }
 
-  void write_fours(int64_t at, Pieces a, Pieces b, Pieces c, Pieces d) const {
-    write_fours(&hi[at], a.hi, b.hi, c.hi, d.hi);
-    if (PIECES == 2) write_fours(&lo[at], a.lo, b.lo, c.lo, d.lo);
+  AQ_INLINE_MEMBER LevelPieces from(int64_t g) const {
+    const __m512i first = _mm512_loadu_si512(hi + 4 * g);
+    return {first, PIECES == 2 ? _mm512_loadu_si512(lo + 4 * g) : first};
+  }
+  AQ_INLINE_MEMBER LevelPieces of(int64_t g) const {
+    const __m512i first = repeated(hi + 4 * g);
+    return {first, PIECES == 2 ? repeated(lo + 4 * g) : first};
   }
 
-  static void write_fours(uint16_t* to, __m256i a, __m256i b, __m256i c, __m256i d) {
+ private:
+  void write(int64_t at, Pieces a, Pieces b, Pieces c, Pieces d) const {
+    write(&hi[at], a.hi, b.hi, c.hi, d.hi);
+    if (PIECES == 2) write(&lo[at], a.lo, b.lo, c.lo, d.lo);
+  }
+
+  static void write(uint16_t* to, __m256i a, __m256i b, __m256i c, __m256i d) {
     const auto twice = [](__m256i first, __m256i second) {  // 16 pairs of first and second
       return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
     };
@@ -79,24 +85,37 @@ struct Levels {
     _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi32(low, _mm512_add_epi32(first, _mm512_set1_epi32(8)), high));
   }
 
-  void read_sixteens(const RowLevels& of, int64_t groups) const {
-    const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t g = 0; g < groups; g++) {
-      const __m512 level = _mm512_fmadd_ps(code, _mm512_set1_ps(of.step[g]), _mm512_set1_ps(of.base[g]));
-      const __m512 all = _mm512_mask_add_ps(level, 0xFF00, level, _mm512_set1_ps(of.jump[g]));
-      const Pieces both = PIECES == 2 ? pieces(all) : Pieces{(__m256i)_mm512_cvtneps_pbh(all), __m256i{}};
-      _mm256_storeu_si256((__m256i*)&hi[16 * g], both.hi);
-      if (PIECES == 2) _mm256_storeu_si256((__m256i*)&lo[16 * g], both.lo);
-    }
+  static __m512i repeated(const uint16_t* levels) {
+    int64_t four;
+    std::memcpy(&four, levels, 8);
+    return _mm512_set1_epi64(four);
   }
 };
 
-template <int BITS>
-AQ_INLINE __m512i repeated(const uint16_t* levels) {
-  int64_t four;
-  std::memcpy(&four, levels, 8);
-  return BITS == 2 ? _mm512_set1_epi64(four) : _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)levels));
-}
+// Of codes of 4 bits: there are more of them than a cache has room for, so they are made when they are needed.
+template <int PIECES>
+struct Sixteens {
+  const float *base, *step, *jump;  // jump is null on the affine grid
+  int64_t last;                     // group
+
+  AQ_INLINE_MEMBER LevelPieces from(int64_t g) const {
+    const Pieces one = levels(g), next = levels(std::min(g + 1, last));
+    return {joined(one.hi, next.hi), PIECES == 2 ? joined(one.lo, next.lo) : __m512i{}};
+  }
+  AQ_INLINE_MEMBER LevelPieces of(int64_t g) const {
+    const Pieces one = levels(g);
+    return {joined(one.hi, one.hi), PIECES == 2 ? joined(one.lo, one.lo) : __m512i{}};
+  }
+
+ private:
+  AQ_INLINE_MEMBER Pieces levels(int64_t g) const {
+    const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 level = _mm512_fmadd_ps(code, _mm512_set1_ps(step[g]), _mm512_set1_ps(base[g]));
+    const __m512 all = jump ? _mm512_mask_add_ps(level, 0xFF00, level, _mm512_set1_ps(jump[g])) : level;
+    return PIECES == 2 ? pieces(all) : Pieces{(__m256i)_mm512_cvtneps_pbh(all), __m256i{}};
+  }
+  static __m512i joined(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+};
 
 template <int PIECES>
 AQ_INLINE void put(uint16_t* to, int64_t apart, __m512 low, __m512 high) {
@@ -107,35 +126,31 @@ AQ_INLINE void put(uint16_t* to, int64_t apart, __m512 low, __m512 high) {
 }
 
 // Some chunks of a group of a row, of 2 or 4 bits, to their places in tiles; lo pieces lie `apart` behind the others.
-template <int BITS, int PIECES>
+template <int BITS, int PIECES, class Levels>
 struct Pick {
-  Levels<PIECES> levels;
+  Levels levels;
   int64_t apart;
   __m512i place;  // where in a table the levels of a word's group begin
   Spread<BITS> spread;
 
   // 64 bytes of codes, the first of them in group g: each code of a word goes to a chunk of its own.
   AQ_INLINE_MEMBER void weave(int64_t g, const uint8_t* codes, uint16_t* to) const {
-    const int64_t at = g << BITS;
-    const __m512i hi = _mm512_loadu_si512(levels.hi + at), words = _mm512_loadu_si512(codes);
-    const __m512i lo = PIECES == 2 ? _mm512_loadu_si512(levels.lo + at) : hi;
-    const __m512i ones = _mm512_set1_epi16((1 << BITS) - 1);
+    const LevelPieces of = levels.from(g);
+    const __m512i words = _mm512_loadu_si512(codes), ones = _mm512_set1_epi16((1 << BITS) - 1);
     constexpr int MASK_OR = 0xEA;  // a & b | c
-    for (int k = 0; k < 16 / BITS; k++, to += TILE) {
-      const __m512i which = _mm512_ternarylogic_epi64(_mm512_srli_epi16(words, BITS * k), ones, place, MASK_OR);
-      _mm512_store_si512(to, _mm512_permutexvar_epi16(which, hi));
-      if (PIECES == 2) _mm512_store_si512(to + apart, _mm512_permutexvar_epi16(which, lo));
-    }
+    for (int k = 0; k < 16 / BITS; k++, to += TILE)
+      put(_mm512_ternarylogic_epi64(_mm512_srli_epi16(words, BITS * k), ones, place, MASK_OR), of, to);
   }
 
   AQ_INLINE_MEMBER void operator()(int64_t g, const uint8_t* codes, uint16_t* to, int64_t chunks) const {
-    const __m512i hi = repeated<BITS>(levels.hi + (g << BITS));
-    const __m512i lo = PIECES == 2 ? repeated<BITS>(levels.lo + (g << BITS)) : hi;
-    for (int64_t c = 0; c < chunks; c++, codes += 4 * BITS, to += TILE) {
-      const __m512i which = spread(codes);
-      _mm512_store_si512(to, _mm512_permutexvar_epi16(which, hi));
-      if (PIECES == 2) _mm512_store_si512(to + apart, _mm512_permutexvar_epi16(which, lo));
-    }
+    const LevelPieces of = levels.of(g);
+    for (int64_t c = 0; c < chunks; c++, codes += 4 * BITS, to += TILE) put(spread(codes), of, to);
+  }
+
+ private:
+  AQ_INLINE_MEMBER void put(__m512i which, LevelPieces of, uint16_t* to) const {
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(which, of.hi));
+    if (PIECES == 2) _mm512_store_si512(to + apart, _mm512_permutexvar_epi16(which, of.lo));
   }
 };
 
@@ -169,8 +184,8 @@ struct Decoded {
   uint16_t* tiles = nullptr;          // where they are written to
   std::vector<int64_t> groups;        // in which each chunk begins, as columns in their order
   RowLevels row;                      // of the one that is read
-  Aligned<float> factors;             // of each row where codes have 8 bits: (rows, 3, groups): base, step, jump
-  Aligned<uint16_t> levels;           // (rows, pieces, groups and some more, 4 or 16)
+  Aligned<float> factors;             // of each row where codes have 4 or 8 bits: (rows, 3, groups): base, step, jump
+  Aligned<uint16_t> fours;            // of each row where they have 2: (rows, pieces, groups and some more, 4)
   Aligned<float> values;             // of all columns, where groups are not made of whole chunks
 
   explicit Decoded(const BlockProduct& ask)
@@ -182,10 +197,8 @@ struct Decoded {
         places(places_of_words(ask)),
         groups(ask.chunks()),
         row(ask),
-        factors(in_chunks && ask.of.bits == 8 ? ask.rows_of_block * 3 * ask.of.groups : 0),
-        levels(in_chunks && ask.of.bits < 8
-                   ? ask.rows_of_block * PIECES * Levels<PIECES>::size(ask.of.groups, ask.of.bits) + CHUNK
-                   : 0),
+        factors(in_chunks && ask.of.bits > 2 ? ask.rows_of_block * 3 * ask.of.groups : 0),
+        fours(in_chunks && ask.of.bits == 2 ? ask.rows_of_block * PIECES * Fours<PIECES>::size(ask.of.groups) + CHUNK : 0),
         values(in_chunks ? 0 : ask.rows_of_block * ask.chunks() * CHUNK + LANES) {
     for (int64_t c = 0; c < ask.chunks(); c++) groups[c] = c * CHUNK / ask.of.group;
   }
@@ -219,7 +232,7 @@ struct Decoded {
 
   void read_levels(int64_t r) {
     row.read(ask, first_row + r);
-    if (ask.of.bits < 8) return levels_of_row(r).read(row, ask.of.groups, ask.of.bits);
+    if (ask.of.bits == 2) return fours_of_row(r).read(row, ask.of.groups);
     float* to = factors_of_row(r);
     for (const std::vector<float>* some : {&row.base, &row.step, &row.jump})
       to = std::copy_n(some->begin(), ask.of.groups, to);
@@ -227,9 +240,9 @@ struct Decoded {
 
   float* factors_of_row(int64_t r) { return factors.data() + r * 3 * ask.of.groups; }
 
-  Levels<PIECES> levels_of_row(int64_t r) {
-    const int64_t size = Levels<PIECES>::size(ask.of.groups, ask.of.bits);
-    uint16_t* first = levels.data() + r * PIECES * size;
+  Fours<PIECES> fours_of_row(int64_t r) {
+    const int64_t size = Fours<PIECES>::size(ask.of.groups);
+    uint16_t* first = fours.data() + r * PIECES * size;
     return {first, first + (PIECES - 1) * size};
   }
 
@@ -289,12 +302,13 @@ struct Decoded {
 
   template <int BITS>
   auto decoder(int64_t r) {
-    if constexpr (BITS == 8) {
-      const float* base = factors_of_row(r);
-      return Compute<PIECES>{base, base + ask.of.groups, ask.residual ? base + 2 * ask.of.groups : nullptr, piece_size()};
-    } else {
-      return Pick<BITS, PIECES>{levels_of_row(r), piece_size(), places, Spread<BITS>()};
-    }
+    const float *base = factors_of_row(r), *step = base + ask.of.groups, *jump = ask.residual ? step + ask.of.groups : nullptr;
+    if constexpr (BITS == 8)
+      return Compute<PIECES>{base, step, jump, piece_size()};
+    else if constexpr (BITS == 4)
+      return Pick<4, PIECES, Sixteens<PIECES>>{{base, step, jump, ask.of.groups - 1}, piece_size(), places, Spread<4>()};
+    else
+      return Pick<2, PIECES, Fours<PIECES>>{fours_of_row(r), piece_size(), places, Spread<2>()};
   }
 };
 

@@ -113,12 +113,13 @@ def test_doctor_shows_every_layer_and_the_verdicts(model: Path, arrow_quant: Com
         "int2", "2.500", "g64 clip as asked, the last group of a row has 32 columns"
     ]  # fmt: skip
     assert (done.code, done.err) == (0, "")
-    size, calibration, memory, disk = rows[24:]
+    size, calibration, memory, disk, device = rows[24:]
     assert size.startswith("text: 0.30 MB become 0.")
     assert calibration == "calibration: from the weights alone: calibration is switched off"
     assert memory.startswith("memory: ")
     assert memory.endswith("MB there: fits")
     assert disk.endswith("MB there: fits")
+    assert device.startswith("device: cpu")
 
 
 def test_inspect_shows_a_table(int4: Path, arrow_quant: Command) -> None:
@@ -276,7 +277,7 @@ def test_doctor_warns_of_too_little_memory(
     monkeypatch.setattr("arrow_quant_v2.doctor.available_bytes", lambda: available or int(needed * 1.2))
     done = arrow_quant("doctor", model)
     assert done.code == code
-    assert lines(done.out)[-2].endswith(f"MB there: {verdict}")
+    assert lines(done.out)[-3].endswith(f"MB there: {verdict}")
     assert json.loads(arrow_quant("doctor", model, "--json").out)["verdict"] == verdict
 
 

@@ -5,12 +5,13 @@ Without a GPU a pretended device stands in for it (see pretend_device), in a pro
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from small_models import run_python
+from small_models import Run, layers, run_python, save_model
 from text_models import save_folder, small_module
 from torch import nn
 
@@ -21,7 +22,7 @@ from arrow_quant_v2.engines.devices import telling_what_is_full
 from arrow_quant_v2.validation.outputs import call
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -183,6 +184,39 @@ def test_full_memory_is_not_taken_for_a_forward_that_fails_when_outputs_are_comp
     runnable = Runnable(module=Full(), modality="image", names={})
     with pytest.raises(QuantizationError, match=r"its memory is full"), telling_what_is_full("cuda"):
         call(runnable, Sample(arguments=(torch.ones(2, 32),), timestep=0.5))
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose GPU has 1.5 GB free."""
+    monkeypatch.setattr("arrow_quant_v2.engines.devices._accelerators", lambda: ("cuda", 1))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1_500_000_000, 2_000_000_000))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Some GPU")
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [(layers(), "fits"), ({"wide.weight": torch.zeros(8, 8000)}, "weights are read from the disk block by block")],
+)
+def test_the_doctor_says_whether_a_gpu_holds_the_model(
+    tensors: dict[str, torch.Tensor], told: str, tmp_path: Path, arrow_quant: Callable[..., Run]
+) -> None:
+    done = arrow_quant("doctor", save_model(tmp_path / "model", tensors), "--device", "cuda:0")
+    assert done.code == 0
+    line = done.out.splitlines()[-1]
+    assert re.fullmatch(rf"device: cuda:0 Some GPU: \d+ MB needed, 1500 MB free: {told}", line)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_the_doctor_names_devices_that_were_not_asked_for(tmp_path: Path, arrow_quant: Callable[..., Run]) -> None:
+    done = arrow_quant("doctor", save_model(tmp_path / "model"))
+    assert done.out.splitlines()[-1] == "device: cpu; --device can be cuda, cuda:0"
+
+
+def test_the_doctor_refuses_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"device is 'warp'.* can work here on cpu"):
+        ArrowQuantV2().doctor(save_model(tmp_path / "model"), DiffusionQuantConfig(device="warp"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import resource
@@ -17,11 +18,13 @@ import pyarrow as pa
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.layers import chunk_bytes
 from arrow_quant_v2.packed import ITEM_BITS
+from arrow_quant_v2.plan import quant_axis
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from arrow_quant_v2.config import DiffusionQuantConfig
+    from arrow_quant_v2.packed import TensorInfo
     from arrow_quant_v2.plan import LayerPlan
 
 LARGEST_SLICE = 8 * 2**20  # small enough to stay in the last cache between reading and quantizing
@@ -36,6 +39,9 @@ EQUALIZED_MOMENTS = 6  # more where channels may be equalized in three ways
 ROWS_AT_ONCE = 8 * 2048  # of inputs, in the samples that are seen together
 RUNNING = 400 * 2**20  # transformers or diffusers, and what one call of a model leaves with torch
 OUTPUTS = 2**30  # of blocks, kept in memory; the others lie in files
+FLOAT = 4  # bytes
+COPIES = 3  # of H: as seen, in another basis, and its factor; of a tensor: as read, quantized, and what that lost
+ROOM = 2**30  # libraries and inputs
 LIBRARIES = 192 * 2**20  # what torch and Arrow import late, and keep, once work begins
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -159,6 +165,14 @@ def give_back_memory() -> None:
     pa.default_memory_pool().release_unused()
     if _trim is not None:
         _trim(0)
+
+
+def running_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """A whole model in float32, and what is made of its widest H or its largest tensor, where it runs."""
+    shapes = [info.shape for info in tensors]
+    widest = max((math.prod(shape[quant_axis(shape) :]) for shape in shapes if len(shape) > 1), default=0)
+    largest = max(map(math.prod, shapes), default=0)
+    return FLOAT * (sum(map(math.prod, shapes)) + COPIES * max(widest**2, largest)) + ROOM
 
 
 def available_bytes() -> int:

@@ -270,6 +270,7 @@ def doctor(
     no_calibration: NoCalibration = False,
     stats: Stats = None,
     samples: Samples = None,
+    device: Device = None,
     disk: Annotated[Path, typer.Option(help="a folder on the disk that the output will go to")] = Path(),
     as_json: AsJson = False,
 ) -> None:
@@ -293,6 +294,7 @@ def doctor(
         enable_calibration=False if no_calibration else None,
         stats=None if stats is None else str(stats),
         calibration_samples=samples,
+        device=device,
     )
     with _interruptible():
         found = _api().doctor(model, asked, disk=disk)
@@ -585,6 +587,19 @@ def _print_diagnosis(found: dict[str, Any]) -> None:
         ("disk", found["needed_disk_mb"], found["free_disk_mb"], found["disk_verdict"]),
     ):
         typer.echo(f"{what}: {needed:.0f} MB needed, {given:.0f} MB there: {verdict}")
+    typer.echo(_device_line(found))
+
+
+def _device_line(found: dict[str, Any]) -> str:
+    """On what the model would run, and what else there is."""
+    one = found["accelerator"]
+    if one is None:
+        others = ", ".join(name for name in found["devices"] if name != "cpu")
+        return f"device: cpu; --device can be {others}" if others else "device: cpu, there is no other"
+    free = "unknown" if one["free_memory_mb"] is None else f"{one['free_memory_mb']:.0f} MB"
+    named = f"{one['device']}{one['name'] and ' '}{one['name']}"
+    told = one["verdict"] if one["verdict"] == "fits" else "weights are read from the disk block by block"
+    return f"device: {named}: {one['needed_memory_mb']:.0f} MB needed, {free} free: {told}"
 
 
 def _print_layers(found: dict[str, Any]) -> None:

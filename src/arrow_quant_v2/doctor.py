@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from arrow_quant_v2.allocation import Scope, forethought, reach, refuse_unreachable
-from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget
+from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget, running_bytes
+from arrow_quant_v2.engines.devices import devices, free_bytes, name_of, refuse_missing
 from arrow_quant_v2.plan import (
     NOTHING_CALIBRATED,
     calibrated_method,
@@ -28,6 +30,26 @@ if TYPE_CHECKING:
 
 Verdict = Literal["fits", "tight", "will not fit"]
 COMFORTABLE = 0.7  # of what is available; above this other programs may have to make way
+DeviceVerdict = Literal["fits", "block by block"]
+CPU = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """The device beside the CPU on which the model shall run, and whether it holds all of the model; sizes in bytes.
+
+    free  None: nobody tells
+    """
+
+    device: str
+    name: str
+    needed: int
+    free: int | None
+
+    @property
+    def verdict(self) -> DeviceVerdict:
+        """A model that it cannot hold is read from the disk, block by block, which takes longer."""
+        return "fits" if self.free is None or self.needed <= self.free else "block by block"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +71,8 @@ class Diagnosis:
     needed_disk: int
     memory_verdict: Verdict
     disk_verdict: Verdict
+    devices: tuple[str, ...] = (CPU,)
+    accelerator: Accelerator | None = None
     reach: Reach | None = None
 
     @property
@@ -65,8 +89,9 @@ def diagnose(
     """Plan the run and weigh it against this machine; `out_disk` is a folder on the disk that the output goes to.
 
     Raises:
-        ConfigurationError: `max_memory` is less than the model needs.
+        ConfigurationError: `max_memory` is less than the model needs, or this machine has not the device.
     """
+    refuse_missing(config.device)
     refuse_unused_names(source.tensors, config)
     component = model.component if model else ""
     reason = _why_from_the_weights_alone(model, modality, config)
@@ -96,6 +121,8 @@ def diagnose(
         needed_disk=needed_disk,
         memory_verdict=_verdict(peak, memory),
         disk_verdict=_verdict(needed_disk, disk),
+        devices=tuple(devices()),
+        accelerator=_accelerator(source, config.device),
         reach=possible,
     )
 
@@ -110,6 +137,19 @@ def _reach(scope: Scope) -> Reach | None:
         return None
     refuse_unreachable(scope)
     return reach(scope)
+
+
+def _accelerator(source: Source, device: str) -> Accelerator | None:
+    """What is known of the device; None where it is the CPU, whose memory is weighed anyway."""
+    if device == CPU:
+        return None
+    free = free_bytes(device)
+    return Accelerator(
+        device=device,
+        name=name_of(device),
+        needed=running_bytes(source.tensors),
+        free=None if math.isinf(free) else int(free),
+    )
 
 
 def _why_from_the_weights_alone(model: Model | None, modality: Modality, config: DiffusionQuantConfig) -> str | None:

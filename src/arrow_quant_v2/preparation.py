@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arrow_quant_v2.budget import available_bytes
+from arrow_quant_v2.budget import available_bytes, running_bytes
 from arrow_quant_v2.calibration.balance import balanced
 from arrow_quant_v2.calibration.on_device import move_to
 from arrow_quant_v2.calibration.pipelines import open_pipeline
@@ -25,7 +25,6 @@ from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.engines.devices import free_bytes
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
-from arrow_quant_v2.plan import quant_axis
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.time_groups import uniform_groups
 
@@ -44,9 +43,6 @@ if TYPE_CHECKING:
 
 BLOCK_BY_BLOCK = "larger than memory: weights are read from disk block by block"
 CPU = "cpu"
-FLOAT = 4  # bytes
-COPIES = 3  # of H: as seen, in another basis, and its factor; of a tensor: as read, quantized, and what that lost
-ROOM = 2**30  # libraries and inputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,10 +160,7 @@ def open_runnable(
 
 def _larger_than_memory(source: Source, config: DiffusionQuantConfig) -> bool:
     """Whether the model in float32, and what is made of its widest H or its largest tensor, do not fit into memory."""
-    shapes = [info.shape for info in source.tensors]
-    widest = max((math.prod(shape[quant_axis(shape) :]) for shape in shapes if len(shape) > 1), default=0)
-    largest = max(map(math.prod, shapes), default=0)
-    needed = FLOAT * (sum(map(math.prod, shapes)) + COPIES * max(widest**2, largest)) + ROOM
+    needed = running_bytes(source.tensors)
     return needed > min(available_bytes(), config.max_memory or math.inf, free_bytes(config.device))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from arrow_quant_v2.allocation import Reach
-    from arrow_quant_v2.doctor import Diagnosis
+    from arrow_quant_v2.doctor import Accelerator, Diagnosis
     from arrow_quant_v2.orchestrator import Job, Outcome
     from arrow_quant_v2.report.write import Written
     from arrow_quant_v2.runtime.generate import Generation
@@ -178,6 +178,8 @@ def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
         "needed_disk_mb": diagnosis.needed_disk / 1e6,
         "free_disk_mb": diagnosis.free_disk / 1e6,
         "disk_verdict": diagnosis.disk_verdict,
+        "devices": list(diagnosis.devices),
+        "accelerator": None if diagnosis.accelerator is None else _accelerator(diagnosis.accelerator),
         "reach": None if diagnosis.reach is None else _reach(diagnosis.reach),
         "layers": [
             {
@@ -192,6 +194,16 @@ def diagnosis_result(diagnosis: Diagnosis) -> dict[str, Any]:
             }
             for plan in diagnosis.plans
         ],
+    }
+
+
+def _accelerator(found: Accelerator) -> dict[str, Any]:
+    return {
+        "device": found.device,
+        "name": found.name,
+        "needed_memory_mb": found.needed / 1e6,
+        "free_memory_mb": None if found.free is None else found.free / 1e6,
+        "verdict": found.verdict,
     }
 
 

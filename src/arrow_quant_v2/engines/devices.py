@@ -50,6 +50,11 @@ def free_bytes(device: str) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else math.inf
 
 
+def name_of(device: str) -> str:
+    """What a device is called by who made it; "" where nobody tells."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+
+
 @contextmanager
 def telling_what_is_full(device: str) -> Iterator[None]:
     """Inside, a device that runs out of memory is an error that names the way out.

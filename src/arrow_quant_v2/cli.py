@@ -65,6 +65,7 @@ NoCalibration = Annotated[bool, typer.Option("--no-calibration", help="from the 
 Samples = Annotated[int | None, typer.Option("--samples", help="samples that calibration looks at")]
 Stats = Annotated[Path | None, typer.Option("--stats", help="a folder that calibrate wrote; the model is not run")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides another; the tokenizer tells it too")]
+Tune = Annotated[int | None, typer.Option(help="steps of tuning all scales by the model's outputs")]
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
 Device = Annotated[str | None, typer.Option(help="where the model runs and layers are fitted: cpu or cuda")]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
@@ -151,6 +152,7 @@ def quantize(
     stats: Stats = None,
     samples: Samples = None,
     mask_token: MaskToken = None,
+    tune: Tune = None,
     seed: Seed = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a quantized model that lies there")] = False,
@@ -181,6 +183,7 @@ def quantize(
         stats=None if stats is None else str(stats),
         calibration_samples=samples,
         mask_token=mask_token,
+        tuning_steps=tune,
         seed=seed,
         device=device,
     )

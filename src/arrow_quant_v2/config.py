@@ -100,6 +100,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
     grid_refits           how often the grid of a group is fitted again to the codes it got
     error_correction      how much of what quantized layers did to its inputs a weight makes up for, 0 (none) to 1
+    tuning_steps          of scales and zero points after all, by what the whole model says; 0: none
     seed                  of every random choice of calibration
     device                where the model runs and layers are fitted to their inputs: "cpu", "cuda", "cuda:1"; part of
                           the result, because a GPU rounds otherwise than a CPU
@@ -149,6 +150,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_rotation: bool = Field(default=True, description="True or False")
     grid_refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
     error_correction: float = Field(default=0.5, ge=0, le=1, description="a number from 0 to 1")
+    tuning_steps: int = Field(default=0, ge=0, le=100_000, description="a whole number from 0 to 100000")
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
     device: Annotated[str, StringConstraints(pattern=r"^[a-z]+(:\d+)?$")] = Field(
         default="cpu", description="cpu, cuda or cuda and a number, such as 'cuda:1'"
@@ -204,6 +206,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ConfigurationError(_listed(_refusal(n, labels.get(n, n), settings.get(n)) for n in wrong)) from None
         _refuse_contradiction(config)
         _refuse_two_sizes(config, settings)
+        _refuse_tuning_unseen(config)
         return config
 
     @classmethod
@@ -377,6 +380,20 @@ def _refuse_contradiction(config: "DiffusionQuantConfig") -> None:
             raise ConfigurationError(
                 f"stats is {_repr.repr(config.stats)} and {name} is {_repr.repr(getattr(config, name))}, which"
                 " contradict each other; leave one of them out"
+            )
+
+
+def _refuse_tuning_unseen(config: "DiffusionQuantConfig") -> None:
+    """Refuse to tune by what a model says that nothing is shown to."""
+    for name, unseen in (
+        ("stats", config.stats is not None),
+        ("enable_calibration", not config.enable_calibration),
+        ("method", config.method in {"clip", "rtn"}),
+    ):
+        if unseen and config.tuning_steps:
+            raise ConfigurationError(
+                f"tuning_steps is {config.tuning_steps} and {name} is {_repr.repr(getattr(config, name))}, so the model"
+                " is not run; leave one of them out"
             )
 
 

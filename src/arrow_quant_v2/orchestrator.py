@@ -57,6 +57,8 @@ from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary, values_hash
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
+from arrow_quant_v2.tuned_run import TunedRun, tuned_plans
+from arrow_quant_v2.tuning import Tuner
 from arrow_quant_v2.weights_alone import Alone, settled
 from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
 
@@ -155,6 +157,7 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
         assemble(folder, done.plans, description, job.model)
         _refuse_too_large(job, folder)
         seconds = time.monotonic() - started
+        shown = replace(shown, notes=(*shown.notes, *done.notes))
         written = _report(job, folder.model, seconds, shown, verdict)
         folder.publish()
     return Outcome(
@@ -170,6 +173,7 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
 class _Shown:
     """What layers are fitted to: a model that can be called, or stats; and what people should know of it.
 
+    tuner   tunes grids by them; None: that is not asked, or cannot be
     judge   compares the model's outputs; None: the model cannot be run, or not with other weights, or nothing is asked
     reason  why nothing is known, where something was to be
     widths  of each layer, where a size was asked for
@@ -178,6 +182,7 @@ class _Shown:
     prepared: Prepared | None = None
     kept: KeptStats | None = None
     judge: Judge | None = None
+    tuner: Tuner | None = None
     reason: str = ""
     method: Method | None = None
     summary: Mapping[str, object] | None = None
@@ -219,7 +224,26 @@ def _one_pass(job: Job, run: _Run, shown: _Shown, widths: Mapping[str, LayerWidt
     fitted = _fitted(job, run, shown, {**shown.widths, **widths})
     plans = _work_on_layers(job, replace(run, plans=fitted.plans), fitted.names, shown.judge)
     judged_by = BY_OUTPUTS if fitted.names else BY_WEIGHTS
-    return Pass(plans=plans, names=fitted.names, order=fitted.order, judged_by=judged_by)
+    plans, notes = _tuned(job, run, shown, plans)
+    return Pass(plans=plans, names=fitted.names, order=fitted.order, judged_by=judged_by, notes=notes)
+
+
+def _tuned(
+    job: Job, run: _Run, shown: _Shown, plans: tuple[LayerPlan, ...]
+) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
+    """The same plans on grids that were tuned, where that was asked, and how it went."""
+    if shown.tuner is None:
+        return plans, ()
+    tuning = TunedRun(
+        source=job.source,
+        config=job.config,
+        description=run.description,
+        folder=run.folder,
+        tell=run.progress.tell,
+        should_stop=job.should_stop,
+    )
+    plans, told = tuned_plans(tuning, shown.tuner, plans)
+    return plans, (told,)
 
 
 def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
@@ -247,6 +271,7 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
         warnings.warn(note, stacklevel=3)
         return _Shown(reason=str(error), notes=(note,))
     judge, notes = _judge(job, prepared)
+    tuner, remarks = _tuner(job, prepared)
     samples = prepared.samples
     summary = {
         "samples": samples.count,
@@ -255,8 +280,8 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
         "time_groups": [list(edges) for edges in prepared.groups.ranges()],
         "method": method,
     }
-    notes = (*prepared.notes, *samples.notes, *notes)
-    return _Shown(prepared=prepared, judge=judge, method=method, summary=summary, notes=notes)
+    notes = (*prepared.notes, *samples.notes, *notes, *remarks)
+    return _Shown(prepared=prepared, judge=judge, tuner=tuner, method=method, summary=summary, notes=notes)
 
 
 def _judge(job: Job, prepared: Prepared) -> tuple[Judge | None, tuple[str, ...]]:
@@ -269,6 +294,20 @@ def _judge(job: Job, prepared: Prepared) -> tuple[Judge | None, tuple[str, ...]]
         return Judge(prepared.runnable, job.source, hold_out(prepared, job.config, job.provider)), ()
     except ValidationError as error:
         return None, (f"the bar is held against each layer's outputs, not against the model's: {error}",)
+
+
+def _tuner(job: Job, prepared: Prepared) -> tuple[Tuner | None, tuple[str, ...]]:
+    """Who tunes grids; or nobody, and why."""
+    if not job.config.tuning_steps:
+        return None, ()
+    if prepared.runnable.on_demand is not None:
+        return None, ("not tuned: the model is larger than memory",)
+    try:
+        return Tuner(prepared.runnable, prepared.samples.calls), ()
+    except (QuantizationError, ValidationError) as error:
+        if job.config.fail_fast:
+            raise
+        return None, (f"not tuned: {error}",)
 
 
 def _stats_shown(job: Job, kept: KeptStats, method: Method | None) -> _Shown:

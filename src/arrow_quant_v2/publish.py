@@ -110,7 +110,7 @@ def assemble(folder: WorkFolder, plans: Sequence[LayerPlan], description: Descri
         weights.mkdir(parents=True, exist_ok=True)
     groups = file_groups(plans)
     for number, group in enumerate(groups, start=1):
-        parts = [folder.part(index) for index in group]
+        parts = [folder.last(index) for index in group]
         _one_file(parts, weights / file_name(number, len(groups)), description)
     if model is not None:
         for path, name in kept_files(model).items():

@@ -47,12 +47,14 @@ class Pass:
     names      of the layers that were fitted to their inputs
     order      layers that share an input, in the order of fitting; each may depend on all before it
     judged_by  what every layer's own bar was about
+    notes      what a person should know of it
     """
 
     plans: Sequence[LayerPlan]
     names: frozenset[str]
     order: tuple[tuple[str, ...], ...]
     judged_by: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,7 +151,7 @@ class Rounds:
         return {name: fallen_back(more, because) for name in names}
 
     def _parts(self, done: Pass) -> Parts:
-        return Parts(self.source, {p.tensor.name: self.folder.part(n) for n, p in enumerate(done.plans)})
+        return Parts(self.source, {p.tensor.name: self.folder.last(n) for n, p in enumerate(done.plans)})
 
     def _warn(self, widths: Mapping[str, LayerWidth]) -> None:
         some = [f"{name} int{width.bits}" for name, width in list(widths.items())[:NAMED]]

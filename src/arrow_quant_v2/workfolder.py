@@ -4,6 +4,7 @@
     OUT.partial/parts/00017.part one finished layer; no *.parquet, so that nobody takes the folder for a model
     OUT.partial/widths.json      the widths that layers have fallen back to, where some have
     OUT.partial/allocation.json  the width of each layer, where that was found out by measuring
+    OUT.partial/tuned/           layers again, on grids that were tuned: all that were, or there is no folder
     OUT.partial/samples/         samples that the model made of itself, for calibration
     OUT.partial/model/           the output, while it is put together
     OUT.partial/old/             what is being replaced, for a moment
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 METADATA = "metadata.json"
 RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
-WIDTHS, ALLOCATION, SAMPLES = "widths.json", "allocation.json", "samples"
-OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp", ALLOCATION, SAMPLES}
+WIDTHS, ALLOCATION, SAMPLES, TUNED = "widths.json", "allocation.json", "samples", "tuned"
+OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp", ALLOCATION, SAMPLES, TUNED}
 
 
 class WorkFolder:
@@ -53,6 +54,7 @@ class WorkFolder:
         self.model, self.scratch = self.folder / MODEL, self.folder / SCRATCH
         self._parts, self._old = self.folder / PARTS, self.folder / OLD
         self.allocation, self.samples = self.folder / ALLOCATION, self.folder / SAMPLES
+        self.tuned = self.folder / TUNED
         self._overwrite = overwrite
         with explained(self.folder):
             self._refuse_existing()
@@ -73,6 +75,18 @@ class WorkFolder:
         """Where the finished layer of this number lies, or will lie."""
         return self._parts / f"{index:05d}.part"
 
+    def last(self, index: int) -> Path:
+        """Where the layer of this number lies as it ended: tuned, or as it was finished."""
+        tuned = self.tuned / self.part(index).name
+        return tuned if tuned.exists() else self.part(index)
+
+    def keep_tuned(self, folder: Path) -> None:
+        """Take over a folder of tuned layers, whole."""
+        with explained(self.tuned):
+            for path in (*folder.iterdir(), folder):
+                fsync(path)
+            folder.rename(self.tuned)
+
     def recall(self) -> str | None:
         """What `remember` was given last, by this run or the one that it goes on with."""
         path = self.folder / WIDTHS
@@ -89,8 +103,12 @@ class WorkFolder:
             fresh.rename(path)
 
     def forget(self, indexes: Iterable[int]) -> None:
-        """These layers are not finished any more."""
+        """These layers are not finished any more, and none is tuned."""
         with explained(self._parts):
+            if self.tuned.exists():
+                self.scratch.mkdir(exist_ok=True)
+                gone = self.tuned.rename(self.scratch / TUNED)  # at once: half of them would be taken for all
+                shutil.rmtree(gone)
             for index in indexes:
                 self.part(index).unlink(missing_ok=True)
 

@@ -57,7 +57,7 @@ def model_outputs(
     Raises:
         ValidationError: the model cannot be called, or gives no tensor of floating-point numbers.
     """
-    return _each(runnable, samples, done, lambda sample, output: _meaning(runnable, sample, output))
+    return _each(runnable, samples, done, lambda sample, output: meaning_of(runnable, sample, output))
 
 
 def hidden_logits(
@@ -70,7 +70,7 @@ def hidden_logits(
     """
 
     def logits_of(sample: Sample, output: Any) -> torch.Tensor:
-        logits = _hidden_logits(runnable, sample, output)
+        logits = hidden_logits_of(runnable, sample, output)
         if logits is None:
             raise ValidationError(f"{type(runnable.module).__name__}: gives no logits for hidden tokens")
         return logits
@@ -171,12 +171,15 @@ def _refuse_misfits(runnable: Runnable, source: Source, places: dict[str, torch.
 # What a call gives
 
 
+def evenly(rows: torch.Tensor, room: int) -> torch.Tensor:
+    """As many rows as `room` numbers have room for, evenly spread and always the same."""
+    most = max(1, room // max(1, rows.shape[1]))
+    return rows[torch.arange(most) * len(rows) // most] if len(rows) > most else rows
+
+
 def _evenly(rows: torch.Tensor, room: int) -> torch.Tensor:
     """As many rows as there is room for, evenly spread, a copy of their own."""
-    most = max(1, room // max(1, rows.shape[1]))
-    if len(rows) > most:
-        rows = rows[torch.arange(most) * len(rows) // most]
-    return rows.detach().float().contiguous().clone()
+    return evenly(rows, room).detach().float().contiguous().clone()
 
 
 def call(runnable: Runnable, sample: Sample) -> Any:
@@ -197,9 +200,9 @@ def call(runnable: Runnable, sample: Sample) -> Any:
         ) from error
 
 
-def _meaning(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor:
+def meaning_of(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor:
     """(rows, width) of the tensor that matters."""
-    logits = _hidden_logits(runnable, sample, output)
+    logits = hidden_logits_of(runnable, sample, output)
     if logits is not None:
         return logits.float().softmax(dim=-1)
     ids: Any = sample.keywords.get("input_ids")
@@ -216,7 +219,7 @@ def _meaning(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor:
     return found.reshape(len(found) if found.ndim >= MATRIX else 1, -1)
 
 
-def _hidden_logits(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor | None:
+def hidden_logits_of(runnable: Runnable, sample: Sample, output: Any) -> torch.Tensor | None:
     """(rows, vocabulary) of hidden tokens, of all where nothing is hidden; None where the model hides no tokens."""
     ids: Any = sample.keywords.get("input_ids")
     logits: Any = getattr(output, "logits", None)

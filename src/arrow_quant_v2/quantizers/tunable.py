@@ -1,0 +1,128 @@
+"""Scales and zero points that move while their codes stay, by gradients of the weight. Knows no model and no loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+
+from arrow_quant_v2.kernels import ops, reference
+from arrow_quant_v2.kernels.tensors import dequantized, shared_tensor
+from arrow_quant_v2.quantizers.basis import Basis
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from arrow_quant_v2.packed import PackedTensor
+
+LARGEST = 255  # of a stored number
+RATE = 0.15  # usual step of a stored number, times the levels of the grid: at every width as much of a code
+MOMENTUM, SPREAD = 0.9, 0.99  # of Adam
+
+
+class Tunable:
+    """The grid of a layer's codes, or of some rows of them.
+
+    Stored numbers are bytes. What moves are float32 numbers behind them, by Adam (Kingma and Ba, 2015); the model only
+    ever sees them rounded, as they would be stored, and its gradient is taken for theirs (straight through).
+    """
+
+    def __init__(self, packed: PackedTensor) -> None:
+        """Start from a grid as it is."""
+        self._packed = packed
+        self._moving = [shared_tensor(packed.scales).float()]
+        if packed.zero_points is not None:
+            self._moving.append(shared_tensor(packed.zero_points).float())
+        self._adam = torch.optim.Adam(self._moving, lr=self._rate, betas=(MOMENTUM, SPREAD), foreach=False, fused=False)
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The same codes on the grid as it is now."""
+        return self._packed
+
+    def weight(self) -> Tensor:
+        """(rows, columns) float32, in the basis of the model."""
+        return dequantized(self._packed)
+
+    def felt(self, of_weight: Tensor) -> list[Tensor]:
+        """The gradient (rows, columns) of the weight -> that of the stored scales, and of the zero points."""
+        packed, layout = self._packed, self._packed.layout
+        scale = None if packed.equalization is None else shared_tensor(packed.equalization)
+        basis = Basis(channels=layout.channels or 1, rotation=packed.rotation, equalization=scale)
+        codes = ops.unpack(shared_tensor(packed.codes), layout.bits, layout.columns)
+        of_coded = basis.inputs(of_weight)  # the transpose of what is done to codes
+        return _residual(packed, codes, of_coded) if layout.grid == "r2q" else _affine(packed, codes, of_coded)
+
+    def move(self, felt: Sequence[Tensor], share: float) -> None:
+        """Make one step against the gradient, `share` times as large as the usual one."""
+        for moving, gradient in zip(self._moving, felt, strict=True):
+            moving.grad = gradient
+        for group in self._adam.param_groups:
+            group["lr"] = self._rate * share
+        self._adam.step()
+        stored = [moving.clamp_(0.0, LARGEST).round().to(torch.uint8) for moving in self._moving]
+        changed: dict[str, Any] = {"scales": _ordered(stored[0], self._packed).numpy()}
+        if len(stored) > 1:
+            changed["zero_points"] = stored[1].numpy()
+        self._packed = replace(self._packed, **changed)
+
+    @property
+    def _rate(self) -> float:
+        return RATE / (2**self._packed.layout.bits - 1)
+
+
+def _ordered(scales: Tensor, packed: PackedTensor) -> Tensor:
+    """Stored scales whose levels are in order: on the residual grid s1^2 >= m s2^2."""
+    if packed.layout.grid != "r2q":
+        return scales
+    pairs = scales.unflatten(1, (-1, 2))
+    most = (pairs[..., 0].double().square() / reference.largest_low(packed.layout.bits)).sqrt().floor()
+    return torch.stack([pairs[..., 0], torch.minimum(pairs[..., 1], most.to(torch.uint8))], dim=2).flatten(1)
+
+
+def _sums(columns: Tensor, packed: PackedTensor) -> Tensor:
+    """(rows, columns) -> (rows, groups): each group's sum."""
+    layout = packed.layout
+    whole = pad(columns, (0, layout.groups * layout.group - layout.columns))
+    return whole.reshape(len(columns), -1, layout.group).sum(dim=2)
+
+
+def _of_scales(felt: Tensor, packed: PackedTensor) -> Tensor:
+    """d/ds of row_scale (s / 255)^2, times what that is felt: 2 row_scale s / 255^2."""
+    rows = shared_tensor(packed.row_scales).view(torch.bfloat16).float()[:, None]
+    return felt * rows * shared_tensor(packed.scales).float() * (2.0 / LARGEST**2)
+
+
+def _affine(packed: PackedTensor, codes: Tensor, felt: Tensor) -> list[Tensor]:
+    """W = scale (code - zero): d/dscale = sum g (code - zero), d/dzero = -scale sum g."""
+    bits = packed.layout.bits
+    scales, rows = shared_tensor(packed.scales), shared_tensor(packed.row_scales).view(torch.bfloat16)
+    none = scales[:, :0]
+    zeros = none if packed.zero_points is None else shared_tensor(packed.zero_points)
+    total = _sums(felt, packed)
+    of_scale = _sums(felt * codes, packed) - reference.zero_of(zeros, scales, bits) * total
+    if packed.zero_points is None:
+        return [_of_scales(of_scale, packed)]
+    return [_of_scales(of_scale, packed), -reference.scale_of(scales, rows) * total * ((2**bits - 1) / LARGEST)]
+
+
+def _residual(packed: PackedTensor, codes: Tensor, felt: Tensor) -> list[Tensor]:
+    """W = mu + a1 t + a2 k, mu = (a1 + m a2) share: of a1 sum g t + share sum g, of a2 sum g k + m share sum g."""
+    bits, m = packed.layout.bits, reference.largest_low(packed.layout.bits)
+    total = _sums(felt, packed)
+    top = torch.where(codes > m, felt, -felt)
+    low = felt * (2.0 * (codes & m).float() - m)
+    share = torch.zeros_like(total)
+    if packed.zero_points is not None:
+        share = (LARGEST - 2.0 * shared_tensor(packed.zero_points).float()) / LARGEST
+    both = [_sums(top, packed) + share * total, _sums(low, packed) + m * share * total]
+    of_scales = _of_scales(torch.stack(both, dim=2).flatten(1), packed)
+    if packed.zero_points is None:
+        return [of_scales]
+    scales, rows = shared_tensor(packed.scales), shared_tensor(packed.row_scales).view(torch.bfloat16)
+    grid = reference.residual_of(scales, scales[:, :0], rows, bits)
+    return [of_scales, (grid.a1 + m * grid.a2) * total * (-2.0 / LARGEST)]

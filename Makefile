@@ -60,13 +60,15 @@ bench: $(READY) $(PEERS)/.ready
 	$(PEERS)/bin/python bench/peers/speed.py --folder $(OUT)/speed --json $(OUT)/peers-speed.json
 	$(BIN)/python bench/speed.py --peers $(OUT)/peers-speed.json --json $(OUT)/speed.json
 
+# A run that was killed goes on when this is asked for again; one that ended leaves its figures, and the next begins anew.
 QUALITY := $(OUT)/quality
+RUN := $(QUALITY)/run
 bench-quality: $(READY) $(PEERS)/.ready
-	$(BIN)/python bench/quality.py --folder $(QUALITY) --write
-	$(PEERS)/bin/python bench/peers/quality.py --folder $(QUALITY) --json $(QUALITY)/peers.json
-	$(BIN)/python bench/quality.py --folder $(QUALITY) --peers $(QUALITY)/peers.json --json $(QUALITY)/quality.json --markdown $(QUALITY)/quality.md
+	$(BIN)/python bench/quality.py --folder $(RUN) --write
+	$(PEERS)/bin/python bench/peers/quality.py --folder $(RUN) --json $(RUN)/peers.json
+	$(BIN)/python bench/quality.py --folder $(RUN) --peers $(RUN)/peers.json --json $(QUALITY)/quality.json --markdown $(QUALITY)/quality.md
 	$(PEERS)/bin/python bench/charts.py $(QUALITY)/quality.json --out docs/charts/quality.svg
-	rm -rf $(QUALITY)/restored
+	rm -rf $(RUN)
 
 bench-large: $(READY)
 	mkdir -p $(OUT)

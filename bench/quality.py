@@ -1,13 +1,13 @@
 """Quality of outputs beside every peer's, at 2, 4 and 8 bits, on every real model here: one run, one table.
 
     python bench/quality.py --write [--models NAME ...]          the weights, for bench/peers/quality.py
-    python bench/quality.py --peers bench/out/quality/peers.json [--json FILE] [--markdown FILE]
+    python bench/quality.py --peers bench/out/quality/run/peers.json [--json FILE] [--markdown FILE]
 
 All get the same weights: linear layers and convolutions (as matrices), no tables. Peers round what lies in the folder;
 those that look at inputs get H = mean x x^T of our own calibration samples, in the original model. Bits are counted as
 stored: codes, scales, zeros; what a peer refused counts 16. Error is |a - b|^2 / |a|^2 of the model's outputs, by the
 judge of `arrow-quant validate`, on inputs that nothing was fitted to. Ours is closer than a peer's cell where some
-setting of ours with no more stored bits has less error.
+setting of ours with no more stored bits has less error. A run that was killed goes on in the same folder.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 THREADS = 2
+DESCRIBED = "model.json"  # of a model whose weights are written: its last file
 LOOKED_AT = 64  # calls whose inputs peers are told of
 SAMPLES_AT_8 = 16  # calls that ours is calibrated on there
 KEYS = ("model", "peer", "setting", "bits")
 # For those that ask for hardly more than the codes: no scales of channels, and at 2 and 4 bits the affine grid.
 ROWS = {"group_size": None, "symmetric": True, "enable_spatial": False}
 WIDE = {"group_size": 256, "method": "gptq", "enable_spatial": False}
+NARROW = {"rows, symmetric": ROWS | {"method": "gptq"}, "g256, affine": WIDE}
+GROUPS = {f"g{size}": {"group_size": size} for size in (128, 64, 32, 16)}
 GRIDS: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"g256, affine": WIDE} | {f"g{size}": {"group_size": size} for size in (64, 32, 16)},
-    4: {
-        "rows, symmetric": ROWS | {"method": "gptq"},
-        "g256, affine": WIDE,
-        "g64": {"group_size": 64},
-        "g32": {"group_size": 32},
-    },
-    8: {"rows, symmetric": ROWS} | {f"g{size}": {"group_size": size} for size in (128, 64, 32)},
+    2: NARROW | {label: GROUPS[label] for label in ("g64", "g32", "g16")},
+    4: NARROW
+    | {"rows, 4.15 bits": NARROW["rows, symmetric"] | {"target_bits": 4.15}}
+    | {label: GROUPS[label] for label in ("g64", "g32", "g16")},
+    8: {"rows, symmetric": ROWS} | GROUPS,
 }
 
 
@@ -107,16 +107,18 @@ def inputs_of(
 
 
 def write_weights(names: list[str], folder: Path) -> None:
-    """What bench/peers/quality.py reads: a folder for each model."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """What bench/peers/quality.py reads: a folder for each model; those that are there already are left."""
     for name in names:
         place = folder / name
+        if (place / DESCRIBED).exists():
+            continue
+        shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         with opened(SUBJECTS[name](place)) as model:
             weights = compared(model)
             save_file(weights, place / "weights.safetensors")
             save_file(products(model, list(weights), LOOKED_AT), place / "products.safetensors")
-            (place / "model.json").write_text(json.dumps(described(model)))
+            (place / DESCRIBED).write_text(json.dumps(described(model)))
         CONSOLE.print(f"{name}: {len(weights)} weights, {parameters(weights) / 1e6:.2f} M parameters")
 
 
@@ -193,12 +195,9 @@ def our_cell(judge: Judge, weights: Mapping[str, Tensor], cell: Cell, out: Path)
 def settings_of(cell: Cell, subject: Subject) -> dict[str, Any]:
     """At 8 bits fewer samples do: hardly anything is left to fit."""
     few = {"calibration_samples": SAMPLES_AT_8, "enable_calibration": not subject.alone_at_8} if cell.bits == 8 else {}
-    return (
-        {"bit_width": cell.bits, "calibration_tokens": 0}
-        | dict(subject.settings)
-        | GRIDS[cell.bits][cell.setting]
-        | few
-    )
+    grid = GRIDS[cell.bits][cell.setting]
+    width = {} if "target_bits" in grid else {"bit_width": cell.bits}
+    return width | {"calibration_tokens": 0} | dict(subject.settings) | grid | few
 
 
 def our_config(model: Opened, weights: Mapping[str, Tensor], settings: dict[str, Any]) -> DiffusionQuantConfig:
@@ -267,7 +266,7 @@ def cells_of(names: Iterable[str], peers: Sequence[dict[str, Any]], folder: Path
 def main() -> None:
     """Write, or judge and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("bench/out/quality"))
+    parser.add_argument("--folder", type=Path, default=Path("bench/out/quality/run"))
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--write", action="store_true", help="only write the weights, for bench/peers/quality.py")
     parser.add_argument("--peers", type=Path, help="what bench/peers/quality.py measured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -73,3 +74,33 @@ def test_a_cell_that_failed_says_why_and_counts_nowhere(table, cell) -> None:
 def test_a_tie_is_the_peers(table, cell) -> None:
     cells = [cell(table.OURS, 2.5, 0.2), cell("peer", 2.5, 0.2)]
     assert table.verdict("m", 2, cells).winners == (cells[1],)
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH / "peers")])
+    monkeypatch.delitem(sys.modules, "quality", raising=False)  # that of ours has the same name
+    found = importlib.import_module("quality")
+    monkeypatch.setattr(found, "version", lambda _: "1.0")
+    yield found
+    sys.modules.pop("quality", None)
+
+
+def test_peers_go_on_behind_the_cell_that_a_process_died_in(peers, monkeypatch, tmp_path) -> None:
+    ask = argparse.Namespace(models=["m"], bits=[2, 4, 8], folder=tmp_path, threads=1)
+    todo = peers.tasks(ask.models, "gguf", ask.bits)
+    started: list[int] = []
+
+    def one_cell_then_death(package: str, ask: argparse.Namespace) -> tuple[str, int]:
+        left = peers.missing(todo, ask.folder)
+        started.append(len(left))
+        peers.note(peers.failed(left[0], "done"), ask.folder)
+        return "MemoryError: too large", 1
+
+    monkeypatch.setattr(peers, "run", one_cell_then_death)
+    said = [row["failure"] for row in peers.cells("gguf", ask)]
+    assert started == [4, 2]
+    assert said == ["done", "exit status 1: MemoryError: too large"] * 2
+
+    assert [row["failure"] for row in peers.cells("gguf", ask)] == said
+    assert started == [4, 2]  # nothing was left to do

@@ -1,8 +1,9 @@
 """Every peer's rounding of real models' weights at 2, 4 and 8 bits, written back dequantized; judges nothing.
 
-Run it with the peers' own Python: .venv-peers/bin/python bench/peers/quality.py --folder bench/out/quality --json FILE.
-There lie the weights as bench/quality.py --write left them; its --peers judges what comes out. Each peer runs in a
-process of its own, so that one that dies costs the cell it was in; what it refuses is told in its own words.
+Run it with the peers' own Python: .venv-peers/bin/python bench/peers/quality.py --folder bench/out/quality/run
+--json FILE. There lie the weights as bench/quality.py --write left them; its --peers judges what comes out. Each peer
+runs in a process of its own, so that one that dies costs the cell it was in; what it refuses is told in its own words.
+Each cell is noted as soon as it is known, so that a run that was killed goes on behind it.
 """
 
 import argparse
@@ -38,6 +39,7 @@ REFUSALS = (
 )
 KEPT_BITS = 16  # of a weight that a peer refused
 ERROR_CHARACTERS = 200
+NOTES = "peers.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,34 +273,55 @@ def failed(task: Task, words: str) -> dict[str, Any]:
 def cells(package: str, ask: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All cells of one package; after a death the next process goes on behind the cell that it happened in."""
     todo = tasks(ask.models, package, ask.bits)
-    done = 0
-    while done < len(todo):
-        rows, stderr, status = run(package, done, ask)
-        yield from rows
-        done += len(rows)
-        if done < len(todo):
-            yield failed(todo[done], raised(stderr, status))
-            done += 1
+    while left := missing(todo, ask.folder):
+        stderr, status = run(package, ask)
+        for died in missing(left, ask.folder)[:1]:
+            note(failed(died, raised(stderr, status)), ask.folder)
+    known = noted(ask.folder)
+    yield from (known[key_of(task.told)] for task in todo)
 
 
-def run(package: str, start: int, ask: argparse.Namespace) -> tuple[list[dict[str, Any]], str, int]:
-    """A process of its own: its rows, one a line behind a mark."""
+def run(package: str, ask: argparse.Namespace) -> tuple[str, int]:
+    """A process of its own, which notes its cells."""
     command = [sys.executable, __file__, "--folder", str(ask.folder), "--threads", str(ask.threads)]
-    command += ["--models", *ask.models, "--bits", *map(str, ask.bits), "--child", package, str(start)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = [json.loads(line.removeprefix(MARK)) for line in done.stdout.splitlines() if line.startswith(MARK)]
-    return rows, done.stderr, done.returncode
+    command += ["--models", *ask.models, "--bits", *map(str, ask.bits), "--child", package]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    return done.stderr, done.returncode
 
 
-MARK = "cell: "
-
-
-def child(package: str, start: int, ask: argparse.Namespace) -> None:
+def child(package: str, ask: argparse.Namespace) -> None:
     """What `run` runs."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # as it comes it makes one on two cores, and asks itself for two
-    for task in tasks(ask.models, package, ask.bits)[start:]:
-        print("\n" + MARK + json.dumps(cell(task, ask.folder)), flush=True)  # behind what a peer left on its line
+    for task in missing(tasks(ask.models, package, ask.bits), ask.folder):
+        note(cell(task, ask.folder), ask.folder)
+
+
+# What is known already
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells one cell from another."""
+    return tuple(row[key] for key in ("model", "peer", "setting", "bits"))
+
+
+def noted(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of cells that are done."""
+    notes = folder / NOTES
+    rows = map(json.loads, notes.read_text().splitlines()) if notes.exists() else ()
+    return {key_of(row): row for row in rows}
+
+
+def note(row: dict[str, Any], folder: Path) -> None:
+    """Keep one row."""
+    with (folder / NOTES).open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def missing(todo: Iterable[Task], folder: Path) -> list[Task]:
+    """Those that are not done yet."""
+    known = noted(folder)
+    return [task for task in todo if key_of(task.told) not in known]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -318,7 +341,7 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     ask = parser.parse_args()
     ask.models = ask.models or sorted(file.parent.name for file in ask.folder.glob("*/model.json"))
     return ask
@@ -328,7 +351,7 @@ def main() -> None:
     ask = asked()
     torch.set_num_threads(ask.threads)
     if ask.child:
-        child(ask.child[0], int(ask.child[1]), ask)
+        child(ask.child, ask)
         return
     rows = []
     for package in ask.packages:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
 from arrow_quant_v2.report.write import write_page
-from arrow_quant_v2.validation.judge import Wish
+from arrow_quant_v2.validation.judge import Heard, Wish
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -40,6 +40,7 @@ WIDTHS = (8, 4, 2)
 BAR = 0.85
 COLUMNS = ("model", "MB", "smaller", "bits/weight", "weight cosine", "output cosine", "error", "bar", "seconds")
 TEXTS = 64
+SAMPLES_AT_8 = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +120,21 @@ def row(name: str, bits: int, result: dict[str, Any], found: Findings, seconds: 
     )
 
 
+def config_of(subject: Subject, bits: int) -> DiffusionQuantConfig:
+    """At 8 bits fewer samples do: hardly anything is left to fit."""
+    few = {"calibration_samples": SAMPLES_AT_8} if bits == 8 else {}
+    settings = {"bit_width": bits, "min_accuracy": 0.0, "calibration_tokens": 0} | subject.settings | few
+    return DiffusionQuantConfig(**settings)
+
+
 def show(name: str, subject: Subject, table: Table) -> dict[str, Findings]:
     """Quantize one model in three widths, and run each beside the original."""
-    quantizer, shown = ArrowQuantV2(), {}
+    quantizer, heard, shown = ArrowQuantV2(), Heard(), {}
     for bits in WIDTHS:
         out, started = OUT / f"{name}-int{bits}", time.perf_counter()
-        config = DiffusionQuantConfig(bit_width=bits, min_accuracy=0.0, calibration_tokens=0, **subject.settings)
-        result = quantizer.quantize_diffusion_model(subject.original, out, config)
+        result = quantizer.quantize_diffusion_model(subject.original, out, config_of(subject, bits))
         made = time.perf_counter()
-        found = quantizer.find_out(subject.original, out, Wish(min_accuracy=BAR, pairs=1, **subject.wish))
+        found = quantizer.find_out(subject.original, out, Wish(min_accuracy=BAR, pairs=1, **subject.wish), heard=heard)
         table.add_row(*row(name, bits, result, found, (made - started, time.perf_counter() - made)))
         shown[f"{name} INT{bits}"] = found
     return shown
@@ -142,17 +149,7 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     table = Table(title=f"everything stored counted; the bar is an output cosine of {BAR}")
-    for column in (
-        "model",
-        "MB",
-        "smaller",
-        "bits/weight",
-        "weight cosine",
-        "output cosine",
-        "error",
-        "bar",
-        "seconds",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right")
     found: dict[str, Findings] = {}
     console = Console(width=120)

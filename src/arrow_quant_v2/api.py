@@ -36,7 +36,7 @@ from arrow_quant_v2.sources.modality import detect_modality
 from arrow_quant_v2.sources.module import ModuleSource
 from arrow_quant_v2.sources.parquet import ParquetSource
 from arrow_quant_v2.stats_run import StatsJob, make_stats, merge_stats
-from arrow_quant_v2.validation.judge import HELD_OUT, Wish, find_out, part
+from arrow_quant_v2.validation.judge import HELD_OUT, Heard, Wish, find_out, part
 from arrow_quant_v2.workfolder import METADATA
 
 if TYPE_CHECKING:
@@ -210,14 +210,17 @@ class ArrowQuantV2:
         quantized_path: PathLike,
         wish: Wish | None = None,
         progress_callback: Report | None = None,
+        heard: Heard | None = None,
     ) -> Findings:
         """What `validate_quality` finds, as records, with the samples that both models made.
+
+        `heard` keeps what the original said: the same one for several quantized models of it, and it is asked once.
 
         Raises:
             ArrowQuantError: as `validate_quality`.
         """
         original = original_path if isinstance(original_path, torch.nn.Module) else Path(original_path)
-        return find_out(original, Path(quantized_path), wish, progress_callback)
+        return find_out(original, Path(quantized_path), wish, progress_callback, heard)
 
     def compare(
         self,
@@ -238,10 +241,11 @@ class ArrowQuantV2:
         if not quantized_paths:
             raise ConfigurationError("no quantized models were given; give one or more folders to compare")
         wish = _wish(**({"seed": HELD_OUT} | more))
-        count, models = len(quantized_paths), []
+        count, models, heard = len(quantized_paths), [], Heard()
         for number, path in enumerate(quantized_paths):
             report = part(progress_callback, number / count, (number + 1) / count)
-            models.append({"path": str(path)} | validation_result(self.find_out(original_path, path, wish, report)))
+            found = self.find_out(original_path, path, wish, report, heard)
+            models.append({"path": str(path)} | validation_result(found))
         named = isinstance(original_path, torch.nn.Module)
         original = type(original_path).__name__ if named else str(original_path)
         return {"original": original, "original_mb": models[0]["original_mb"], "models": models}

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +18,8 @@ from text_models import SPECIAL, WORDS, save_bert, save_folder, small_module
 
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig
 from arrow_quant_v2.errors import SourceError, ValidationError
-from arrow_quant_v2.validation.judge import Wish, find_out
+from arrow_quant_v2.validation import judge
+from arrow_quant_v2.validation.judge import Heard, Wish, find_out, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,6 +134,19 @@ def test_the_same_wish_finds_the_same(masked: Path, tmp_path: Path) -> None:
     assert one.steps == other.steps
     assert one.layers == other.layers
     assert find_out(masked, out, Wish(count=4, seed=5)).metrics != one.metrics
+
+
+def test_an_original_says_the_same_once_to_several(masked: Path, tmp_path: Path, monkeypatch) -> None:
+    outs = [quantized(masked, tmp_path / f"int{bits}", bits) for bits in (8, 4)]
+    alone = [find_out(masked, out, Wish(count=4, pairs=1)) for out in outs]
+    asked: list[object] = []
+    monkeypatch.setattr(judge, "gather", lambda *given: asked.append(given) or gather(*given))
+    heard = Heard()
+    together = [find_out(masked, out, Wish(count=4, pairs=1), heard=heard) for out in outs]
+    assert len(asked) == 1
+    assert [one.metrics for one in together] == [one.metrics for one in alone]
+    assert [asdict(one.samples[0]) for one in together] == [asdict(one.samples[0]) for one in alone]
+    assert find_out(masked, outs[0], Wish(count=4, pairs=1, seed=5), heard=heard).metrics != alone[0].metrics
 
 
 def test_held_out_texts_are_what_losses_are_of(masked: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 
     Report = Callable[[str, float], object]
 
+Said = TypeVar("Said")
 HIDDEN_OUTPUTS = "output cosine: probabilities of masked tokens, mean over tokens"
 TOKEN_OUTPUTS = "output cosine: last hidden states or logits, mean over tokens"  # noqa: S105 - no password
 SAMPLE_OUTPUTS = "output cosine: what the denoiser says, mean over samples"
@@ -136,6 +137,20 @@ class Wish:
                 raise ConfigurationError(f"{name} is {number}; allowed: {least} and more")
 
 
+class Heard:
+    """What one original said, for several quantized models that are judged beside it; nothing of theirs."""
+
+    def __init__(self) -> None:
+        self._said: dict[tuple[object, ...], Any] = {}
+
+    def once(self, key: tuple[object, ...], say: Callable[[], Said]) -> Said:
+        """What was said to this, now or before."""
+        if key not in self._said:
+            self._said[key] = say()
+        said: Said = self._said[key]
+        return said
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Models:
     """Both models, opened; `stated` is what the quantized one says of how it was made."""
@@ -148,6 +163,13 @@ class _Models:
     folder: Path
     stated: Mapping[str, Any]
     wish: Wish
+    heard: Heard
+
+    def once(self, what: str, say: Callable[[], Said]) -> Said:
+        """What the original says to this wish, asked only where it was not asked beside another model."""
+        mask_token = self.configuration.get("mask_token") if self.wish.mask_token is None else self.wish.mask_token
+        modality, component = self.stated.get("modality"), self.stated.get("component")
+        return self.heard.once((what, self.wish, self.seed, mask_token, modality, component), say)
 
     @property
     def configuration(self) -> Mapping[str, Any]:
@@ -181,12 +203,17 @@ class _Ran:
 
 
 def find_out(
-    original: Path | nn.Module, quantized: Path, wish: Wish | None = None, report: Report | None = None
+    original: Path | nn.Module,
+    quantized: Path,
+    wish: Wish | None = None,
+    report: Report | None = None,
+    heard: Heard | None = None,
 ) -> Findings:
     """Everything about two models with the same tensors: quantized by us, converted, or by anyone else.
 
     Weights are compared tensor by tensor, whatever the size of the models. Where the original can be run, and memory
-    holds it twice in float32, both are shown the same held-out inputs, and make samples from the same seeds.
+    holds it twice in float32, both are shown the same held-out inputs, and make samples from the same seeds. `heard` is
+    what this original said beside another model already, and is added to.
 
     Raises:
         ConfigurationError: the wish cannot be met; or what it names, samples or a judge, cannot be used.
@@ -196,7 +223,7 @@ def find_out(
     """
     wish = wish or Wish()
     with ExitStack() as stack:
-        models = _opened(stack, original, quantized, wish)
+        models = _opened(stack, original, quantized, wish, Heard() if heard is None else heard)
         run_too = not wish.weights_only
         weights = compare_weights(models.original, models.other, part(report, 0.0, WEIGHTS_PART if run_too else 1.0))
         ran = _run(models, part(report, WEIGHTS_PART, 1.0)) if run_too else _Ran(notes=("weights only, as asked",))
@@ -210,12 +237,12 @@ def part(report: Report | None, start: float, stop: float) -> Report | None:
     return lambda message, fraction: report(message, start + fraction * (stop - start))
 
 
-def _opened(stack: ExitStack, original: Path | nn.Module, quantized: Path, wish: Wish) -> _Models:
+def _opened(stack: ExitStack, original: Path | nn.Module, quantized: Path, wish: Wish, heard: Heard) -> _Models:
     stated = read_json(quantized / METADATA) if (quantized / METADATA).is_file() else {}
     named = stated.get("component")
     component = wish.component or (named if isinstance(named, str) and named else None)
     other = stack.enter_context(open_model(quantized, component)).source
-    make = partial(_Models, other=other, folder=quantized, stated=stated, wish=wish)
+    make = partial(_Models, other=other, folder=quantized, stated=stated, wish=wish, heard=heard)
     if isinstance(original, torch.nn.Module):
         return make(original=ModuleSource(original), model=None, module=original, name=type(original).__name__)
     model = stack.enter_context(open_model(original, component))
@@ -249,11 +276,15 @@ def _prepared(models: _Models) -> tuple[Runnable, Samples]:
     runnable = open_runnable(models.model, models.module, _modality(models), _config(models))
     count = wish.count or (TEXTS if is_text(runnable) else TRAJECTORY)
     asked = Asked(count=count, seed=models.seed, data=wish.samples, callable=wish.provider, steps=wish.steps)
-    samples = gather(runnable, asked)
-    samples = plain_sentences(runnable, count) or samples if samples.synthetic else samples
+    samples = models.once("samples", lambda: _held_out(runnable, asked))
     if not samples.calls:
         raise ConfigurationError(f"{samples.origin} gave no samples; give some that fit the model")
     return runnable, samples
+
+
+def _held_out(runnable: Runnable, asked: Asked) -> Samples:
+    samples = gather(runnable, asked)
+    return plain_sentences(runnable, asked.count) or samples if samples.synthetic else samples
 
 
 def _refuse_larger_than_memory(source: Source) -> None:
@@ -360,7 +391,8 @@ class _Shown:
         if runnable.mask_token is None:
             return [], []
         count = max(wish.pairs, 1) if wish.samples is not None else max(wish.pairs, SEQUENCES)
-        own = written(runnable, count, seed) if wish.pairs or wish.samples is None else []
+        writes = wish.pairs or wish.samples is None
+        own = self.models.once("texts", lambda: written(runnable, count, seed)) if writes else []
         given = [] if wish.samples is None else sequences_of(runnable, wish.samples, seed)
         progress.advance(1, "texts")
         hidden = hide(runnable, given or own, seed) if given or own else None

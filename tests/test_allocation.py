@@ -21,10 +21,14 @@ from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfi
 from arrow_quant_v2.allocation import LayerLoss, Scope, allocate, forethought, reach
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.packed import TensorInfo
+from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated
 from arrow_quant_v2.sources.folder import open_model
+from arrow_quant_v2.store import StoredModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from arrow_quant_v2.config import Modality
 
 api = ArrowQuantV2()
 CALIBRATED = {"ARROW_QUANT_ENABLE_CALIBRATION": "true"}
@@ -44,9 +48,11 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def scope(shapes: dict[str, tuple[int, ...]], **asked: Any) -> Scope:
+def scope(shapes: dict[str, tuple[int, ...]], modality: Modality = "text", **asked: Any) -> Scope:
     infos = [TensorInfo(name=name, shape=shape, dtype="float16") for name, shape in shapes.items()]
-    return Scope(tensors=infos, config=DiffusionQuantConfig(**asked), modality="text", component="")
+    calibrated = Calibrated(names=frozenset(shapes)) if modality == "image" else NOTHING_CALIBRATED
+    config = DiffusionQuantConfig(**asked)
+    return Scope(tensors=infos, config=config, modality=modality, component="", calibrated=calibrated)
 
 
 shape_tables = st.dictionaries(
@@ -58,9 +64,17 @@ shape_tables = st.dictionaries(
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes=shape_tables, share=st.floats(0, 1), seed=st.integers(0, 99), files=st.booleans())
-def test_a_size_is_never_passed(shapes: dict[str, tuple[int, ...]], share: float, seed: int, files: bool) -> None:
-    possible = reach(scope(shapes, target_bits=3.0))
+@given(
+    shapes=shape_tables,
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+    files=st.booleans(),
+    modality=st.sampled_from(["text", "image"]),
+)
+def test_a_size_is_never_passed(
+    shapes: dict[str, tuple[int, ...]], share: float, seed: int, files: bool, modality: Modality
+) -> None:
+    possible = reach(scope(shapes, modality, target_bits=3.0))
     low, high = possible.smallest_bits, possible.largest_bits
     asked: dict[str, Any] = {"target_bits": min(high, 1e-9 + low + share * (high - low))}
     if files:
@@ -68,12 +82,15 @@ def test_a_size_is_never_passed(shapes: dict[str, tuple[int, ...]], share: float
         asked = {"target_size": round(low + 100 + share * (high - low))}  # the size itself is text as well
     draw = torch.Generator().manual_seed(seed)
     table = {
-        name: LayerLoss(at=dict(zip((2, 4, 8), sorted(torch.rand(3, generator=draw).tolist())[::-1], strict=True)))
+        name: LayerLoss(
+            at=dict(zip((2, 4, 8), sorted(torch.rand(3, generator=draw).tolist())[::-1], strict=True)),
+            equalized=bool(torch.rand(1, generator=draw) < 0.5),
+        )
         for name in shapes
     }
-    whole = scope(shapes, **asked)
+    whole = scope(shapes, modality, **asked)
     plans = whole.plans(allocate(whole, table))
-    stored = sum(plan.stored_bytes for plan in plans)
+    stored = sum(map(whole.stored, plans))
     assert stored * 8 <= asked.get("target_bits", 99) * sum(plan.tensor.numel for plan in plans)
     assert whole.files(plans) <= asked.get("target_size", float("inf"))
 
@@ -91,6 +108,26 @@ def test_bits_go_where_the_loss_is_and_the_reason_says_so() -> None:
     plans = {plan.tensor.name: str(plan.decision) for plan in asked.plans(widths)}
     assert plans["wild"] == "int8: g128 clip as asked, 98 % of the model's loss at int2, target 4.5 bits"
     assert plans["blind"].endswith("1 % of the model's loss at int2, told from its weights alone, target 4.5 bits")
+
+
+def test_room_for_scales_of_channels_is_kept_where_they_were_worth_it() -> None:
+    shapes = {"scaled": (64, 256), "plain": (64, 256)}
+    at = {2: 1.0, 4: 0.1, 8: 0.0}
+    table = {name: LayerLoss(at=at, equalized=name == "scaled") for name in shapes}
+    asked = scope(shapes, "image", target_bits=6.0, group_size=64)
+    plans = {plan.tensor.name: plan for plan in asked.plans(allocate(asked, table))}
+    assert {name: plan.spec.equalize for name, plan in plans.items() if plan.spec} == {"scaled": True, "plain": False}
+    assert asked.stored(plans["scaled"]) == plans["scaled"].stored_bytes + 4 * 256
+    assert asked.stored(plans["plain"]) == plans["plain"].stored_bytes
+
+
+def test_the_smallest_size_has_no_scales_of_channels_and_can_be_asked_for() -> None:
+    shapes = {"scaled": (64, 256)}
+    smallest = reach(scope(shapes, "image", target_bits=3.0)).smallest_bits
+    assert smallest == reach(scope(shapes, "text", target_bits=3.0)).smallest_bits
+    asked = scope(shapes, "image", target_bits=smallest)
+    widths = allocate(asked, {"scaled": LayerLoss(at={2: 1.0, 4: 0.1, 8: 0.0}, equalized=True)})
+    assert (widths["scaled"].bits, widths["scaled"].equalize) == (2, False)
 
 
 # A real model
@@ -263,6 +300,27 @@ def test_where_gradients_tell_nothing_each_layers_own_outputs_do(kind: str, tmp_
     assert all("told from its own outputs" in one.because for one in layers.values())
     assert layers["second.weight"].got in {"int4", "int8"}
     assert result["bits_per_weight"] <= 4.4
+
+
+def test_channels_are_equalized_where_a_size_has_room_for_it_and_nowhere_else(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        module = Three(Tensor.clone)
+
+    def uneven(_: nn.Module) -> Iterator[tuple[Any, float]]:
+        for inputs, at in noise(module):
+            inputs["x"][:, ::7] *= 30.0  # of the first layer alone
+            yield inputs, at
+
+    asked = NOISY | {"enable_rotation": False, "method": "gptq"}
+    stored = {}
+    for bits in (3.0, 5.0):
+        config = DiffusionQuantConfig(**asked | {"target_bits": bits})
+        result = api.quantize_diffusion_model(module, tmp_path / f"{bits}", config, calibration=uneven)
+        assert result["bits_per_weight"] <= bits
+        with StoredModel(tmp_path / f"{bits}") as model:
+            stored[bits] = {one.layer_name for one in model.entries if one.equalization is not None}
+    assert stored == {3.0: set(), 5.0: {"first.weight"}}
 
 
 def test_what_gradients_do_not_reach_is_told_from_its_own_outputs(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from arrow_quant_v2.errors import ConfigurationError
@@ -17,7 +17,7 @@ from arrow_quant_v2.store.sizes import equalization_bytes
 from arrow_quant_v2.workfolder import explained
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
     from pathlib import Path
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
@@ -42,12 +42,14 @@ WHY: dict[Told, str] = {
 class LayerLoss:
     """The part of the model's output that a layer loses at each width.
 
-    told  by what: the model's outputs; or the layer's own outputs, or its weights, each of which is taken to matter as
-          much as those of the layers that outputs tell of do in the middle
+    told       by what: the model's outputs; or the layer's own outputs, or its weights, each of which is taken to
+               matter as much as those of the layers that outputs tell of do in the middle
+    equalized  its input channels were, which loses least; without room for their scales they are not
     """
 
     at: Mapping[Bits, float]
     told: Told = "outputs"
+    equalized: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,11 @@ class Scope:
         return plan_model(self.tensors, self.config, self.calibrated, widths)
 
     def stored(self, plan: LayerPlan) -> int:
-        """The most that a layer takes, parameters included: whether channels are equalized is not known before."""
+        """The most that a layer takes, parameters included: those that may be equalized are taken to be."""
         may_be = self.config.enable_spatial and self.modality in {"image", "audio"}
-        if plan.layout is None or not may_be or plan.tensor.name not in self.calibrated.names:
+        if plan.layout is None or plan.spec is None or plan.tensor.name not in self.calibrated.names:
             return plan.stored_bytes
-        return plan.stored_bytes + equalization_bytes(plan.layout.channels)
+        return plan.stored_bytes + (equalization_bytes(plan.layout.channels) if may_be and plan.spec.equalize else 0)
 
     def files(self, plans: tuple[LayerPlan, ...]) -> int:
         """The most that all weight files take."""
@@ -95,12 +97,13 @@ class _Layer:
 
     name: str
     weights: int
+    equalize: bool
     ways: tuple[tuple[Width, LayerPlan], ...]
 
 
 def reach(scope: Scope) -> Reach:
-    """The smallest and the largest size, told from shapes."""
-    layers = _layers(scope)
+    """The smallest size, in which no channels are equalized, and the largest, told from shapes."""
+    layers = _layers(scope, {info.name for info in scope.tensors})
     sizes = [[scope.stored(plan) for _, plan in layer.ways] for layer in layers]
     weights = max(1, sum(layer.weights for layer in layers))
     small, large = ([size.index(pick(size)) for size in sizes] for pick in (min, max))
@@ -136,23 +139,27 @@ def allocate(scope: Scope, losses: Mapping[str, LayerLoss]) -> dict[str, LayerWi
     Raises:
         ConfigurationError: no choice meets the target.
     """
-    layers = _layers(scope)
+    without = {name for name, one in losses.items() if not one.equalized}
+    for plain in (without, losses.keys()):  # where there is no room for what was measured, nothing is equalized
+        layers = _layers(scope, plain)
+        chosen = _chosen(scope, layers, losses)
+        if chosen is not None:
+            return _told(scope, layers, losses, chosen)
+    refuse_unreachable(scope)
+    raise ConfigurationError(f"no widths meet the target of {_target(scope.config)}; ask for a little more")
+
+
+def _chosen(scope: Scope, layers: Sequence[_Layer], losses: Mapping[str, LayerLoss]) -> tuple[int, ...] | None:
     table = [_choices(scope, layer, losses) for layer in layers]
-    if scope.config.target_bits is not None:
-        budget = math.floor(scope.config.target_bits * sum(layer.weights for layer in layers) / 8)
-        chosen = cheapest(table, budget)
-    else:
-        chosen = _within_files(scope, layers, table)
-    if chosen is None:
-        refuse_unreachable(scope)
-        raise ConfigurationError(f"no widths meet the target of {_target(scope.config)}; ask for a little more")
-    return _told(scope, layers, losses, chosen)
+    if scope.config.target_bits is None:
+        return _within_files(scope, layers, table)
+    return cheapest(table, math.floor(scope.config.target_bits * sum(layer.weights for layer in layers) / 8))
 
 
 def forethought(scope: Scope) -> dict[str, LayerWidth]:
     """Widths of about the right size before anything is measured, as if all weights mattered alike."""
     even = {info.name: LayerLoss(at={bits: info.numel / 4**bits for bits in WIDTHS}) for info in scope.tensors}
-    return {name: LayerWidth(bits=one.bits, because=FORETOLD) for name, one in allocate(scope, even).items()}
+    return {name: replace(one, because=FORETOLD) for name, one in allocate(scope, even).items()}
 
 
 FORETOLD = "widths are chosen by measuring"
@@ -168,11 +175,14 @@ def kept_widths(path: Path, choose: Callable[[], Mapping[str, LayerWidth]]) -> d
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-                return {name: LayerWidth(bits=bits, because=because) for name, (bits, because) in found.items()}
+                return {
+                    name: LayerWidth(bits=bits, because=because, equalize=equalize)
+                    for name, (bits, because, equalize) in found.items()
+                }
             except (ValueError, TypeError, AttributeError):  # cut short when the run was killed: chosen again
                 path.unlink()
     widths = dict(choose())
-    text = json.dumps({name: [one.bits, one.because] for name, one in sorted(widths.items())}, indent=1)
+    text = json.dumps({name: [one.bits, one.because, one.equalize] for name, one in sorted(widths.items())}, indent=1)
     with explained(path):
         fresh = path.with_suffix(".fresh")
         fresh.write_text(text + "\n", encoding="utf-8")
@@ -180,9 +190,9 @@ def kept_widths(path: Path, choose: Callable[[], Mapping[str, LayerWidth]]) -> d
     return widths
 
 
-def _layers(scope: Scope) -> list[_Layer]:
-    """What may be quantized, in the order of the tensors."""
-    plans = plans_by_width(scope.tensors, scope.config, scope.calibrated)
+def _layers(scope: Scope, plain: Container[str]) -> list[_Layer]:
+    """What may be quantized, in the order of the tensors; channels of those in `plain` are not equalized."""
+    plans = plans_by_width(scope.tensors, scope.config, scope.calibrated, plain)
     found = []
     for info in scope.tensors:
         ways: dict[Layout | None, tuple[Width, LayerPlan]] = {}
@@ -190,7 +200,8 @@ def _layers(scope: Scope) -> list[_Layer]:
             plan = plans[bits][info.name]
             ways.setdefault(plan.layout, (bits, plan))
         if set(ways) != {None}:
-            found.append(_Layer(name=info.name, weights=info.numel, ways=tuple(ways.values())))
+            equalize = info.name not in plain
+            found.append(_Layer(name=info.name, weights=info.numel, equalize=equalize, ways=tuple(ways.values())))
     return found
 
 
@@ -225,7 +236,11 @@ def _within_files(scope: Scope, layers: Sequence[_Layer], table: Sequence[Sequen
 
 def _named(layers: Sequence[_Layer], chosen: Sequence[int], because: str = "") -> dict[str, LayerWidth]:
     pairs = ((layer, layer.ways[number][0]) for layer, number in zip(layers, chosen, strict=True))
-    return {layer.name: LayerWidth(bits=bits, because=because) for layer, bits in pairs if len(layer.ways) > 1}
+    return {
+        layer.name: LayerWidth(bits=bits, because=because, equalize=layer.equalize)
+        for layer, bits in pairs
+        if len(layer.ways) > 1
+    }
 
 
 def _told(
@@ -241,8 +256,7 @@ def _told(
     }
     target = f"target {_target(scope.config)}"
     return {
-        name: LayerWidth(bits=one.bits, because=f"{reasons.get(name, 'not measured')}, {target}")
-        for name, one in widths.items()
+        name: replace(one, because=f"{reasons.get(name, 'not measured')}, {target}") for name, one in widths.items()
     }
 
 

@@ -284,6 +284,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 class LayerSpec:
     """What is asked of one tensor; `group_size` None means one group per row.
 
+    equalize  whether its input channels may be equalized, where the run equalizes any
+
     Raises:
         ConfigurationError: a value is not allowed.
     """
@@ -292,6 +294,7 @@ class LayerSpec:
     group_size: int | None
     method: str
     symmetric: bool
+    equalize: bool = True
 
     def __post_init__(self) -> None:
         wrong = [

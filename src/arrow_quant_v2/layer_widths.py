@@ -22,12 +22,14 @@ Named: TypeAlias = tuple[tuple[str, Width], ...]
 class LayerWidth:
     """The width of one layer, 16 where it is kept in its own dtype, and the reason in words.
 
-    `fallback`: it is more than what was asked for, because that was not enough.
+    `fallback`: it is more than what was asked for, because that was not enough. `equalize`: there is room for scales of
+    its input channels.
     """
 
     bits: Width
     because: str
     fallback: bool = False
+    equalize: bool = True
 
 
 def fallen_back(bits: int, because: str) -> LayerWidth:

@@ -18,7 +18,7 @@ from arrow_quant_v2.packed import ITEM_BITS, Layout, TensorInfo
 from arrow_quant_v2.store.sizes import row_bytes, stored_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
     from arrow_quant_v2.layer_widths import Width
@@ -113,13 +113,19 @@ def width_of(name: str, config: DiffusionQuantConfig, widths: Mapping[str, Layer
 
 
 def plans_by_width(
-    tensors: Sequence[TensorInfo], config: DiffusionQuantConfig, calibrated: Calibrated = NOTHING_CALIBRATED
+    tensors: Sequence[TensorInfo],
+    config: DiffusionQuantConfig,
+    calibrated: Calibrated = NOTHING_CALIBRATED,
+    plain: Container[str] = (),
 ) -> dict[Width, dict[str, LayerPlan]]:
-    """What becomes of each tensor at each width, by name; of one that people named a width for always the same."""
+    """What becomes of each tensor at each width, by name; of one that people named a width for always the same.
+
+    Input channels of those in `plain` are not equalized.
+    """
     every = {}
     for bits in LAYER_WIDTHS:
-        width = LayerWidth(bits=bits, because="")
-        plans = plan_model(tensors, config, calibrated, {info.name: width for info in tensors})
+        widths = {info.name: LayerWidth(bits=bits, because="", equalize=info.name not in plain) for info in tensors}
+        plans = plan_model(tensors, config, calibrated, widths)
         every[bits] = {plan.tensor.name: plan for plan in plans}
     return every
 
@@ -149,7 +155,13 @@ def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrat
     if reason is not None or bits == KEPT:
         return _kept(tensor, f"int{config.bit_width}", reason or width.because)
     method = _method(tensor, config, calibrated, bits)
-    spec = LayerSpec(bits=bits, group_size=config.group_size, method=method, symmetric=config.symmetric)
+    spec = LayerSpec(
+        bits=bits,
+        group_size=config.group_size,
+        method=method,
+        symmetric=config.symmetric,
+        equalize=width.equalize,
+    )
     layout = Layout(
         shape=tensor.shape,
         bits=spec.bits,
@@ -175,7 +187,7 @@ def wider_plan(
     more = wider(bits)
     if more is None:
         return None
-    width = LayerWidth(bits=more, because="", fallback=True)
+    width = LayerWidth(bits=more, because="", fallback=True, equalize=plan.spec is None or plan.spec.equalize)
     (wide,) = plan_model([plan.tensor], config, calibrated, {plan.tensor.name: width})
     return wide if wide.spec is not None and wide.spec.bits == more else None
 

@@ -152,7 +152,7 @@ def every_basis(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> li
     block = rotation_block(channels) if freedom.rotate else None
     if block is not None:
         found.append(Basis(channels=channels, rotation=block))
-    if freedom.equalize:
+    if freedom.equalize and all(weight.spec.equalize for weight in weights):
         spatial = SpatialQuantizer(sight.absmax)
         unfolded = [weight.aim.reshape(len(weight.aim), channels, -1) for weight in weights]
         found += [spatial.basis(unfolded, alpha) for alpha in ALPHAS]

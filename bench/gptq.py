@@ -22,6 +22,7 @@ from arrow_quant_v2.config import LayerSpec
 from arrow_quant_v2.kernels import cpu, ops
 from arrow_quant_v2.quantizers import gptq, gptq_core
 from arrow_quant_v2.quantizers.affine import STRETCHES, clip_search
+from arrow_quant_v2.quantizers.gptq_affine import AffineGrid
 from arrow_quant_v2.quantizers.gptq_factor import DAMPING, factorize, group_aware_order
 
 if TYPE_CHECKING:
@@ -33,10 +34,9 @@ BAR = 3.0
 SAME = "ours, no refits"  # the same mathematics as the plain loop, and the same error
 BLOCK = 128
 PARTS = {  # what is timed inside our loop
-    "grid fits": (gptq_core, "_fitted"),
-    "stored grids": (gptq_core, "stored_grid"),
+    "grid fits": (ops, "fit_grid"),
     "column loops": (ops, "quantize_columns"),
-    "least-squares refits": (gptq_core, "refit"),
+    "least-squares refits": (AffineGrid, "refitted"),
     "products into later spans": (gptq_core.Work, "feed"),
     "products inside a span": (gptq_core.Work, "updated"),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,7 +31,6 @@ from arrow_quant_v2.quantizers.result import joined
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -618,3 +619,12 @@ def test_two_bits_of_a_real_layer_on_texts_that_were_not_seen(minilm_layers: dic
     ours = output_cosine(weight, calibrated(weight, seen), held_out)
     clip = output_cosine(weight, plain(weight, spec()), held_out)
     assert 1.0 - ours < 0.8 * (1.0 - clip)
+
+
+def test_the_bench_finds_where_the_time_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    bench = importlib.import_module("gptq")
+    weight, hessian = bench.layer(128, 256)
+    parts = bench.where_it_goes(weight, hessian, LayerSpec(bits=2, group_size=64, method="clip", symmetric=False))
+    assert parts.keys() == {"factor of H", "the rest", *bench.PARTS}
+    assert all(parts[name] > 0.0 for name in ("grid fits", "column loops", "least-squares refits"))

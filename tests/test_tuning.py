@@ -20,6 +20,7 @@ from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.calibration.samples import Asked, gather
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.config import LayerSpec
+from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import InterruptedRunError
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.packed import Bits, Grid, Layout, PackedTensor
@@ -130,7 +131,7 @@ def test_a_real_text_model_says_more_of_what_it_said_on_samples_that_were_held_o
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("arrow_quant_v2.tuning.SAMPLES", 2)
-    with open_model(TEXT) as model:
+    with cores_at_most(1), open_model(TEXT) as model:
         runnable = open_transformers(model, "text")
         asked = Asked(count=32, tokens=0, seed=0, data=None, callable=None)
         calls = [

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # 1 / clipping ratio of each candidate; the refit moves each of them to its own least-squares optimum, so a few do.
 STRETCHES = {2: (1.2, 1.4, 1.6, 1.8, 2.1), 4: (1.0, 1.1, 1.2, 1.3), 8: (1.0,)}
+COVERED = 8  # bits at which clipping wins nothing
 
 
 def round_to_nearest(weight: Tensor, spec: LayerSpec, importance: Tensor | None = None) -> QuantizedRows:  # noqa: ARG001
@@ -31,12 +32,13 @@ def clip_search(weight: Tensor, spec: LayerSpec, importance: Tensor | None = Non
     """Per group the clipping ratio whose least-squares refit of scale and offset explains most of the weights.
 
     weight is (rows, columns) float32, bfloat16 or float16; importance (columns,) float32 weighs the squared errors,
-    for example with the diagonal of H = E[x x^T].
+    for example with the diagonal of H = E[x x^T]. At 8 bits the grid covers all weights, as round_to_nearest has it: a
+    scale that is rounded down there clips a group's largest weights by more than a step, which outputs feel most.
 
     Raises:
         QuantizationError: the weight or the importance is of another kind.
     """
-    return _quantize(weight, spec, STRETCHES[spec.bits], importance)
+    return _quantize(weight, spec, STRETCHES[spec.bits] if spec.bits < COVERED else (), importance)
 
 
 def _quantize(

@@ -84,7 +84,7 @@ def test_a_size_is_never_passed(
     table = {
         name: LayerLoss(
             at=dict(zip((2, 4, 8), sorted(torch.rand(3, generator=draw).tolist())[::-1], strict=True)),
-            equalized=bool(torch.rand(1, generator=draw) < 0.5),
+            equalized_with=(name,) if torch.rand(1, generator=draw) < 0.5 else (),
         )
         for name in shapes
     }
@@ -113,7 +113,7 @@ def test_bits_go_where_the_loss_is_and_the_reason_says_so() -> None:
 def test_room_for_scales_of_channels_is_kept_where_they_were_worth_it() -> None:
     shapes = {"scaled": (64, 256), "plain": (64, 256)}
     at = {2: 1.0, 4: 0.1, 8: 0.0}
-    table = {name: LayerLoss(at=at, equalized=name == "scaled") for name in shapes}
+    table = {name: LayerLoss(at=at, equalized_with=(name,) if name == "scaled" else ()) for name in shapes}
     asked = scope(shapes, "image", target_bits=6.0, group_size=64)
     plans = {plan.tensor.name: plan for plan in asked.plans(allocate(asked, table))}
     assert {name: plan.spec.equalize for name, plan in plans.items() if plan.spec} == {"scaled": True, "plain": False}
@@ -126,8 +126,25 @@ def test_the_smallest_size_has_no_scales_of_channels_and_can_be_asked_for() -> N
     smallest = reach(scope(shapes, "image", target_bits=3.0)).smallest_bits
     assert smallest == reach(scope(shapes, "text", target_bits=3.0)).smallest_bits
     asked = scope(shapes, "image", target_bits=smallest)
-    widths = allocate(asked, {"scaled": LayerLoss(at={2: 1.0, 4: 0.1, 8: 0.0}, equalized=True)})
+    widths = allocate(asked, {"scaled": LayerLoss(at={2: 1.0, 4: 0.1, 8: 0.0}, equalized_with=("scaled",))})
     assert (widths["scaled"].bits, widths["scaled"].equalize) == (2, False)
+
+
+def test_scales_of_channels_make_room_input_by_input_the_least_lossy_first() -> None:
+    shapes = dict.fromkeys(("query", "key", "out"), (64, 256))
+    together = ("query", "key")
+    table = {
+        "query": LayerLoss(at={2: 0.4, 4: 0.1, 8: 0.0}, equalized_with=together),
+        "key": LayerLoss(at={2: 0.3, 4: 0.1, 8: 0.0}, equalized_with=together),
+        "out": LayerLoss(at={2: 0.6, 4: 0.1, 8: 0.0}, equalized_with=("out",)),
+    }
+    smallest = reach(scope(shapes, "image", target_bits=3.0)).smallest_bits
+    room = 8 * 4 * 256 / (64 * 256)  # bits per weight of a layer that its scales take
+    found = {}
+    for scaled in (3, 2, 1):
+        asked = scope(shapes, "image", target_bits=smallest + 1e-9 + scaled * room / 3)
+        found[scaled] = {name for name, one in allocate(asked, table).items() if one.equalize}
+    assert found == {3: {"query", "key", "out"}, 2: {"query", "key"}, 1: set()}
 
 
 # A real model
@@ -314,13 +331,13 @@ def test_channels_are_equalized_where_a_size_has_room_for_it_and_nowhere_else(tm
 
     asked = NOISY | {"enable_rotation": False, "method": "gptq"}
     stored = {}
-    for bits in (3.0, 5.0):
+    for bits in (2.8, 5.0):
         config = DiffusionQuantConfig(**asked | {"target_bits": bits})
         result = api.quantize_diffusion_model(module, tmp_path / f"{bits}", config, calibration=uneven)
         assert result["bits_per_weight"] <= bits
         with StoredModel(tmp_path / f"{bits}") as model:
             stored[bits] = {one.layer_name for one in model.entries if one.equalization is not None}
-    assert stored == {3.0: set(), 5.0: {"first.weight"}}
+    assert stored == {2.8: set(), 5.0: {"first.weight"}}
 
 
 def test_what_gradients_do_not_reach_is_told_from_its_own_outputs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -42,14 +43,15 @@ WHY: dict[Told, str] = {
 class LayerLoss:
     """The part of the model's output that a layer loses at each width.
 
-    told       by what: the model's outputs; or the layer's own outputs, or its weights, each of which is taken to
-               matter as much as those of the layers that outputs tell of do in the middle
-    equalized  its input channels were, which loses least; without room for their scales they are not
+    told            by what: the model's outputs; or the layer's own outputs, or its weights, each of which is taken to
+                    matter as much as those of the layers that outputs tell of do in the middle
+    equalized_with  the layers that share its input, itself one of them, where its channels were equalized, which lost
+                    least; without room for the scales of all of them they are not
     """
 
     at: Mapping[Bits, float]
     told: Told = "outputs"
-    equalized: bool = False
+    equalized_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +141,22 @@ def allocate(scope: Scope, losses: Mapping[str, LayerLoss]) -> dict[str, LayerWi
     Raises:
         ConfigurationError: no choice meets the target.
     """
-    without = {name for name, one in losses.items() if not one.equalized}
-    for plain in (without, losses.keys()):  # where there is no room for what was measured, nothing is equalized
-        layers = _layers(scope, plain)
-        chosen = _chosen(scope, layers, losses)
-        if chosen is not None:
-            return _told(scope, layers, losses, chosen)
-    refuse_unreachable(scope)
-    raise ConfigurationError(f"no widths meet the target of {_target(scope.config)}; ask for a little more")
+    sets = _sets_of_plain(losses)
+    fewest = bisect_left(sets, 1, key=lambda plain: _chosen(scope, _layers(scope, plain), losses) is not None)
+    if fewest == len(sets):
+        refuse_unreachable(scope)
+        raise ConfigurationError(f"no widths meet the target of {_target(scope.config)}; ask for a little more")
+    layers = _layers(scope, sets[fewest])
+    return _told(scope, layers, losses, _chosen(scope, layers, losses) or ())
+
+
+def _sets_of_plain(losses: Mapping[str, LayerLoss]) -> list[set[str]]:
+    """Layers that are not equalized: as measuring found it, then more and more, the least lossy inputs first."""
+    sets = [{name for name, one in losses.items() if not one.equalized_with}]
+    inputs = {one.equalized_with for one in losses.values() if one.equalized_with}
+    for together in sorted(inputs, key=lambda names: (sum(losses[name].at[2] for name in names), names)):
+        sets.append(sets[-1] | set(together))
+    return sets
 
 
 def _chosen(scope: Scope, layers: Sequence[_Layer], losses: Mapping[str, LayerLoss]) -> tuple[int, ...] | None:

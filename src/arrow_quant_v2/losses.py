@@ -188,7 +188,7 @@ class _Table:
         self.outputs: dict[str, dict[Bits, float]] = {}
         self.inputs: dict[str, dict[Bits, float]] = {}
         self.weights: dict[str, dict[Bits, float]] = {}
-        self.equalized: set[str] = set()
+        self.equalized: dict[str, tuple[str, ...]] = {}
 
     def note_inputs(self, layers: Sequence[str], stats: InputStats) -> dict[str, Change]:
         """Quantize some rows of layers that share an input at each width, and note what their outputs lose.
@@ -203,9 +203,8 @@ class _Table:
             return {}
         some = [(layer, bits, _some_rows(one)) for layer, weights in asked.items() for bits, one in weights.items()]
         fitted = self._fitted([weight for _, _, weight in some], sight)
-        self.equalized |= {
-            name for (name, _, _), one in zip(some, fitted, strict=True) if one.basis.equalization is not None
-        }
+        if any(one.basis.equalization is not None for one in fitted):  # it is one basis for all of them
+            self.equalized |= dict.fromkeys(layers, tuple(layers))
         changes = {}
         for layer in layers:
             values = next(weight.values for name, _, weight in some if name == layer)
@@ -277,11 +276,11 @@ class _Table:
         by_weights = _rate(self.outputs, self.weights)
         found: dict[str, LayerLoss] = {}
         for name in sorted(self.open):
-            scaled = name in self.equalized
+            scaled = self.equalized.get(name, ())
             if name in self.outputs:
-                found[name] = LayerLoss(at=self.outputs[name], equalized=scaled)
+                found[name] = LayerLoss(at=self.outputs[name], equalized_with=scaled)
             elif name in self.inputs:
-                found[name] = LayerLoss(at=_times(self.inputs[name], by_inputs), told="inputs", equalized=scaled)
+                found[name] = LayerLoss(at=_times(self.inputs[name], by_inputs), told="inputs", equalized_with=scaled)
             else:
                 found[name] = LayerLoss(at=_times(self.weights[name], by_weights), told="weights")
         return found

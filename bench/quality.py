@@ -194,7 +194,7 @@ def our_cell(judge: Judge, weights: Mapping[str, Tensor], cell: Cell, out: Path)
 
 def settings_of(cell: Cell, subject: Subject) -> dict[str, Any]:
     """At 8 bits fewer samples do: hardly anything is left to fit."""
-    few = {"calibration_samples": SAMPLES_AT_8, "enable_calibration": not subject.alone_at_8} if cell.bits == 8 else {}
+    few = {"calibration_samples": SAMPLES_AT_8} if cell.bits == 8 else {}
     grid = GRIDS[cell.bits][cell.setting]
     width = {} if "target_bits" in grid else {"bit_width": cell.bits}
     return width | {"calibration_tokens": 0} | dict(subject.settings) | grid | few

@@ -71,11 +71,13 @@ def test_clip_search_is_no_worse_than_rounding(bits: int) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_at_8_bits_clip_search_leaves_the_largest_weights_within_half_a_step(symmetric: bool) -> None:
+def test_at_8_bits_clip_search_leaves_the_largest_weights_of_groups_within_half_a_step(symmetric: bool) -> None:
     weight = normal(64, 128)
     covering = quantized(weight, "rtn", 8, symmetric=symmetric)  # tests/kernels holds that law of it
     assert same(quantized(weight, "clip", 8, symmetric=symmetric), covering)
     assert not same(quantized(weight, "clip", 4, symmetric=symmetric), quantized(weight, "rtn", 4, symmetric=symmetric))
+    rows = [LayerSpec(bits=8, group_size=None, method=method, symmetric=symmetric) for method in ("clip", "rtn")]
+    assert not same(*(quantizer(spec.method)(weight, spec) for spec in rows))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # 1 / clipping ratio of each candidate; the refit moves each of them to its own least-squares optimum, so a few do.
 STRETCHES = {2: (1.2, 1.4, 1.6, 1.8, 2.1), 4: (1.0, 1.1, 1.2, 1.3), 8: (1.0,)}
-COVERED = 8  # bits at which clipping wins nothing
+COVERED = 8  # bits at which a grid that covers its group loses less of outputs, where a row has several groups
 
 
 def round_to_nearest(weight: Tensor, spec: LayerSpec, importance: Tensor | None = None) -> QuantizedRows:  # noqa: ARG001
@@ -32,13 +32,14 @@ def clip_search(weight: Tensor, spec: LayerSpec, importance: Tensor | None = Non
     """Per group the clipping ratio whose least-squares refit of scale and offset explains most of the weights.
 
     weight is (rows, columns) float32, bfloat16 or float16; importance (columns,) float32 weighs the squared errors,
-    for example with the diagonal of H = E[x x^T]. At 8 bits the grid covers all weights, as round_to_nearest has it: a
-    scale that is rounded down there clips a group's largest weights by more than a step, which outputs feel most.
+    for example with the diagonal of H = E[x x^T]. At 8 bits and several groups a row the grid covers all weights, as
+    round_to_nearest has it.
 
     Raises:
         QuantizationError: the weight or the importance is of another kind.
     """
-    return _quantize(weight, spec, STRETCHES[spec.bits] if spec.bits < COVERED else (), importance)
+    covers = spec.bits == COVERED and spec.group_size is not None and spec.group_size < weight.shape[1]
+    return _quantize(weight, spec, () if covers else STRETCHES[spec.bits], importance)
 
 
 def _quantize(

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from small_models import content_of, run_python
 from text_models import save_folder, small_module
 
-from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig, preparation
+from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig, budget, preparation
 from arrow_quant_v2.calibration.on_demand import OnDemand
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.sources.safetensors import SafetensorsSource
@@ -113,7 +113,7 @@ def test_time_groups_are_the_same(
 def test_little_memory_allowed_is_reason_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_folder(tmp_path / "model", small_module("Qwen2ForCausalLM", **QWEN2), mask_token_id=4)
     monkeypatch.setattr(preparation, "available_bytes", lambda: 2**40)
-    monkeypatch.setattr(preparation, "ROOM", 4 * 10**9)
+    monkeypatch.setattr(budget, "ROOM", 4 * 10**9)
     assert LARGE in quantized(folder, tmp_path / "less", max_memory="4GB")[1]["notes"]
     assert LARGE not in quantized(folder, tmp_path / "enough", max_memory="5GB")[1]["notes"]
 

@@ -18,8 +18,9 @@ from text_models import save_folder, small_module
 from torch import Tensor, nn
 
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig, losses
-from arrow_quant_v2.allocation import LayerLoss, Scope, allocate, forethought, reach
+from arrow_quant_v2.allocation import LayerLoss, Scope, Spent, allocate, forethought, kept_widths, reach
 from arrow_quant_v2.calibration.transformers_model import open_transformers
+from arrow_quant_v2.layer_widths import LayerWidth
 from arrow_quant_v2.packed import TensorInfo
 from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated
 from arrow_quant_v2.sources.folder import open_model
@@ -338,6 +339,27 @@ def test_channels_are_equalized_where_a_size_has_room_for_it_and_nowhere_else(tm
         with StoredModel(tmp_path / f"{bits}") as model:
             stored[bits] = {one.layer_name for one in model.entries if one.equalization is not None}
     assert stored == {2.8: set(), 5.0: {"first.weight"}}
+
+
+def test_what_measuring_noted_is_told_by_the_run_that_goes_on_too(tmp_path: Path) -> None:
+    path = tmp_path / "allocation.json"
+    widths = {"a": LayerWidth(bits=4, because="so", equalize=False), "b": LayerWidth(bits=16, because="or so")}
+    spent = Spent(widths=widths, notes=("some layers have no gradients",))
+    assert kept_widths(path, lambda: spent) == spent
+    assert kept_widths(path, lambda: Spent(widths={})) == spent
+    path.write_text('{"a": [4, "so", false]}', encoding="utf-8")
+    assert kept_widths(path, lambda: Spent(widths={})) == Spent(widths={})
+
+
+@pytest.mark.filterwarnings("ignore:bits are spent")
+def test_a_run_killed_while_it_wrote_its_widths_goes_on(tmp_path: Path) -> None:
+    unfinished = tmp_path / "out.partial"
+    unfinished.mkdir()
+    (unfinished / "allocation.json.tmp").write_text('{"widths": {"fir', encoding="utf-8")
+    config = DiffusionQuantConfig(**NOISY)
+    result = api.quantize_diffusion_model(Unwatched(Tensor.clone), tmp_path / "out", config, calibration=noise)
+    assert any("runs without gradients" in note for note in result["notes"])
+    assert not unfinished.exists()
 
 
 def test_what_gradients_do_not_reach_is_told_from_its_own_outputs(tmp_path: Path) -> None:

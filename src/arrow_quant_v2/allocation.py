@@ -6,7 +6,7 @@ import json
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.knapsack import Choice, cheapest
@@ -15,6 +15,7 @@ from arrow_quant_v2.packed import WIDTHS
 from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, plan_model, plans_by_width
 from arrow_quant_v2.prediction import predicted_weight_bytes
 from arrow_quant_v2.store.sizes import equalization_bytes
+from arrow_quant_v2.store.writer import fsync
 from arrow_quant_v2.workfolder import explained
 
 if TYPE_CHECKING:
@@ -175,8 +176,16 @@ def forethought(scope: Scope) -> dict[str, LayerWidth]:
 FORETOLD = "widths are chosen by measuring"
 
 
-def kept_widths(path: Path, choose: Callable[[], Mapping[str, LayerWidth]]) -> dict[str, LayerWidth]:
-    """The widths that an earlier run wrote into this file, or else those chosen now, written for a later one.
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """The width of every layer of which there was a choice, and what people should know of how it was measured."""
+
+    widths: Mapping[str, LayerWidth]
+    notes: tuple[str, ...] = ()
+
+
+def kept_widths(path: Path, choose: Callable[[], Spent]) -> Spent:
+    """What an earlier run wrote into this file, or else what is chosen now, written for a later one.
 
     Raises:
         StoreError: the disk refuses.
@@ -184,20 +193,29 @@ def kept_widths(path: Path, choose: Callable[[], Mapping[str, LayerWidth]]) -> d
     with explained(path):
         if path.exists():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                return {
-                    name: LayerWidth(bits=bits, because=because, equalize=equalize)
-                    for name, (bits, because, equalize) in found.items()
-                }
-            except (ValueError, TypeError, AttributeError):  # cut short when the run was killed: chosen again
+                return _spent(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, AttributeError, KeyError):  # damaged: chosen again
                 path.unlink()
-    widths = dict(choose())
-    text = json.dumps({name: [one.bits, one.because, one.equalize] for name, one in sorted(widths.items())}, indent=1)
+    spent = choose()
     with explained(path):
-        fresh = path.with_suffix(".fresh")
-        fresh.write_text(text + "\n", encoding="utf-8")
+        fresh = path.with_name(path.name + ".tmp")
+        fresh.write_text(_as_json(spent), encoding="utf-8")
+        fsync(fresh)
         fresh.replace(path)
-    return widths
+    return spent
+
+
+def _as_json(spent: Spent) -> str:
+    widths = {name: [one.bits, one.because, one.equalize] for name, one in sorted(spent.widths.items())}
+    return json.dumps({"widths": widths, "notes": spent.notes}, indent=1) + "\n"
+
+
+def _spent(found: Mapping[str, Any]) -> Spent:
+    widths = {
+        name: LayerWidth(bits=bits, because=because, equalize=equalize)
+        for name, (bits, because, equalize) in found["widths"].items()
+    }
+    return Spent(widths=widths, notes=tuple(found["notes"]))
 
 
 def _layers(scope: Scope, plain: Container[str]) -> list[_Layer]:

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
-from arrow_quant_v2.allocation import Scope, allocate, kept_widths, refuse_unreachable
+from arrow_quant_v2.allocation import Scope, Spent, allocate, kept_widths, refuse_unreachable
 from arrow_quant_v2.budget import give_back_memory, plan_budget
 from arrow_quant_v2.calibrated_run import (
     NOT_CALIBRATED,
@@ -360,16 +360,14 @@ def _with_widths(job: Job, run: _Run, shown: _Shown) -> _Shown:
     """The same with the width of each layer, where a size is asked for: as an earlier run chose it, or by measuring."""
     if not job.config.has_target:
         return shown
-    notes: list[str] = []
 
-    def choose() -> dict[str, LayerWidth]:
+    def choose() -> Spent:
         losses = _losses(job, run, shown)
-        notes.extend(losses.notes)
         calibrated = Calibrated(names=losses.seen, method=shown.method or "gptq")
-        return allocate(_scope(job, calibrated), losses.layers)
+        return Spent(widths=allocate(_scope(job, calibrated), losses.layers), notes=losses.notes)
 
-    widths = kept_widths(run.folder.allocation, choose)
-    return replace(shown, widths=widths, notes=(*shown.notes, *notes))
+    spent = kept_widths(run.folder.allocation, choose)
+    return replace(shown, widths=spent.widths, notes=(*shown.notes, *spent.notes))
 
 
 def _losses(job: Job, run: _Run, shown: _Shown) -> Losses:

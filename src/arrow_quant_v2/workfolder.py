@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 METADATA = "metadata.json"
 RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
 WIDTHS, ALLOCATION, SAMPLES, TUNED = "widths.json", "allocation.json", "samples", "tuned"
-OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, WIDTHS + ".tmp", ALLOCATION, SAMPLES, TUNED}
+UNWRITTEN = {WIDTHS + ".tmp", ALLOCATION + ".tmp"}  # of a run that was killed while it wrote them
+OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, ALLOCATION, SAMPLES, TUNED, *UNWRITTEN}
 
 
 class WorkFolder:

@@ -82,10 +82,10 @@ def originals(work: Path) -> dict[str, Path]:
     return {path.name: path for path in (work / "antiberty", work / "bert, 336 M, bfloat16")}
 
 
-def tiny_model(folder: Path) -> Path:
-    """A model of the same class that takes next to nothing."""
+def tiny_models(folder: Path) -> dict[str, Path]:
+    """A model of the same class that takes next to nothing, by kind."""
     BertForMaskedLM(BertConfig(**TINY)).save_pretrained(folder)
-    return folder
+    return {"original": folder, "packed": quantized(folder, 4)}
 
 
 def in_safetensors(folder: Path) -> Path:
@@ -103,8 +103,6 @@ def in_safetensors(folder: Path) -> Path:
 def quantized(folder: Path, bits: int) -> Path:
     """From weights alone: how they were chosen changes neither time nor memory."""
     out = folder.with_name(f"{folder.name}-int{bits}")
-    if out.exists():
-        return out
     config = aq.DiffusionQuantConfig(
         bit_width=bits, group_size=64, method="rtn", enable_calibration=False, min_accuracy=0.0, modality="text"
     )
@@ -117,15 +115,15 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in {".safetensors", ".parquet"})
 
 
-def compared(name: str, original: Path, tiny: Path, rounds: int) -> list[dict[str, Any]]:
+def compared(name: str, original: Path, tiny: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     """Medians of both, taken in turns, for each width."""
-    tiny_packed, packed = quantized(tiny, 4), {bits: quantized(original, bits) for bits in (2, 4, 8)}
+    packed = {bits: quantized(original, bits) for bits in (2, 4, 8)}
     of_original: list[dict[str, float]] = []
     of_packed: dict[int, list[dict[str, float]]] = {bits: [] for bits in packed}
     for _ in range(rounds):
-        of_original.append(run_one(original, "original", tiny))
+        of_original.append(run_one(original, "original", tiny["original"]))
         for bits, folder in packed.items():
-            of_packed[bits].append(run_one(folder, "packed", tiny_packed))
+            of_packed[bits].append(run_one(folder, "packed", tiny["packed"]))
     needed = max(0.0, median(of_original, "memory") - weight_bytes(original))
     return [
         {"model": name, "bits": bits}
@@ -171,7 +169,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     ask = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        tiny = tiny_model(Path(name) / "tiny")
+        tiny = tiny_models(Path(name) / "tiny")
         found = [
             one
             for label, folder in originals(Path(name)).items()

@@ -126,6 +126,15 @@ def _from_the_weights_alone() -> Iterator[None]:
 
 
 @pytest.fixture
+def calibrating_without_warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fallbacks warn; what they say is looked at where it matters."""
+    monkeypatch.setenv("ARROW_QUANT_ENABLE_CALIBRATION", "true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@pytest.fixture
 def arrow_quant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
     """The command line, run in this process: arguments -> exit code, stdout, stderr."""
 

@@ -22,17 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("calibrating_without_warnings")
 api = ArrowQuantV2()
 SETTINGS = {"bit_width": 2, "group_size": 32, "modality": "image", "num_time_groups": 2, "threads": 2}
-
-
-@pytest.fixture(autouse=True)
-def _calibrating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fallbacks warn; what they say is looked at where it matters."""
-    monkeypatch.setenv("ARROW_QUANT_ENABLE_CALIBRATION", "true")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 class Denoiser(nn.Module):

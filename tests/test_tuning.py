@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TEXT = Path(__file__).parents[1] / "examples" / "models" / "text"
+pytestmark = pytest.mark.usefixtures("calibrating_without_warnings")
 api = ArrowQuantV2()
 
 
@@ -135,7 +135,7 @@ def test_a_real_text_model_says_more_of_what_it_said_on_samples_that_were_held_o
         runnable = open_transformers(model, "text")
         asked = Asked(count=32, tokens=0, seed=0, data=None, callable=None)
         calls = [
-            Sample(keywords={name: value[:2] for name, value in call.keywords.items()}, timestep=call.timestep)  # type: ignore[index]
+            Sample(keywords={name: value[:2] for name, value in call.keywords.items()}, timestep=call.timestep)  # type: ignore[index]  # keywords of text are tensors
             for call in gather(runnable, asked).calls
         ]
         tuner = Tuner(runnable, calls)
@@ -175,14 +175,6 @@ def samples(_: nn.Module) -> Iterator[tuple[Any, float]]:
     draw = torch.Generator().manual_seed(0)
     for step in (0.3, 0.6, 0.9) * 8:
         yield (torch.randn(8, 64, generator=draw), torch.tensor(step)), step
-
-
-@pytest.fixture(autouse=True)
-def _calibrating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ARROW_QUANT_ENABLE_CALIBRATION", "true")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def quantize(out: Path, module: nn.Module | None = None, **asked: Any) -> dict[str, Any]:

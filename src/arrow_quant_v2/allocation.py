@@ -6,6 +6,7 @@ import json
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from arrow_quant_v2.errors import ConfigurationError
@@ -15,8 +16,7 @@ from arrow_quant_v2.packed import WIDTHS
 from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, plan_model, plans_by_width
 from arrow_quant_v2.prediction import predicted_weight_bytes
 from arrow_quant_v2.store.sizes import equalization_bytes
-from arrow_quant_v2.store.writer import fsync
-from arrow_quant_v2.workfolder import explained
+from arrow_quant_v2.workfolder import explained, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping, Sequence
@@ -143,12 +143,17 @@ def allocate(scope: Scope, losses: Mapping[str, LayerLoss]) -> dict[str, LayerWi
         ConfigurationError: no choice meets the target.
     """
     sets = _sets_of_plain(losses)
-    fewest = bisect_left(sets, 1, key=lambda plain: _chosen(scope, _layers(scope, plain), losses) is not None)
-    if fewest == len(sets):
+
+    @cache
+    def with_plain(number: int) -> dict[str, LayerWidth] | None:
+        return _widths(scope, losses, sets[number]) if number < len(sets) else None
+
+    fewest = bisect_left(range(len(sets)), 1, key=lambda number: with_plain(number) is not None)
+    widths = with_plain(fewest)
+    if widths is None:
         refuse_unreachable(scope)
         raise ConfigurationError(f"no widths meet the target of {_target(scope.config)}; ask for a little more")
-    layers = _layers(scope, sets[fewest])
-    return _told(scope, layers, losses, _chosen(scope, layers, losses) or ())
+    return widths
 
 
 def _sets_of_plain(losses: Mapping[str, LayerLoss]) -> list[set[str]]:
@@ -160,11 +165,15 @@ def _sets_of_plain(losses: Mapping[str, LayerLoss]) -> list[set[str]]:
     return sets
 
 
-def _chosen(scope: Scope, layers: Sequence[_Layer], losses: Mapping[str, LayerLoss]) -> tuple[int, ...] | None:
+def _widths(scope: Scope, losses: Mapping[str, LayerLoss], plain: Container[str]) -> dict[str, LayerWidth] | None:
+    """The best widths where the layers in `plain` are not equalized; None where none meet the target."""
+    layers = _layers(scope, plain)
     table = [_choices(scope, layer, losses) for layer in layers]
     if scope.config.target_bits is None:
-        return _within_files(scope, layers, table)
-    return cheapest(table, math.floor(scope.config.target_bits * sum(layer.weights for layer in layers) / 8))
+        chosen = _within_files(scope, layers, table)
+    else:
+        chosen = cheapest(table, math.floor(scope.config.target_bits * sum(layer.weights for layer in layers) / 8))
+    return None if chosen is None else _told(scope, layers, losses, chosen)
 
 
 def forethought(scope: Scope) -> dict[str, LayerWidth]:
@@ -198,10 +207,7 @@ def kept_widths(path: Path, choose: Callable[[], Spent]) -> Spent:
                 path.unlink()
     spent = choose()
     with explained(path):
-        fresh = path.with_name(path.name + ".tmp")
-        fresh.write_text(_as_json(spent), encoding="utf-8")
-        fsync(fresh)
-        fresh.replace(path)
+        write_whole(path, _as_json(spent))
     return spent
 
 

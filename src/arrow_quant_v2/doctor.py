@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from arrow_quant_v2.allocation import Scope, forethought, reach, refuse_unreachable
 from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget, running_bytes
-from arrow_quant_v2.engines.devices import devices, free_bytes, name_of, refuse_missing
+from arrow_quant_v2.engines.devices import CPU, devices, free_bytes, name_of, refuse_missing
 from arrow_quant_v2.plan import (
     NOTHING_CALIBRATED,
     calibrated_method,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 Verdict = Literal["fits", "tight", "will not fit"]
 COMFORTABLE = 0.7  # of what is available; above this other programs may have to make way
 DeviceVerdict = Literal["fits", "block by block"]
-CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

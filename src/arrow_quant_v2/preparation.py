@@ -23,7 +23,7 @@ from arrow_quant_v2.calibration.remembered import NO_MEMORY, Memory
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.calibration.transformers_model import open_transformers
-from arrow_quant_v2.engines.devices import free_bytes
+from arrow_quant_v2.engines.devices import CPU, free_bytes
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.time_groups import uniform_groups
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     Provider = Callable[[nn.Module], Iterable[tuple[Any, float]]]
 
 BLOCK_BY_BLOCK = "larger than memory: weights are read from disk block by block"
-CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.quantizers.tunable import Tunable
 
 HELD_OUT = 8  # every 8th call is held out
+FEWEST = 2  # calls: one to tune by, and one that is held out
 SAMPLES = 8  # in one step
 LOOKS = 10  # at the samples that are held out
 WARM = 10  # steps until the largest
@@ -59,7 +60,7 @@ class Tuner:
             QuantizationError: there are fewer than two calls, of which one could be held out.
             ValidationError: the model cannot be called, or says nothing that could be compared.
         """
-        if len(calls) < 2:  # noqa: PLR2004
+        if len(calls) < FEWEST:
             raise QuantizationError("one call of the model is too few to tune by; give more calibration samples")
         self._runnable, self._calls = runnable, calls
         self._divergence = hidden_logits_of(runnable, calls[0], call(runnable, calls[0])) is not None

@@ -36,8 +36,17 @@ if TYPE_CHECKING:
 METADATA = "metadata.json"
 RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
 WIDTHS, ALLOCATION, SAMPLES, TUNED = "widths.json", "allocation.json", "samples", "tuned"
-UNWRITTEN = {WIDTHS + ".tmp", ALLOCATION + ".tmp"}  # of a run that was killed while it wrote them
+TEMPORARY = ".tmp"
+UNWRITTEN = {WIDTHS + TEMPORARY, ALLOCATION + TEMPORARY}  # of a run that was killed while it wrote them
 OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, ALLOCATION, SAMPLES, TUNED, *UNWRITTEN}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put a text into a file; it is there whole, or the one before it is."""
+    fresh = path.with_name(path.name + TEMPORARY)
+    fresh.write_text(text, encoding="utf-8")
+    fsync(fresh)
+    fresh.replace(path)
 
 
 class WorkFolder:
@@ -97,11 +106,8 @@ class WorkFolder:
     def remember(self, text: str) -> None:
         """Keep a text for a run that goes on with this work; it is there whole, or the one before it is."""
         path = self.folder / WIDTHS
-        fresh = path.with_name(path.name + ".tmp")
         with explained(path):
-            fresh.write_text(text, encoding="utf-8")
-            fsync(fresh)
-            fresh.rename(path)
+            write_whole(path, text)
 
     def forget(self, indexes: Iterable[int]) -> None:
         """These layers are not finished any more, and none is tuned."""

@@ -13,6 +13,7 @@ from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+CPU = "cpu"
 SINGLE_PRECISION = {"mps"}  # sums of squares are float64
 
 
@@ -20,8 +21,8 @@ def devices() -> list[str]:
     """The names of all devices that can be asked for, "cpu" first."""
     kind, count = _accelerators()
     if not count or kind in SINGLE_PRECISION:
-        return ["cpu"]
-    return ["cpu", kind, *(f"{kind}:{number}" for number in range(count))]
+        return [CPU]
+    return [CPU, kind, *(f"{kind}:{number}" for number in range(count))]
 
 
 def _accelerators() -> tuple[str, int]:

@@ -102,12 +102,10 @@ def steps_of(folder: Path, name: str) -> dict[str, Callable[[], Tensor]]:
         "original bfloat16": lambda: in_bfloat16(half, inputs),
     }
     for bits in (8, 4, 2):
-        for activations in (None, "dynamic"):
-            model = packed(folder, name, bits, activations)
-            label = f"INT{bits}" + (", int8 inputs" if activations else "")
-            steps[label] = partial(output, model, inputs)
-            if activations is None:
-                steps[f"{label}, bfloat16"] = partial(in_bfloat16, packed(folder, name, bits, None).bfloat16(), inputs)
+        steps[f"INT{bits}"] = partial(output, packed(folder, name, bits, None), inputs)
+        for label, activations in (("bfloat16", None), ("bfloat16, int8 inputs", "dynamic")):
+            model = packed(folder, name, bits, activations).bfloat16()
+            steps[f"INT{bits}, {label}"] = partial(in_bfloat16, model, inputs)
     return steps
 
 

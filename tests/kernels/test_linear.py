@@ -62,14 +62,20 @@ def test_the_residual_grid_is_multiplied_too(bits: Any) -> None:
     torch.testing.assert_close(products.linear(x, *arguments(weight)), x @ dequantized(weight).T, rtol=1e-5, atol=1e-3)
 
 
-def test_rounding_by_group_errs_by_half_a_step_of_the_largest_value() -> None:
-    x = inputs()
-    error = (products.rounded_by_group(x, GROUP) - x).abs()
-    for start in range(0, COLUMNS, GROUP):
-        part = slice(start, start + GROUP)
+def test_rounding_by_run_errs_by_half_a_step_of_the_largest_value() -> None:
+    x, run = inputs(), 48
+    error = (products.rounded_by_run(x, run) - x).abs()
+    for start in range(0, COLUMNS, run):
+        part = slice(start, start + run)
         largest = x[..., part].abs().amax(dim=-1, keepdim=True)
         assert (error[..., part] <= largest / 127 / 2 * 1.0001).all()
-    assert (products.rounded_by_group(torch.zeros(1, 40), GROUP) == 0).all()
+    assert (products.rounded_by_run(torch.zeros(1, 40), GROUP) == 0).all()
+
+
+@pytest.mark.parametrize(("group", "run"), [(16, 256), (64, 256), (96, 192), (128, 256), (200, 200), (512, 512)])
+def test_a_run_is_whole_groups_and_at_most_256_columns_where_groups_are_no_longer(group: int, run: int) -> None:
+    nothing = torch.empty(0)
+    assert products.Weight(1024, nothing, nothing, nothing, nothing, None, 4, group, "affine").run == run
 
 
 def test_rounding_by_scale_clips_to_8_bits() -> None:

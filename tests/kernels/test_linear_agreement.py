@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import gaussian, group_sizes, widths
 from torch import Tensor
+from torch.nn import functional
 
 from arrow_quant_v2.kernels import linear as products
 from arrow_quant_v2.kernels import ops
@@ -17,6 +18,9 @@ from arrow_quant_v2.packed import WIDTHS
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, tuple[Any, ...]] = {"linear": (), "linear_dynamic": (), "linear_static": (0.03, 120)}
 PIECES = 3 * 2.0**-16  # what two bfloat16 pieces leave of x, of W, and the product of the two lo ones
+HALF_A_STEP = (
+    0.5 / 127
+)  # of the greatest that a run of W can mean, which kernels may round to 8 bits as they do x of 16
 ROUNDING = {  # of the sum of |x| |w|, which the order of additions can move
     torch.float32: PIECES,
     torch.float16: PIECES,
@@ -37,7 +41,7 @@ SHAPES = [  # (rows, columns, group size): whole blocks of 16 bytes, parts of th
     (20, 127, 64),
     (1, 1, 8),
 ]
-COUNTS = (1, 2, 3, 4, 5, 9, 33, 70)
+COUNTS = (1, 2, 3, 4, 5, 9, 33, 70, 81)
 
 each_isa = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -56,8 +60,18 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         return (*self.stored, self.bias, self.bits, self.group_size, self.grid)
 
+    def product(self, columns: int) -> products.Weight:
+        return products.Weight(columns, *self.stored, None, self.bits, self.group_size, self.grid)
+
     def weight(self, columns: int) -> Tensor:
-        return products.Weight(columns, *self.stored, None, self.bits, self.group_size, self.grid).values().double()
+        return self.product(columns).values().double()
+
+    def greatest(self, columns: int) -> Tensor:
+        """Of each run of each row, the greatest that a code of it could mean, at every column (rows, columns)."""
+        weight = self.product(columns)
+        ends = [weight._replace(codes=torch.full_like(weight.codes, code)).values().abs() for code in (0, 255)]
+        runs = functional.pad(torch.maximum(*ends), (0, -columns % weight.run)).unflatten(1, (-1, weight.run))
+        return runs.amax(dim=2).repeat_interleave(weight.run, dim=1)[:, :columns].double()
 
 
 def case(
@@ -79,10 +93,10 @@ def case(
     return Case(stored=(codes, scales, zeros, row_scales), bias=added, bits=bits, group_size=group_size, grid=grid)
 
 
-def rounded(name: str, x: Tensor, group_size: int) -> Tensor:
+def rounded(name: str, x: Tensor, run: int) -> Tensor:
     """What the op makes of its inputs before they are multiplied."""
     if name == "linear_dynamic":
-        return products.rounded_by_group(x, group_size)
+        return products.rounded_by_run(x, run)
     return products.rounded_by_scale(x, *OPS[name]) if name == "linear_static" else x.float()
 
 
@@ -90,11 +104,14 @@ def error(name: str, x: Tensor, given: Case) -> float:
     """The largest error of an op, as a part of sum |x| |w| and of one unit of its result's dtype."""
     found: Tensor = getattr(products, name)(x, *given.arguments, *OPS[name])
     assert found.dtype == x.dtype
-    inputs, weight = rounded(name, x, given.group_size).double(), given.weight(x.shape[-1])
+    columns = x.shape[-1]
+    inputs, weight = rounded(name, x, given.product(columns).run).double(), given.weight(columns)
     expected = inputs @ weight.T + (0.0 if given.bias is None else given.bias.double())
     unit = torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 0.0
     added = inputs.abs() + (OPS[name][0] * OPS[name][1] if name == "linear_static" else 0.0)  # and taken away: its zero
     allowed = ROUNDING[x.dtype] * (added @ weight.abs().T) + unit * expected.abs() + 1e-6
+    if name != "linear" and x.dtype != torch.float32:
+        allowed += 1.02 * HALF_A_STEP * (inputs.abs() @ given.greatest(columns).T)
     return float(((found.double() - expected).abs() / allowed).max())
 
 
@@ -108,6 +125,21 @@ def test_a_product_is_what_it_means(name: str, shape: tuple[int, int, int], grid
         some = case(*shape, bits, grid, symmetric=number % 2 == 0, bias=number % 3 == 0)
         x = gaussian(count, shape[1], seed=count).to(FLOATS[number % 3])
         assert error(name, x, some) <= 1.0, (count, x.dtype)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("grid", ["affine", "r2q"])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 192, 1000])
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("name", ["linear_dynamic", "linear_static"])
+def test_rounded_inputs_meet_every_weight_as_it_is_or_rounded_to_nearest_by_runs(
+    name: str, bits: int, group_size: int, grid: str
+) -> None:
+    some, one = case(48, 1000, group_size, bits, grid), torch.eye(1000).half()  # shows every weight by itself
+    found = getattr(products, name)(one, *some.arguments, *OPS[name]).double().T
+    expected = some.weight(1000) * rounded(name, one, some.product(1000).run)[0, 0]
+    allowed = 1.02 * HALF_A_STEP * some.greatest(1000) + 2.0**-11 * expected.abs() + 1e-7
+    assert ((found - expected).abs() <= allowed).all()
 
 
 @pytest.mark.usefixtures("isa")
@@ -134,7 +166,8 @@ def test_groups_may_start_within_a_byte(name: str) -> None:
 
 @st.composite
 def asked(draw: st.DrawFn) -> tuple[Case, Tensor]:
-    rows, columns, count = draw(st.integers(1, 20)), draw(st.integers(1, 300)), draw(st.integers(1, 20))
+    rows, columns = draw(st.integers(1, 20)), draw(st.integers(1, 300))
+    count = draw(st.integers(1, 20) | st.integers(65, 80))
     grid, bits = draw(st.sampled_from(["affine", "r2q"])), draw(widths)
     seed, symmetric, bias = draw(st.integers(0, 99)), draw(st.booleans()), draw(st.booleans())
     some = case(rows, columns, draw(group_sizes), bits, grid, symmetric=symmetric, bias=bias, seed=seed)
@@ -152,10 +185,10 @@ def test_a_product_is_what_it_means_for_any_shape(asked: tuple[Case, Tensor], na
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize(("count", "dtype"), [(1, FLOATS[0]), (3, FLOATS[0]), (40, FLOATS[0]), (70, FLOATS[1])])
 @pytest.mark.usefixtures("isa")
-def test_what_is_no_number_stays_in_its_row(count: int, bits: int, name: str) -> None:
-    some, x = case(8, 256, 64, bits), gaussian(count, 256)
+def test_what_is_no_number_stays_in_its_row(count: int, dtype: torch.dtype, bits: int, name: str) -> None:
+    some, x = case(8, 256, 64, bits), gaussian(count, 256).to(dtype)
     x[-1, 70] = float("nan")
     found = getattr(products, name)(x, *some.arguments, *OPS[name])
     assert found[-1].isnan().all()
@@ -193,8 +226,8 @@ def test_strides_do_not_matter_to_products(count: int, name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_products_do_not_depend_on_the_number_of_threads(name: str, bits: int) -> None:
     some = case(1500, 2048, 64, bits)
-    for count in (1, 3, 7, 20):
-        x = gaussian(count, 2048)
+    for count, dtype in ((1, FLOATS[0]), (3, FLOATS[0]), (7, FLOATS[0]), (20, FLOATS[0]), (90, FLOATS[1])):
+        x = gaussian(count, 2048).to(dtype)
         torch.set_num_threads(1)
         alone = getattr(products, name)(x, *some.arguments, *OPS[name])
         for threads in (2, 5, 64):

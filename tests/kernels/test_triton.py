@@ -65,7 +65,7 @@ def meaning(op: str, x: torch.Tensor, *further: Any) -> torch.Tensor:
     weight, step = products.asked(op, x, *further[:8]), further[8:]
     rounded = {
         "linear": lambda: x,
-        "linear_dynamic": lambda: products.rounded_by_group(x, weight.group_size),
+        "linear_dynamic": lambda: products.rounded_by_run(x, weight.run),
         "linear_static": lambda: products.rounded_by_scale(x, *step),
     }[op]()
     bias = None if weight.bias is None else weight.bias.float()

@@ -1,8 +1,9 @@
 """Inputs times packed weights, declared once: schema, shapes, meaning, gradient; knows nothing of modules or devices.
 
 What is registered here is the meaning in plain torch, which runs everywhere; device kernels register beside it. They
-add up in another order, and are held to the meaning by its rounding; where x is bfloat16, they may round W and what x
-is rounded to as well; and of the x of a group they may leave out 2^-24 of its greatest.
+add up in another order, and are held to the meaning by its rounding. Where x is bfloat16, they may round W and what x
+is rounded to as well; where x of 16 bits is rounded to 8, they may round W so too, a run of a row by the greatest that
+its codes can mean. Of the x of a group they may leave out 2^-24 of its greatest.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ LINEAR_DYNAMIC_SCHEMA = f"linear_dynamic(Tensor x, {WEIGHT}, {FORMAT}) -> Tensor
 LINEAR_STATIC_SCHEMA = f"linear_static(Tensor x, {WEIGHT}, {FORMAT}, float scale, int zero_point) -> Tensor"
 LARGEST = 127  # of a signed activation
 TOP = 255  # of an unsigned one
+LONGEST_RUN = 256
+"""Columns of x that are rounded by one step, as in llama.cpp's Q8_K, where groups are not longer."""
 
 
 class Weight(NamedTuple):
@@ -51,6 +54,11 @@ class Weight(NamedTuple):
     def group(self) -> int:
         """Columns per group, never more than there are."""
         return min(self.group_size, self.columns)
+
+    @property
+    def run(self) -> int:
+        """Columns of x that are rounded by one step: as many whole groups as fit in `LONGEST_RUN`, at least one."""
+        return max(1, LONGEST_RUN // self.group) * self.group
 
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,13 +147,13 @@ def linear_dynamic(
     group_size: int,
     grid: str,
 ) -> Tensor:
-    """As `linear`, of x with every `group_size` columns of a row rounded to 8 bits: see `rounded_by_group`.
+    """As `linear`, of x with every `Weight.run` columns of a row rounded to 8 bits: see `rounded_by_run`.
 
     Raises:
         QuantizationError: as `linear`.
     """
     weight = asked("linear_dynamic", x, codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-    return _product(rounded_by_group(x, group_size), weight).to(x.dtype)
+    return _product(rounded_by_run(x, weight.run), weight).to(x.dtype)
 
 
 @ops.operator(LINEAR_STATIC_SCHEMA)
@@ -177,25 +185,24 @@ def _product(x: Tensor, weight: Weight) -> Tensor:
     return functional.linear(x.float(), weight.values(), bias).to(x.dtype)
 
 
-def rounded_by_group(x: Tensor, group_size: int) -> Tensor:
-    """Round x (..., columns), as float32 of its shape: round(x / s) s with s = absmax / 127 of each group of a row.
+def rounded_by_run(x: Tensor, run: int) -> Tensor:
+    """Round x (..., columns), as float32 of its shape: round(x / s) s with s = absmax / 127 of each run of a row.
 
-    As llama.cpp rounds activations (its Q8_0 has groups of 32). A group of zeros stays so.
+    As llama.cpp rounds activations (its Q8_K has runs of 256). A run of zeros stays so.
     """
     columns = x.shape[-1]
-    group = min(group_size, columns)
-    whole, step = whole_by_group(x.reshape(-1, columns), group)
-    padded = functional.pad(whole, (0, -columns % group)).unflatten(1, (-1, group))
+    whole, step = whole_by_run(x.reshape(-1, columns), run)
+    padded = functional.pad(whole, (0, -columns % run)).unflatten(1, (-1, run))
     rounded: Tensor = (padded * step[..., None]).flatten(1)[:, :columns]
     return rounded.reshape(x.shape)
 
 
-def whole_by_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The whole numbers round(x / s) (rows, columns) of x of that shape, and the steps s (rows, groups), float32."""
+def whole_by_run(x: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """The whole numbers round(x / s) (rows, columns) of x of that shape, and the steps s (rows, runs), float32."""
     columns = x.shape[1]
-    grouped = functional.pad(x.float(), (0, -columns % group)).unflatten(1, (-1, group))  # (rows, groups, group)
-    step = grouped.abs().amax(dim=-1) / LARGEST
-    whole = torch.where(step[..., None] > 0, grouped / step[..., None], 0.0).round()
+    runs = functional.pad(x.float(), (0, -columns % run)).unflatten(1, (-1, run))  # (rows, runs, run)
+    step = runs.abs().amax(dim=-1) / LARGEST
+    whole = torch.where(step[..., None] > 0, runs / step[..., None], 0.0).round()
     return whole.flatten(1)[:, :columns], step
 
 

@@ -28,8 +28,8 @@ MOST_IN_PANELS = 256
 """Rows of x up to which our product of dequantized rows is faster than torch's of tiles."""
 MOST_IN_GROUP = 1 << 16
 """Columns of a group whose whole numbers still fit in 32 bits."""
-AS_IT_IS, BY_GROUP, BY_SCALE = 0, 1, 2
-"""What the library calls the roundings of x."""
+AS_IT_IS = (0, 0.0, 0)
+"""What the library calls x that is not rounded."""
 TILE_VALUES = 1 << 21
 """Weights of one dequantized tile: 8 MB of float32, which stays in the cache."""
 
@@ -55,15 +55,15 @@ OPERANDS = (
     POINTER, NUMBER, SIZE, POINTER, POINTER,  # inputs, their dtype and count; bias; result
 )  # fmt: skip
 """What every kernel of the library takes."""
-STEP = (ctypes.c_float, NUMBER)
+ROUNDING = (SIZE, ctypes.c_float, NUMBER)
 FURTHER = {
     "aq_linear": (NUMBER,),
     "aq_linear_tiled": (NUMBER,),
-    "aq_linear_rounded": (*STEP, NUMBER),
-    "aq_linear_rounded_tiled": (*STEP, NUMBER),
-    "aq_linear_blocks": (NUMBER, *STEP, NUMBER),
+    "aq_linear_rounded": (*ROUNDING, NUMBER),
+    "aq_linear_rounded_tiled": (*ROUNDING, NUMBER),
+    "aq_linear_blocks": (*ROUNDING, NUMBER),
 }
-"""What some take besides: how inputs are rounded, their step and its zero point; all take the number of threads."""
+"""What some take besides: how inputs are rounded (run, step or 0, zero point); all take the number of threads."""
 
 
 VALUES = (*(POINTER,) * 5, NUMBER, SIZE, SIZE, NUMBER, SIZE, NUMBER)
@@ -173,32 +173,33 @@ class Kernels:
         weight = operand.weight
         direct = groups_start_on_bytes(weight)
         if count > MOST_IN_PIECES and direct and self.library.aq_multiplies_blocks():
-            return self._blocks(x, count, operand, bias, AS_IT_IS)
+            return self._blocks(x, count, operand, bias, *AS_IT_IS)
         if count > MOST_IN_PANELS or not direct or weight.group > MOST_IN_GROUP:
             return by_tiles(x.reshape(count, -1).float(), weight, bias).reshape(*x.shape[:-1], -1)
         kernel = self.library.aq_linear if count <= MOST_DIRECT else self.library.aq_linear_tiled
         return _call(kernel, x, count, operand, bias, torch.float32, self.threads())
 
     def dynamic(self, x: Tensor, count: int, operand: Operand, bias: Tensor | None) -> Tensor:
-        """Multiply x rounded by group."""
+        """Multiply x rounded by run."""
+        run = operand.weight.run
         if self._have_blocks(count, operand.weight):
-            return self._blocks(x, count, operand, bias, BY_GROUP)
+            return self._blocks(x, count, operand, bias, run, 0.0, 0)
         kernel = self._of_whole_numbers(count, operand.weight)
         if kernel is None:
-            return self.exact(meaning.rounded_by_group(x, operand.weight.group), count, operand, bias)
-        return _call(kernel, x, count, operand, bias, torch.float32, 0.0, 0, self.threads())
+            return self.exact(meaning.rounded_by_run(x, run), count, operand, bias)
+        return _call(kernel, x, count, operand, bias, torch.float32, run, 0.0, 0, self.threads())
 
     def static(
         self, x: Tensor, count: int, operand: Operand, bias: Tensor | None, scale: float, zero_point: int
     ) -> Tensor:
         """Multiply x rounded with one scale."""
-        vanishes = ctypes.c_float(scale).value == 0.0
+        run, vanishes = operand.weight.run, ctypes.c_float(scale).value == 0.0
         if not vanishes and self._have_blocks(count, operand.weight):
-            return self._blocks(x, count, operand, bias, BY_SCALE, scale, zero_point)
+            return self._blocks(x, count, operand, bias, run, scale, zero_point)
         kernel = self._of_whole_numbers(count, operand.weight)
         if kernel is None or vanishes:
             return self.exact(meaning.rounded_by_scale(x, scale, zero_point), count, operand, bias)
-        return _call(kernel, x, count, operand, bias, torch.float32, scale, zero_point, self.threads())
+        return _call(kernel, x, count, operand, bias, torch.float32, run, scale, zero_point, self.threads())
 
     def values(self, operand: Operand, dtype: torch.dtype) -> Tensor:
         """Dequantize."""
@@ -209,20 +210,13 @@ class Kernels:
         return made
 
     def _have_blocks(self, count: int, weight: Weight) -> bool:
-        """Whether a matrix unit takes rounded inputs: in bfloat16, as groups are too short for its whole numbers."""
+        """Whether a matrix unit takes rounded inputs: in whole numbers or in bfloat16."""
         return bool(count > MOST_DIRECT and groups_start_on_bytes(weight) and self.library.aq_multiplies_blocks())
 
     def _blocks(
-        self,
-        x: Tensor,
-        count: int,
-        operand: Operand,
-        bias: Tensor | None,
-        rounded: int,
-        scale: float = 0.0,
-        zero_point: int = 0,
+        self, x: Tensor, count: int, operand: Operand, bias: Tensor | None, run: int, scale: float, zero_point: int
     ) -> Tensor:
-        how = (rounded, scale, zero_point, self.threads())
+        how = (run, scale, zero_point, self.threads())
         return _call(self.library.aq_linear_blocks, x, count, operand, bias, x.dtype, *how)
 
     def _of_whole_numbers(self, count: int, weight: Weight) -> Callable[..., None] | None:

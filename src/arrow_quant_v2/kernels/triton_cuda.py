@@ -27,11 +27,11 @@ MIDDLE = 128  # between 0 and 255: what is taken off so that an unsigned activat
 
 
 class _Rounded(NamedTuple):
-    """Inputs (x + offset) step: x int8 (m, k), steps float32 (m, groups) of `group` columns each."""
+    """Inputs (x + offset) step: x int8 (m, k), steps float32 (m, runs) of `run` columns each."""
 
     x: Tensor
     steps: Tensor
-    group: int
+    run: int
     offset: int
 
 
@@ -52,8 +52,8 @@ def linear_dynamic_cuda(x: Tensor, *given: Any) -> Tensor:
     """`linear_dynamic` of kernels/linear.py."""
     weight = products.asked("linear_dynamic", x, *given)
     if columns_at_once(weight.columns, weight.group) is None:
-        return _product(products.rounded_by_group(x, weight.group), weight).to(x.dtype)
-    return _product(x, weight, _by_group(x, weight.group))
+        return _product(products.rounded_by_run(x, weight.run), weight).to(x.dtype)
+    return _product(x, weight, _by_run(x, weight.run))
 
 
 def linear_static_cuda(x: Tensor, *given: Any) -> Tensor:
@@ -66,9 +66,9 @@ def linear_static_cuda(x: Tensor, *given: Any) -> Tensor:
     return _product(x, weight, _by_scale(x, scale, zero_point))
 
 
-def _by_group(x: Tensor, group: int) -> _Rounded:
-    whole, step = products.whole_by_group(x.reshape(-1, x.shape[-1]), group)
-    return _Rounded(whole.to(torch.int8), step, group, 0)
+def _by_run(x: Tensor, run: int) -> _Rounded:
+    whole, step = products.whole_by_run(x.reshape(-1, x.shape[-1]), run)
+    return _Rounded(whole.to(torch.int8), step, run, 0)
 
 
 def _by_scale(x: Tensor, scale: float, zero_point: int) -> _Rounded:
@@ -94,7 +94,7 @@ def _product(x: Tensor, weight: Weight, rounded: _Rounded | None = None) -> Tens
         given if bias is None else bias, out,
         len(given), rows, columns, codes.shape[1], -(-columns // group),
         1 if rounded is None else rounded.steps.shape[1], 0 if rounded is None else rounded.offset,
-        BITS=weight.bits, GROUP=group, STEP_GROUP=columns if rounded is None else rounded.group,
+        BITS=weight.bits, GROUP=group, STEP_GROUP=columns if rounded is None else rounded.run,
         RESIDUAL=weight.grid == "r2q", SYMMETRIC=not zero_points.numel(), HAS_BIAS=bias is not None,
         INTEGER=rounded is not None, ONE_GROUP=width is not None, WIDE=INTERPRETED,
         BLOCK_M=block, BLOCK_N=OUTPUTS, BLOCK_K=width or SMALLEST,

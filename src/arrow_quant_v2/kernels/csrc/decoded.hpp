@@ -217,13 +217,15 @@ struct Decoded {
   // At most chunks_at_once.
   void decode(int64_t first, int64_t chunks, uint16_t* to) {
     tiles = to;
-    for (int64_t r = 0; r < (count + SIDE - 1) / SIDE * SIDE; r++)
-      if (r >= count)
-        clear(r, chunks);
-      else if (!in_chunks)
-        copy(r, first, chunks);
-      else
-        decode_codes(r, first, chunks);
+    if (!in_chunks)
+      for (int64_t r = 0; r < count; r++) copy(r, first, chunks);
+    else if (ask.of.bits == 2)
+      decode_rows<2>(first, chunks);
+    else if (ask.of.bits == 4)
+      decode_rows<4>(first, chunks);
+    else
+      decode_rows<8>(first, chunks);
+    for (int64_t r = count; r % SIDE; r++) clear(r, chunks);
   }
 
  private:
@@ -264,20 +266,20 @@ struct Decoded {
       put<PIECES>(place(r) + c * TILE, piece_size(), _mm512_loadu_ps(from), _mm512_loadu_ps(from + 16));
   }
 
-  void decode_codes(int64_t r, int64_t first, int64_t chunks) {
-    if (ask.of.bits == 2) decode_row<2>(r, first, chunks);
-    if (ask.of.bits == 4) decode_row<4>(r, first, chunks);
-    if (ask.of.bits == 8) decode_row<8>(r, first, chunks);
+  template <int BITS>
+  void decode_rows(int64_t first, int64_t chunks) {
+    const Spread<BITS> spread;
+    for (int64_t r = 0; r < count; r++) decode_row<BITS>(r, first, chunks, spread);
   }
 
   template <int BITS>
-  void decode_row(int64_t r, int64_t first, int64_t chunks) {
+  void decode_row(int64_t r, int64_t first, int64_t chunks, const Spread<BITS>& spread) {
     constexpr int64_t BYTES = 4 * BITS;  // of a chunk
     const uint8_t* codes = ask.of.codes + (first_row + r) * ask.of.row_bytes + first * BYTES;
     const int64_t left = ask.of.row_bytes - first * BYTES, whole = std::min(chunks, left / BYTES);
     uint16_t* to = place(r);
     ask_for_next(r, first, chunks, codes, BYTES);
-    const auto decode = decoder<BITS>(r);
+    const auto decode = decoder<BITS>(r, spread);
     int64_t c = 0;
     if constexpr (BITS < 8)
       for (; first + c < woven_end && c < chunks; c += woven) decode.weave(groups[first + c], codes + c * BYTES, to + c * TILE);
@@ -301,14 +303,14 @@ struct Decoded {
   }
 
   template <int BITS>
-  auto decoder(int64_t r) {
+  auto decoder(int64_t r, const Spread<BITS>& spread) {
     const float *base = factors_of_row(r), *step = base + ask.of.groups, *jump = ask.residual ? step + ask.of.groups : nullptr;
     if constexpr (BITS == 8)
       return Compute<PIECES>{base, step, jump, piece_size()};
     else if constexpr (BITS == 4)
-      return Pick<4, PIECES, Sixteens<PIECES>>{{base, step, jump, ask.of.groups - 1}, piece_size(), places, Spread<4>()};
+      return Pick<4, PIECES, Sixteens<PIECES>>{{base, step, jump, ask.of.groups - 1}, piece_size(), places, spread};
     else
-      return Pick<2, PIECES, Fours<PIECES>>{fours_of_row(r), piece_size(), places, Spread<2>()};
+      return Pick<2, PIECES, Fours<PIECES>>{fours_of_row(r), piece_size(), places, spread};
   }
 };
 

@@ -74,7 +74,7 @@ bool has_f16c() {
 
 #if defined(AQ_WITH_AMX)
 // GCC and Clang call these bits differently.
-constexpr unsigned VBMI = 1u << 1, AVX512_BF16 = 1u << 5, AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+constexpr unsigned VBMI = 1u << 1, AVX512_BF16 = 1u << 5, AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;
 
 bool has_bfloat16() {
   unsigned a, b, c, d;
@@ -87,7 +87,8 @@ bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long ASK_FOR = 0x1023, TILE_DATA = 18;
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & AMX_TILE) || !(d & AMX_BF16)) return false;
+  constexpr unsigned NEEDED = AMX_TILE | AMX_BF16 | AMX_INT8;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return false;
   return syscall(SYS_arch_prctl, ASK_FOR, TILE_DATA) == 0;
 #else
   return false;
@@ -213,7 +214,7 @@ Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* ze
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 7; }
+AQ_EXPORT int aq_abi() { return 8; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -349,17 +350,17 @@ AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
   if (chosen.load()->product) return multiply_floats(ask, threads);
-  multiply_whole_numbers({ask, false, 0.0f, 0.0f, nullptr, nullptr, RoundedProduct::PIECES}, threads);
+  multiply_whole_numbers({ask, false, 0.0f, 0.0f, nullptr, nullptr, RoundedProduct::PIECES, of.group}, threads);
 }
 
-// step is 0 where each group of a row has its own.
+// Inputs are rounded by runs of so many columns; step is 0 where each has its own.
 AQ_EXPORT void aq_linear_rounded(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                  const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                                  int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
-                                 float step, int zero, int threads) {
+                                 int64_t run, float step, int zero, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  multiply_whole_numbers({ask, step > 0.0f, step, (float)zero, nullptr, nullptr, 1}, threads);
+  multiply_whole_numbers({ask, step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run}, threads);
 }
 
 // For many rows of x.
@@ -370,7 +371,7 @@ AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, cons
   const KernelTable* table = chosen.load();
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
-                    false, 0.0f, 0.0f, nullptr, nullptr, 1},
+                    false, 0.0f, 0.0f, nullptr, nullptr, 1, of.group},
                    table->lanes * (count > table->lanes ? 2 : 1), 1, nullptr};
   std::vector<float> inputs(ask.panels() * columns * ask.lanes);
   ask.inputs_of_panels = inputs.data();
@@ -385,11 +386,11 @@ AQ_EXPORT int aq_tiles_whole_numbers(int bits) { return chosen.load()->word_colu
 AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                        const uint16_t* row_scales, int64_t rows, int64_t columns, int bits,
                                        int64_t group, int residual, const void* x, int dtype, int64_t count,
-                                       const float* bias, float* y, float step, int zero, int threads) {
+                                       const float* bias, float* y, int64_t run, float step, int zero, int threads) {
   const KernelTable* table = chosen.load();
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
-                    step > 0.0f, step, (float)zero, nullptr, nullptr, 1},
+                    step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run},
                    table->lanes * (count > table->lanes ? 2 : 1), table->word_columns(bits), nullptr};
   std::vector<int32_t> inputs(ask.panels() * ask.words() * ask.lanes);
   std::vector<float> steps(ask.panels() * of.groups * ask.lanes), sums(steps.size());
@@ -410,27 +411,53 @@ void shape_blocks(BlockProduct& ask, int threads) {
   while (ask.rows_of_block < 4 * BlockProduct::FEWEST_ROWS && ask.blocks_of_rows() >= 8 * threads) ask.rows_of_block *= 2;
 }
 
+// Columns of W that are rounded by one step; 0 where W stays as it is: for float32, for few rows of x, and where a step of
+// columns is neither whole groups nor a part of one.
+int64_t part_of(const BlockProduct& ask) {
+  constexpr int64_t STEP = WholeBlockProduct::STEP, LONGEST = WholeBlockProduct::LONGEST_PART, SHORTEST_GROUP = 16;
+  if (!ask.rounded || ask.dtype == FLOAT32 || ask.count < WholeBlockProduct::FEWEST || (ask.residual && ask.of.bits == 8)) return 0;
+  if (ask.of.groups == 1) return std::min(LONGEST, (ask.of.columns + STEP - 1) / STEP * STEP);
+  const bool fits = ask.of.group % STEP == 0 || (STEP % ask.of.group == 0 && ask.of.group >= SHORTEST_GROUP);
+  if (!fits || ask.run % STEP) return 0;
+  return ask.run <= LONGEST ? ask.run : ask.run % LONGEST == 0 ? LONGEST : STEP;
+}
+
+void multiply_blocks(BlockProduct ask, int64_t rows_at_once, int threads) {
+  const KernelTable* table = chosen.load();
+  Uninitialized inputs(ask.pieces() * ask.piece_size());
+  ask.inputs = inputs.data();
+  over_both(ask, table->fill_blocks, ask.panels(), table->block_product, ask.blocks_of_rows(), rows_at_once, threads);
+}
+
+void multiply_whole_blocks(const BlockProduct& block, int64_t part, int64_t rows_at_once, int threads) {
+  const KernelTable* table = chosen.load();
+  WholeBlockProduct ask{block, part};
+  Uninitialized inputs(ask.panels() * ask.panel_bytes() / 2), steps(2 * ask.panels() * ask.parts() * ask.PANEL);
+  ask.places = (int8_t*)inputs.data();
+  ask.steps = (float*)steps.data();
+  over_both(ask, table->fill_rounded_blocks, ask.panels(), table->rounded_block_product, ask.blocks_of_rows(), rows_at_once,
+            threads);
+}
+
 }  // namespace
 
 // 1 where this instruction set multiplies blocks of rows.
 AQ_EXPORT int aq_multiplies_blocks() { return chosen.load()->block_product != nullptr; }
 
-// For many rows of x, as they are (rounded 0), or rounded to 8 bits by group (1) or with one step (2); y has the dtype of x.
+// For many rows of x, as they are where run is 0, else rounded to 8 bits; y has the dtype of x.
 AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                 const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                                 int residual, const void* x, int dtype, int64_t count, const float* bias, void* y,
-                                int rounded, float step, int zero, int threads) {
-  const KernelTable* table = chosen.load();
+                                int64_t run, float step, int zero, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   BlockProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, nullptr},
-                    rounded == 2, step, (float)zero, nullptr, nullptr, 1},
-                   rounded != 0, y, nullptr, BlockProduct::FEWEST_ROWS};
+                    step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run ? run : of.group},
+                   run != 0, y, nullptr, BlockProduct::FEWEST_ROWS};
   shape_blocks(ask, threads);
-  Uninitialized inputs(ask.pieces() * ask.piece_size());
-  ask.inputs = inputs.data();
   const int64_t work = (2 + ask.panels()) * columns * ask.rows_of_block / (2 * FAST_VALUES);  // to decode, and to meet
-  const int64_t at_once = step_of(ask.blocks_of_rows(), work, threads);
-  over_both(ask, table->fill_blocks, ask.panels(), table->block_product, ask.blocks_of_rows(), at_once, threads);
+  const int64_t at_once = step_of(ask.blocks_of_rows(), work, threads), part = part_of(ask);
+  if (part) return multiply_whole_blocks(ask, part, at_once, threads);
+  multiply_blocks(ask, at_once, threads);
 }
 
 namespace {

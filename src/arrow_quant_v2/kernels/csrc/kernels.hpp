@@ -103,12 +103,13 @@ struct Product {
 // Inputs as they are have three pieces, x = step * (q + q' / 254 + q'' / 254^2): what one leaves, at most half of its
 // unit, the next one has in a unit that is 254 times finer. The last leaves 2^-24 of a group's greatest value.
 struct RoundedProduct : Product {
-  bool fixed;         // one step for all, else absmax / 127 of each group of a row
+  bool fixed;         // one step for all, else absmax / 127 of each run of a row
   float step;         // the fixed one
   float zero;         // its zero point, 0 to 255
   int8_t* places;     // (inputs, pieces, stream_places)
   float* steps;       // (inputs, groups); `sums` are step * sum q
   int pieces;         // 1 or PIECES
+  int64_t run;        // columns of whole groups that have one step
 
   static constexpr int PIECES = 3;
   static constexpr float FINER = 254.0f;
@@ -157,6 +158,21 @@ struct BlockProduct : RoundedProduct {
   int64_t panel_size() const { return chunks() * 32 * PANEL; }
   int64_t piece_size() const { return panels() * panel_size(); }
   int64_t blocks_of_rows() const { return (rows + rows_of_block - 1) / rows_of_block; }
+};
+
+// The same of x and W in whole numbers: x in panels of 16 rows, whose columns lie in the order that codes are read in:
+//
+//   (panels, steps of 64 columns, 16 words of 4 columns, 16 rows of x, 4)
+//
+// A part of a row of W is a run of x, or a piece of a long one; `steps` are (panels, parts, 16).
+struct WholeBlockProduct : BlockProduct {
+  static constexpr int64_t STEP = 64, LONGEST_PART = 512, FEWEST = 65;  // rows of x for which W is rounded
+  int64_t part;
+
+  int64_t parts() const { return (of.columns + part - 1) / part; }
+  int64_t width() const { return parts() * part; }
+  int64_t panel_bytes() const { return width() * PANEL; }
+  int64_t group_at(int64_t column) const { return of.groups == 1 ? 0 : column / of.group; }
 };
 
 // Of x (batch, channels, in) and of what is done with it, along depth, height and width; there is 1 of what is missing.
@@ -217,6 +233,8 @@ struct KernelTable {
   void (*rounded_tiled_product)(const TiledProduct&, int64_t first, int64_t last);
   void (*fill_blocks)(const BlockProduct&, int64_t first, int64_t last);  // panels; null where there is no matrix unit
   void (*block_product)(const BlockProduct&, int64_t first, int64_t last);  // blocks of rows of W
+  void (*fill_rounded_blocks)(const WholeBlockProduct&, int64_t first, int64_t last);
+  void (*rounded_block_product)(const WholeBlockProduct&, int64_t first, int64_t last);
   void (*fill_planes)(const Convolution&, int64_t first, int64_t last);    // channels, and then the plane of zeros
   void (*decode_blocks)(const Convolution&, int64_t first, int64_t last);  // of those that are kept at once
   void (*convolve)(const Convolution&, int64_t first, int64_t last);       // groups of positions

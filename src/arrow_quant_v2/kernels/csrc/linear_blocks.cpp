@@ -25,43 +25,26 @@ namespace AQ_ISA {
 
 constexpr int64_t PANELS_AT_ONCE = 32;
 
-// The values that x is taken for, of one group that was read to `group`.
-static void round_in_place(const BlockProduct& ask, float* group, int64_t n, int64_t padded, int8_t* whole) {
-  const float step = round_group(ask, group, n, padded, whole);
-  for (int64_t i = 0; i < n; i++) group[i] = step * ((float)whole[i] + ask.correction());
-}
-
-static void read_row(const BlockProduct& ask, int64_t m, float* row, std::vector<float>& group,
-                     std::vector<int8_t>& whole) {
+// The values that a row of x is taken for.
+static void read_row(const BlockProduct& ask, int64_t m, RoundedRow& rounded, float* row) {
   if (!ask.rounded) return read_floats(ask.x, ask.dtype, m * ask.of.columns, ask.of.columns, row);
-  for (int64_t g = 0; g < ask.of.groups; g++) {
-    const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
-    std::fill(group.begin(), group.end(), 0.0f);
-    read_floats(ask.x, ask.dtype, m * ask.of.columns + start, n, group.data());
-    round_in_place(ask, group.data(), n, (int64_t)group.size(), whole.data());
-    std::copy_n(group.begin(), n, row + start);
-  }
-}
-
-// Sixteen rows of pairs, one behind the other, to a panel.
-static void to_panel(const uint16_t* rows, int64_t chunks, uint16_t* panel) {
-  for (int64_t c = 0; c < chunks; c++, panel += TILE) {
-    __m512i words[16];
-    for (int i = 0; i < 16; i++) words[i] = _mm512_loadu_si512(rows + (i * chunks + c) * CHUNK);
-    turn(words);
-    for (int i = 0; i < 16; i++) _mm512_store_si512(panel + i * CHUNK, words[i]);
+  rounded.read(m);
+  for (int64_t start = 0; start < ask.of.columns; start += ask.run) {
+    const float step = rounded.step_at(start);
+    for (int64_t j = start; j < std::min(start + ask.run, ask.of.columns); j++)
+      row[j] = step * ((float)rounded.whole[j] + ask.correction());
   }
 }
 
 void fill_blocks(const BlockProduct& ask, int64_t first, int64_t last) {
   const int64_t chunks = ask.chunks(), width = chunks * CHUNK, woven = chunks_woven(ask);
-  std::vector<float> row(width + LANES), group((ask.of.group + LANES - 1) / LANES * LANES);
-  std::vector<int8_t> whole(group.size());
+  std::vector<float> row(width + LANES);
+  RoundedRow rounded(ask);
   Aligned<uint16_t> rows(2 * SIDE * width);
   for (int64_t p = first; p < last; p++) {
     for (int64_t i = 0; i < SIDE; i++) {
       std::fill(row.begin(), row.end(), 0.0f);
-      if (p * SIDE + i < ask.count) read_row(ask, p * SIDE + i, row.data(), group, whole);
+      if (p * SIDE + i < ask.count) read_row(ask, p * SIDE + i, rounded, row.data());
       std::fill(row.begin() + ask.of.columns, row.end(), 0.0f);
       uint16_t* hi = rows.data() + i * width;
       to_pieces(row.data(), chunks, hi, ask.pieces() == 2 ? hi + SIDE * width : nullptr);
@@ -91,18 +74,6 @@ static void meet_panels(const BlockProduct& ask, const uint16_t* weight, int64_t
   }
 }
 
-// Sixteen rows of W and a panel: sums that lie by rows of W, written by rows of x.
-static void write_tile(const BlockProduct& ask, const float* sums, int64_t row, int64_t panel) {
-  __m512i v[16];
-  for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(sums + i * SIDE);
-  turn(v);
-  const int64_t rows = std::min(SIDE, ask.rows - row), count = std::min(SIDE, ask.count - panel * SIDE);
-  const __mmask16 some = (__mmask16)((1u << rows) - 1);
-  const __m512 bias = ask.bias ? _mm512_maskz_loadu_ps(some, ask.bias + row) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i++)
-    store_as(ask, (panel * SIDE + i) * ask.rows + row, _mm512_add_ps((__m512)v[i], bias), some);
-}
-
 template <int PIECES>
 static void multiply_blocks(const BlockProduct& ask, int64_t first, int64_t last) {
   const Registers registers;
@@ -120,7 +91,8 @@ static void multiply_blocks(const BlockProduct& ask, int64_t first, int64_t last
       }
       for (int64_t i = 0; i < panels; i++)
         for (int64_t r = 0; r < weight.count; r += SIDE)
-          write_tile(ask, sums.data() + (i * (ask.rows_of_block / SIDE) + r / SIDE) * SUMS, b * ask.rows_of_block + r, p + i);
+          write_tile(ask, sums.data() + (i * (ask.rows_of_block / SIDE) + r / SIDE) * SUMS, b * ask.rows_of_block + r, p + i,
+                     ask.bias ? ask.bias + b * ask.rows_of_block + r : nullptr);
     }
   }
 }

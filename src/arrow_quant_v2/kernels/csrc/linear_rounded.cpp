@@ -42,42 +42,83 @@ static void to_stream(const RoundedProduct& ask, const int8_t* from, int8_t* to)
   if (ask.of.bits == 8) std::copy_n(from, ask.stream_bytes(), to);
 }
 
-// One group of one row of x: its whole numbers, piece after piece, and its step.
-static float round_pieces(const RoundedProduct& ask, float* group, int64_t n, int64_t padded, int8_t* to) {
-  const float step = round_group(ask, group, n, padded, to);
-  float unit = step;
-  for (int p = 1; p < ask.pieces; p++, unit = 1.0f) {
-    leave_rest(group, padded, unit, to + (p - 1) * padded);
-    round_lanes(group, padded, 1.0f, ask.MIDDLE, to + p * padded);
+// Groups of one row of x: their whole numbers, in the order of columns, to (pieces, stream) `to`.
+struct RowInputs {
+  const RoundedProduct& ask;
+  const int64_t group_places, stream;
+  RoundedRow row;
+  std::vector<float> group;
+  std::vector<int8_t> whole;
+
+  explicit RowInputs(const RoundedProduct& ask)
+      : ask(ask),
+        group_places(ask.group_words() * 4 * ask.codes_of_byte()),
+        stream(ask.stream_places()),
+        row(ask),
+        group((ask.of.group + LANES - 1) / LANES * LANES),
+        whole(ask.pieces * group.size()) {}
+
+  // Rounded by runs.
+  void read_rounded(int64_t m, int8_t* to) {
+    row.read(m);
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      const int8_t* from = &row.whole[g * ask.of.group];
+      std::copy_n(from, columns_of(g), to + g * group_places);
+      const float step = ask.steps[m * ask.of.groups + g] = row.step_at(g * ask.of.group);
+      ask.sums[m * ask.of.groups + g] = step * (float)std::accumulate(from, from + columns_of(g), 0);
+    }
   }
-  return step;
-}
+
+  // As they are: a sum of pieces.
+  void read_pieces(int64_t m, int8_t* to) {
+    const int64_t padded = (int64_t)group.size();
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      std::fill(group.begin(), group.end(), 0.0f);
+      read_floats(ask.x, ask.dtype, m * ask.of.columns + g * ask.of.group, columns_of(g), group.data());
+      ask.sums[m * ask.of.groups + g] = sum_of(group.data(), padded);
+      ask.steps[m * ask.of.groups + g] = round_pieces(columns_of(g));
+      for (int p = 0; p < ask.pieces; p++)
+        std::copy_n(&whole[p * padded], columns_of(g), to + p * stream + g * group_places);
+    }
+  }
+
+  // Of which the sums of W's rows come.
+  void fill_with_ones(int64_t m, int8_t* to) {
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      std::fill_n(to + g * group_places, columns_of(g), (int8_t)1);
+      ask.steps[m * ask.of.groups + g] = 1.0f;
+      ask.sums[m * ask.of.groups + g] = (float)columns_of(g);
+    }
+  }
+
+ private:
+  int64_t columns_of(int64_t g) const { return std::min(ask.of.group, ask.of.columns - g * ask.of.group); }
+
+  // Of the group that was read, of n columns.
+  float round_pieces(int64_t n) {
+    const int64_t padded = (int64_t)group.size();
+    const float step = round_group(ask, group.data(), n, padded, whole.data());
+    float unit = step;
+    for (int p = 1; p < ask.pieces; p++, unit = 1.0f) {
+      leave_rest(group.data(), padded, unit, &whole[(p - 1) * padded]);
+      round_lanes(group.data(), padded, 1.0f, ask.MIDDLE, &whole[p * padded]);
+    }
+    return step;
+  }
+};
 
 void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last) {
-  const int64_t group_places = ask.group_words() * 4 * ask.codes_of_byte(), stream = ask.stream_places();
-  const int64_t padded = (ask.of.group + LANES - 1) / LANES * LANES;
-  std::vector<float> group(padded);
-  std::vector<int8_t> whole(ask.pieces * padded), rows(ask.pieces * stream);
+  RowInputs inputs(ask);
+  std::vector<int8_t> row(ask.pieces * inputs.stream);
   for (int64_t m = first; m < last; m++) {
-    for (int64_t g = 0; g < ask.of.groups; g++) {
-      const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
-      const int64_t at = m * ask.of.groups + g;
-      std::fill(group.begin(), group.end(), 0.0f);
-      std::fill(whole.begin(), whole.begin() + n, (int8_t)1);
-      ask.steps[at] = 1.0f;
-      float sum = 0.0f;
-      if (m < ask.count) {
-        read_floats(ask.x, ask.dtype, m * ask.of.columns + start, n, group.data());
-        sum = sum_of(group.data(), padded);
-        ask.steps[at] = round_pieces(ask, group.data(), n, padded, whole.data());
-      }
-      for (int p = 0; p < ask.pieces; p++)
-        std::copy_n(whole.begin() + p * padded, n, rows.begin() + p * stream + g * group_places);
-      const bool as_they_are = ask.pieces > 1;
-      ask.sums[at] = as_they_are ? sum : ask.steps[at] * (float)std::accumulate(whole.begin(), whole.begin() + n, 0);
-    }
+    if (m >= ask.count)
+      inputs.fill_with_ones(m, row.data());
+    else if (ask.pieces > 1)
+      inputs.read_pieces(m, row.data());
+    else
+      inputs.read_rounded(m, row.data());
     for (int p = 0; p < ask.pieces; p++)
-      to_stream(ask, &rows[p * stream], ask.places + (m * ask.pieces + p) * stream);
+      to_stream(ask, &row[p * inputs.stream], ask.places + (m * ask.pieces + p) * inputs.stream);
   }
 }
 

@@ -43,30 +43,31 @@ static void to_lane(const std::vector<int8_t>& row, const TiledProduct& ask, int
   }
 }
 
-static void fill_lane(const TiledProduct& ask, int64_t m, int64_t lane, int64_t panel, std::vector<float>& group,
-                      std::vector<int8_t>& row) {
-  const int64_t padded = (int64_t)group.size();
+// One row of x, and nothing where there is none, to one lane of a panel.
+static void fill_lane(const TiledProduct& ask, int64_t panel, int64_t lane, RoundedRow& row) {
+  const int64_t m = panel * ask.lanes + lane;
+  if (m < ask.count)
+    row.read(m);
+  else
+    std::fill(row.whole.begin(), row.whole.end(), (int8_t)0);
   for (int64_t g = 0; g < ask.of.groups; g++) {
     const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
     const int64_t at = (panel * ask.of.groups + g) * ask.lanes + lane;
-    std::fill(group.begin(), group.end(), 0.0f);
-    if (m < ask.count) read_floats(ask.x, ask.dtype, m * ask.of.columns + start, n, group.data());
-    ask.steps[at] = round_group(ask, group.data(), n, padded, &row[start]);
-    ask.sums[at] = ask.steps[at] * (float)std::accumulate(&row[start], &row[start] + n, 0);
+    ask.steps[at] = m < ask.count ? row.step_at(start) : 0.0f;
+    ask.sums[at] = ask.steps[at] * (float)std::accumulate(&row.whole[start], &row.whole[start] + n, 0);
   }
 }
 
 void fill_rounded_panels(const TiledProduct& ask, int64_t first, int64_t last) {
-  std::vector<float> group((ask.of.group + LANES - 1) / LANES * LANES);
-  std::vector<int8_t> row(ask.of.groups * ask.of.group + 2 * LANES);
+  RoundedRow row(ask);
   for (int64_t p = first; p < last; p++)
     for (int64_t lane = 0; lane < ask.lanes; lane++) {
-      fill_lane(ask, p * ask.lanes + lane, lane, p, group, row);
+      fill_lane(ask, p, lane, row);
       int32_t* to = (int32_t*)ask.inputs_of_panels + p * ask.words() * ask.lanes + lane;
       if (ask.word_columns == 4)
-        to_lane<int8_t>(row, ask, to);
+        to_lane<int8_t>(row.whole, ask, to);
       else
-        to_lane<int16_t>(row, ask, to);
+        to_lane<int16_t>(row.whole, ask, to);
     }
 }
 

@@ -1,8 +1,9 @@
-// Intel's matrix unit (AMX): its registers, and sums of products of bfloat16 tiles; knows nothing of codes.
+// Intel's matrix unit (AMX): its registers, what goes into them and comes out, and sums of products of bfloat16 tiles; knows nothing of codes.
 #pragma once
 
 #if defined(__AMX_BF16__)
 
+#include <algorithm>
 #include <memory>
 
 #include "kernels.hpp"
@@ -13,6 +14,8 @@ namespace AQ_ISA {
 
 constexpr int64_t SIDE = 16, TILE = SIDE * CHUNK;  // rows of a tile of bfloat16, and its values
 constexpr int64_t SUMS = SIDE * SIDE;              // values of a tile of sums
+
+constexpr int64_t LINE = 64;                       // bytes of a tile's row
 
 // Every register is 16 rows of 64 bytes.
 struct alignas(64) Registers {
@@ -56,6 +59,17 @@ AQ_INLINE void turn(__m512i (&v)[16]) {
   }
 }
 
+// Sixteen rows of words, one behind the other, to a panel: (tiles, 16 words, 16 rows).
+AQ_INLINE void to_panel(const void* rows, int64_t tiles, void* panel) {
+  const uint8_t* from = (const uint8_t*)rows;
+  for (int64_t t = 0; t < tiles; t++) {
+    __m512i words[16];
+    for (int i = 0; i < 16; i++) words[i] = _mm512_loadu_si512(from + (i * tiles + t) * LINE);
+    turn(words);
+    for (int i = 0; i < 16; i++) _mm512_store_si512((uint8_t*)panel + (t * SIDE + i) * LINE, words[i]);
+  }
+}
+
 // Tiles of W and panels, from some chunk on; `to` holds their sums so far, or nothing yet. Four sums are added at a time,
 // as each waits for the one before: two tiles meet two panels, or four tiles one.
 struct Meeting {
@@ -65,8 +79,6 @@ struct Meeting {
   int64_t to_panel;
   bool begin;
 };
-
-constexpr int64_t LINE = 64;
 
 template <int PANELS>
 AQ_INLINE void load_sums(const Meeting& of) {
@@ -131,6 +143,18 @@ static inline void store_as(const BlockProduct& ask, int64_t at, __m512 x, __mma
   if (ask.dtype == FLOAT32) return _mm512_mask_storeu_ps((float*)ask.result + at, some, x);
   const __m256i halves = ask.dtype == BFLOAT16 ? (__m256i)_mm512_cvtneps_pbh(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
   _mm256_mask_storeu_epi16((uint16_t*)ask.result + at, some, halves);
+}
+
+// Sixteen rows of W and a panel: sums that lie by rows of W, written by rows of x; `more` is what each row of W gets besides.
+static inline void write_tile(const BlockProduct& ask, const float* sums, int64_t row, int64_t panel, const float* more) {
+  __m512i v[16];
+  for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(sums + i * SIDE);
+  turn(v);
+  const int64_t rows = std::min(SIDE, ask.rows - row), count = std::min(SIDE, ask.count - panel * SIDE);
+  const __mmask16 some = (__mmask16)((1u << rows) - 1);
+  const __m512 added = more ? _mm512_maskz_loadu_ps(some, more) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i++)
+    store_as(ask, (panel * SIDE + i) * ask.rows + row, _mm512_add_ps((__m512)v[i], added), some);
 }
 
 }  // namespace AQ_ISA

@@ -1,11 +1,13 @@
-// Inputs rounded to whole numbers of 8 bits, group by group; knows nothing of weights.
+// Inputs rounded to whole numbers of 8 bits, some columns by one step; knows nothing of weights.
 #pragma once
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "kernels.hpp"
 #include "lanes.hpp"
+#include "stored.hpp"
 
 namespace AQ_ISA {
 
@@ -64,5 +66,29 @@ static inline float round_group(const RoundedProduct& ask, const float* x, int64
 static inline void leave_rest(float* x, int64_t padded, float step, const int8_t* taken) {
   for (int64_t i = 0; i < padded; i++) x[i] = step > 0.0f ? (x[i] / step - taken[i]) * RoundedProduct::FINER : 0.0f;
 }
+
+// A row of x in whole numbers, with room for whole lanes behind them, and the step of each run.
+struct RoundedRow {
+  const RoundedProduct& ask;
+  std::vector<float> run, steps;
+  std::vector<int8_t> whole;
+
+  explicit RoundedRow(const RoundedProduct& ask)
+      : ask(ask),
+        run((ask.run + LANES - 1) / LANES * LANES),
+        steps((ask.of.columns + ask.run - 1) / ask.run),
+        whole(steps.size() * ask.run + LANES) {}
+
+  void read(int64_t m) {
+    for (int64_t start = 0; start < ask.of.columns; start += ask.run) {
+      const int64_t n = std::min(ask.run, ask.of.columns - start);
+      std::fill(run.begin(), run.end(), 0.0f);
+      read_floats(ask.x, ask.dtype, m * ask.of.columns + start, n, run.data());
+      steps[start / ask.run] = round_group(ask, run.data(), n, (int64_t)run.size(), &whole[start]);
+    }
+  }
+
+  float step_at(int64_t column) const { return steps[column / ask.run]; }
+};
 
 }  // namespace AQ_ISA

@@ -38,7 +38,8 @@ class MappedFile:
         """Map the file and parse its footer.
 
         Raises:
-            StoreError: the file is missing, truncated, garbage, no model of ours or lacks a column.
+            StoreError: the file is missing, truncated, garbage, no model of ours, lacks a column or has one that
+                cannot be decoded or is of another type than the schema's.
             SchemaVersionError: the file is newer than this program.
             ChecksumError: the footer is not the one that was written.
         """
@@ -51,20 +52,17 @@ class MappedFile:
             self._footer = parquet.metadata
             found = self._footer.metadata or {}
             self.metadata = {key.decode(): text.decode() for key, text in found.items() if key != ARROW_KEY}
-            self._names = set(parquet.schema_arrow.names)
+            names = set(parquet.schema_arrow.names)
         self.version = check_version(path, self.metadata)
-        check_columns(path, self._names, self.version)
+        check_columns(path, names, self.version)
+        self.facts = self._facts(parquet, names)
+        """The small columns, row by row; the bytes of the payload are not touched."""
 
-    def facts(self) -> list[dict[str, Any]]:
-        """The small columns, row by row; the bytes of the payload are not touched.
-
-        Raises:
-            StoreError: a column cannot be decoded, or has another type than the schema's.
-        """
-        names = [name for name in columns_of(self.version) if name in self._names and name in FACTS.names]
+    def _facts(self, parquet: pq.ParquetFile, there: set[str]) -> list[dict[str, Any]]:
+        names = [name for name in columns_of(self.version) if name in there and name in FACTS.names]
         with explained(self.path):
-            table = self._open().read(columns=names, use_threads=False)
-            columns = [table.column(name).cast(FACTS.field(name).type) for name in names]
+            table = parquet.read(columns=names, use_threads=False)
+            columns = [_of_type(table.column(name), FACTS.field(name).type) for name in names]
             return pa.Table.from_arrays(columns, names=names).to_pylist()
 
     def value(self, column: str, row: int, size: int) -> Bytes | None:
@@ -115,6 +113,11 @@ def explained(path: Path) -> Iterator[None]:
         raise StoreError(
             f"{path} cannot be read: {problem}; it is missing, truncated or damaged: restore it or quantize again"
         ) from problem
+
+
+def _of_type(column: pa.ChunkedArray[Any], asked: pa.DataType) -> pa.ChunkedArray[Any]:
+    """The column itself, where it is that already: a cast takes as long as reading it."""
+    return column if column.type == asked else column.cast(asked)
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -149,7 +149,7 @@ class _StoredFile:
         self._file = MappedFile(path)
         self.metadata: Mapping[str, str] = self._file.metadata
         self.entries = tuple(
-            entry(facts, file=path, row=row, version=self._file.version) for row, facts in enumerate(self._file.facts())
+            entry(facts, file=path, row=row, version=self._file.version) for row, facts in enumerate(self._file.facts)
         )
 
     def payload(self, one: LayerEntry) -> PayloadBytes:

@@ -102,7 +102,7 @@ def inputs_of(
     with torch.no_grad(), Watch(parameters) as watch:
         model.runnable.module(*sample.arguments, **sample.keywords)
     for name, product in watch.log:
-        if watch.products[product].inputs.numel():
+        if name not in watch.parted and watch.products[product].inputs.numel():  # peers know no parts
             yield name, seen(watch.products[product], seed=number).rows
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import content_of
 from text_models import save_folder, small_module
 from torch import nn
@@ -35,6 +36,8 @@ from small_blocks import made, random, samples_of
 
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.calibration.observe import observe_block, strata
+from arrow_quant_v2.calibration.stats import InputStats
+from arrow_quant_v2.calibration.stored_stats import write_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -193,7 +196,7 @@ def fit(module: nn.Module, calls: Sequence[Inputs], names: Sequence[str], **aske
         "finished": lambda _: None,
         "keep": lambda layer: kept.update({layer.plan.tensor.name: layer}),
     }
-    with walking(module, samples_of(*calls), parameters, plain=False) as walk:
+    with walking(module, samples_of(*calls), parameters) as walk:
         fit_in_sequence(walk, Fitting(**(settings | asked)))
     return kept
 
@@ -301,7 +304,7 @@ def test_some_of_a_weight_tells_what_all_of_it_would_lose(name: str) -> None:
     module = made(kind.make)
     calls = samples_of(*(kind.inputs(seed) for seed in range(4)))
     parameters = {one: dict(module.named_parameters())[one] for one in kind.weights}
-    with walking(module, calls, parameters, plain=False) as walk:
+    with walking(module, calls, parameters) as walk:
         seen = observe_block(walk, 0, range(4), strata(calls, GROUPS))
     for (layer,), stats in seen.items():
         sight, told = sight_of(stats), {}
@@ -328,17 +331,30 @@ def outputs_lost(matrix: Tensor, sight: Sight) -> float:
     return sum(loss_of(one.mT if sight.transposed else one, parts[part].hessian) for part, one in rows.items())
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_stats_that_were_kept_are_what_was_seen(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    module, calls = made(kind.make), samples_of(*(kind.inputs(seed) for seed in range(4)))
+    parameters = {one: dict(module.named_parameters())[one] for one in kind.weights}
+    with walking(module, calls, parameters) as walk:
+        (seen,) = (observe_block(walk, block, range(4), strata(calls, GROUPS)) for block in range(len(walk.blocks)))
+    for number, (layers, stats) in enumerate(seen.items()):
+        assert stats is not None
+        write_input(tmp_path, number, None, stats)
+        again = InputStats.of(layers, load_file(tmp_path / f"{number:05d}.safetensors"), transposed=stats.transposed)
+        assert_same_sight(sight_of(again), sight_of(stats))
+        assert bool(stats.parts) == (name not in WHOLE)
+
+
 WHOLE = {"Conv1D", "GPT-2", "transposed", "transposed, overlapping"}
 
 
-def test_a_plain_walk_sees_those_of_which_all_rows_meet_the_same_inputs() -> None:
-    for name, kind in KINDS.items():
-        module = made(kind.make)
-        parameters = {one: dict(module.named_parameters())[one] for one in kind.weights}
-        with walking(module, samples_of(kind.inputs(0)), parameters) as walk:
-            found = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
-            assert found == (set(kind.weights) if name in WHOLE else set())
-            assert walk.turned == found
+def assert_same_sight(one: Sight, other: Sight) -> None:
+    assert torch.equal(one.hessian, other.hessian)
+    assert torch.equal(one.absmax, other.absmax)
+    assert (one.count, one.transposed, set(one.parts)) == (other.count, other.transposed, set(other.parts))
+    for part, own in one.parts.items():
+        assert_same_sight(own, other.parts[part])
 
 
 # Whole models
@@ -420,21 +436,15 @@ def test_a_size_is_kept_and_bits_are_spent_by_what_outputs_lose(folder: Path, tm
     assert all("told from its own outputs" in one and "calibrated on 6 samples" in one for one in said)
 
 
-TOLD_BY_STATS = {
-    "GPT2Model": "calibrated on stats stats (6 samples of a function of the user's own)",
-    "Qwen3MoeForCausalLM": "not calibrated: the stats hold no inputs of it",
-}
-
-
 @pytest.mark.parametrize("compact", [False, True])
-def test_stats_hold_inputs_of_whole_weights_of_every_kind(folder: Path, tmp_path: Path, compact: bool) -> None:
+def test_stats_hold_inputs_of_every_kind(folder: Path, tmp_path: Path, compact: bool) -> None:
     api, pattern = ArrowQuantV2(), MODELS[folder.name][1]
     api.calibrate(folder, tmp_path / "stats", settings_of(), calibration=token_calls, compact=compact)
     for name, asked in (("out", {}), ("sized", {"target_bits": 4.0, "bit_width": 4})):
         config = settings_of(stats=str(tmp_path / "stats"), **asked)
         result = api.quantize_diffusion_model(folder, tmp_path / name, config)
         said = said_of(tmp_path / name, pattern)
-        assert all(TOLD_BY_STATS[folder.name] in one for one in said)
+        assert all("calibrated on stats stats (6 samples of a function of the user's own)" in one for one in said)
         assert result["bits_per_weight"] <= 4.0
 
 

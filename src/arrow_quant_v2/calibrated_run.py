@@ -113,7 +113,7 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
     watched = runnable.parameters(module_names)
     read_before = runnable.reading
     calls, scratch = run.prepared.samples.calls, run.folder.scratch
-    with walking(runnable.module, calls, watched, scratch, runnable.clock, plain=False) as walk:
+    with walking(runnable.module, calls, watched, scratch, runnable.clock) as walk:
         reading = runnable.reading - read_before
         reached = {layer for block in walk.blocks for layers in block.inputs for layer in layers}
         names = frozenset(module_names[layer] for layer in reached)

@@ -137,7 +137,7 @@ def _seen_in_a_walk(
     runnable, parts = run.prepared.runnable, strata(calls, run.prepared.groups)
     changes: dict[str, Change] = {}
     watched, scratch = runnable.parameters(names), run.folder.scratch / "losses"
-    with walking(runnable.module, calls, watched, scratch, runnable.clock, plain=False) as walk:
+    with walking(runnable.module, calls, watched, scratch, runnable.clock) as walk:
         for number, block in enumerate(walk.blocks):
             with runnable.holding(block.module):
                 for layers, stats in observe_block(walk, number, range(len(calls)), parts).items():

@@ -117,7 +117,7 @@ def _fit_block(walk: Walk, number: int, parts: Strata, ask: Fitting) -> None:
         if originals is not None:
             originals.remember(layers)
         if not _restored(walk, layers, ask):
-            known = originals is not None and (number or place) and not walk.parted.intersection(layers)
+            known = originals is not None and (number or place) and walk.parted.keys().isdisjoint(layers)
             drift = Drift(originals) if originals is not None and known else None
             stats = observe(walk, number, layers, parts, drift)
             if stats is not None:

@@ -130,16 +130,22 @@ def stats_summary(kept: KeptStats, method: str) -> dict[str, object]:
 def _refuse_unfit(kept: KeptStats, entry: KeptInput, plans: Mapping[str, LayerPlan]) -> None:
     for layer in entry.layers:
         shape = plans[layer].tensor.shape if layer in plans else ()
-        known = _input_of(shape, transposed=entry.transposed)
-        if known != (entry.channels, entry.columns) or quant_axis(shape) != 1:
+        if not _fits(entry, shape):
             raise StoreError(
                 f"{kept.folder}: {layer} is {shape or 'no tensor'} in the model; its input has"
                 f" {entry.channels} channels and {entry.columns} columns in the stats; calibrate again"
             )
 
 
-def _input_of(shape: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
-    """(channels, columns) of what goes into a weight; nothing for one that nothing goes into."""
+def _fits(entry: KeptInput, shape: tuple[int, ...]) -> bool:
+    """Whether such an input can meet a weight of this shape, and its parts the weight's rows."""
     if len(shape) < 2:  # noqa: PLR2004 - a matrix
-        return ()
-    return (shape[0], shape[0]) if transposed else (shape[1], torch.Size(shape[1:]).numel())
+        return False
+    axis = quant_axis(shape)
+    rows, columns = torch.Size(shape[:axis]).numel(), torch.Size(shape[axis:]).numel()
+    if any(not first < stop <= rows for first, stop in entry.parts):
+        return False
+    if entry.transposed:
+        sizes = {stop - first for first, stop in entry.parts} or {rows}
+        return sizes == {entry.columns} == {entry.channels}
+    return (entry.channels, entry.columns) == (shape[axis], columns)

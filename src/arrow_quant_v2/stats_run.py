@@ -32,7 +32,7 @@ from arrow_quant_v2.calibration.stored_stats import (
 from arrow_quant_v2.engines.devices import refuse_missing, telling_what_is_full
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.errors import ConfigurationError
-from arrow_quant_v2.plan import reason_not_to_quantize
+from arrow_quant_v2.plan import quant_axis, reason_not_to_quantize
 from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import source_hash
@@ -294,12 +294,14 @@ def _block(run: _Run, walk: Walk, block: int, parts: Strata, first: int, *, prog
         own = [(None, list(range(len(parts.groups))), parts)]
     files: dict[tuple[str, ...], list[KeptFile | None]] = {layers: [] for layers in walk.blocks[block].inputs}
     sizes: dict[tuple[str, ...], tuple[int, int]] = {}
+    rows: dict[tuple[str, ...], set[tuple[int, int]]] = {layers: set() for layers in files}
     for group, members, strata_of in own:
         seen = observe_block(walk, block, members, strata_of)
         for number, (layers, stats) in enumerate(seen.items()):
             files[layers].append(None if stats is None else write_input(run.target, first + number, group, stats))
             if stats is not None:
                 sizes[layers] = _size(stats)
+                rows[layers].update(stats.parts)
         progress.advance(weight * len(members), name)
     return [
         KeptInput(
@@ -307,6 +309,7 @@ def _block(run: _Run, walk: Walk, block: int, parts: Strata, first: int, *, prog
             columns=sizes[layers][0],
             channels=sizes[layers][1],
             transposed=not walk.turned.isdisjoint(layers),
+            parts=tuple(sorted(rows[layers])),
             files=tuple(found),
         )
         for layers, found in files.items()
@@ -323,17 +326,20 @@ def _weight(walk: Walk, block: int) -> int:
     return sum(walk.parameters[name].numel() * count for name, count in walk.blocks[block].uses.items())
 
 
-def _columns(walk: Walk, layer: str) -> int:
-    """Of its input."""
+def _floats(walk: Walk, layer: str) -> int:
+    """Of H of its input, and of H of each part of its rows that has one."""
     shape = walk.parameters[layer].shape
-    return shape[0] if layer in walk.turned else shape[1:].numel()
+    axis = quant_axis(shape)
+    columns = shape[axis - 1] if layer in walk.turned else shape[axis:].numel()
+    parts = shape[0] if axis > 1 else walk.parted.get(layer, 0)  # not every expert has tokens of the first sample
+    return (1 + parts) * columns * columns
 
 
 def _refuse_too_large(run: _Run, walk: Walk, parts: Strata) -> None:
     """Find out before the pass whether the disk has room for every H."""
-    columns = [_columns(walk, layers[0]) for block in walk.blocks for layers in block.inputs]
+    floats = sum(_floats(walk, layers[0]) for block in walk.blocks for layers in block.inputs)
     times = sum(size > 0 for size in parts.sizes) if run.apart else 1
-    needed, free = 4 * times * sum(count * count for count in columns), shutil.disk_usage(run.target).free
+    needed, free = 4 * times * floats, shutil.disk_usage(run.target).free
     if needed > free:
         remedy = f"--compact needs {needed / times / 1e6:,.0f} MB" if times > 1 else "make room"
         raise ConfigurationError(

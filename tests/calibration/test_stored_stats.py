@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -88,6 +89,38 @@ def test_every_time_group_has_the_same_say(folder: Path) -> None:
         assert torch.equal(stats.tensors()[name], whole.tensors()[name])
 
 
+def of_parts(*seen_by: tuple[int, tuple[int, int]]) -> InputStats:
+    """What one time group saw of a weight whose rows have inputs of their own."""
+    stats = InputStats(LAYERS[:1], 1, columns=COLUMNS, channels=COLUMNS)
+    stats.add([replace(seen(seed), part=rows) for seed, rows in seen_by], [0] * len(seen_by), [1.0] * len(seen_by))
+    return stats
+
+
+def written_in_parts(folder: Path, parts: tuple[tuple[int, int], ...]) -> None:
+    first, second = of_parts((1, (0, 4))), of_parts((2, (0, 4)), (3, (4, 8)), (4, (4, 8)))
+    files = tuple(write_input(folder, 0, group, stats) for group, stats in enumerate([first, second]))
+    entry = KeptInput(layers=LAYERS[:1], columns=COLUMNS, channels=COLUMNS, parts=parts, files=files)
+    write_summary(folder, summary(entry))
+
+
+def test_rows_that_have_inputs_of_their_own_are_kept_apart(tmp_path: Path) -> None:
+    written_in_parts(tmp_path, ((0, 4), (4, 8)))
+    kept = KeptStats(tmp_path).read(0)
+    assert {part: own.count for part, own in kept.parts.items()} == {(0, 4): 10, (4, 8): 10}
+    only = seen(3).rows.mT @ seen(3).rows + seen(4).rows.mT @ seen(4).rows
+    torch.testing.assert_close(kept.parts[4, 8].second.matrix, only * 4 / (2 * 3), rtol=1e-5, atol=1e-5)
+    again = KeptStats(tmp_path).read(0)
+    again.merge(kept)
+    torch.testing.assert_close(again.parts[4, 8].second.matrix, 2 * kept.parts[4, 8].second.matrix)
+    assert again.parts[0, 4].count == 20
+
+
+def test_rows_of_which_the_summary_knows_nothing_are_refused(tmp_path: Path) -> None:
+    written_in_parts(tmp_path, ((0, 4),))
+    with pytest.raises(StoreError, match=r"holds rows \(4, 8\), of which stats\.json knows nothing"):
+        KeptStats(tmp_path)
+
+
 def test_a_time_group_in_which_nothing_was_seen_is_empty(tmp_path: Path) -> None:
     files = (None, write_input(tmp_path, 0, 1, alone(1)))
     write_summary(tmp_path, summary(KeptInput(layers=LAYERS, columns=COLUMNS, channels=COLUMNS, files=files)))
@@ -125,7 +158,7 @@ def file(content: dict[str, Any]) -> dict[str, Any]:
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "version": (lambda c: c.update(version=2), "has version 2; this program reads 1"),
+    "version": (lambda c: c.update(version=3), "has version 3; this program reads 1 and 2"),
     "format": (lambda c: c.update(format="gguf"), "its format is 'gguf'"),
     "climbs": (lambda c: file(c).update(name="../../secret.safetensors"), "inputs.0.files.0.name is '../../secret"),
     "absolute": (lambda c: file(c).update(name="/etc/passwd"), "inputs.0.files.0.name is '/etc/passwd'"),
@@ -156,7 +189,7 @@ def test_a_wrong_entry_is_refused(name: str, folder: Path) -> None:
 
 
 def test_a_newer_version_is_told_as_such(folder: Path) -> None:
-    changed(folder, lambda content: content.update(version=2))
+    changed(folder, lambda content: content.update(version=3))
     with pytest.raises(SchemaVersionError):
         KeptStats(folder)
 

@@ -101,13 +101,10 @@ class Walk:
         parameters: Mapping[str, Tensor],
         folder: Path | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        *,
-        plain: bool = True,
     ) -> None:
         """Find the blocks by one call of the model, timed by `clock`; the module is changed until `close`.
 
         Outputs that are too much for memory go into files in `folder`; None: where the system keeps such things.
-        A `plain` walk sees products with whole weights alone.
 
         Raises:
             QuantizationError: there are no samples, or the model cannot be called with the first one.
@@ -115,7 +112,8 @@ class Walk:
         if not samples:
             raise QuantizationError("a model is calibrated on what goes into its layers; give one sample or more")
         self.module, self.samples, self.parameters, self._clock = module, samples, parameters, clock
-        self._plain, self.parted, self.turned = plain, frozenset[str](), frozenset[str]()
+        self.parted: Mapping[str, int] = {}  # by name of a weight, how many parts of its rows were multiplied alone
+        self.turned = frozenset[str]()
         self._now = threading.local()
         self._kept = Kept(folder)
         self._names = _once(candidates(module, matrices(module)))
@@ -143,14 +141,14 @@ class Walk:
         How often rows of a weight are multiplied, as those of an expert are, may differ between samples.
         """
         block = self.blocks[number]
-        stop = None if self.parted.intersection(layers) else sum(block.uses[n] for n in layers)
-        watch = Watch({n: self.parameters[n] for n in layers}, stop, plain=self._plain)
+        stop = None if not self.parted.keys().isdisjoint(layers) else sum(block.uses[n] for n in layers)
+        watch = Watch({n: self.parameters[n] for n in layers}, stop)
         self._run(number, sample, watch, keep=False)
         return watch
 
     def watch_all(self, number: int, sample: int) -> Watch:
         """Run block `number` on one sample as it is, keep what it gives, and return the products with its layers."""
-        watch = Watch({name: self.parameters[name] for name in self.blocks[number].uses}, plain=self._plain)
+        watch = Watch({name: self.parameters[name] for name in self.blocks[number].uses})
         self._run(number, sample, watch, keep=True)
         return watch
 
@@ -240,7 +238,7 @@ class Walk:
 
     def _found(self) -> tuple[Block, ...]:
         """The blocks in the order in which the first sample meets them, each with its inputs."""
-        seen = _FirstCall(self.parameters, self._clock, plain=self._plain)
+        seen = _FirstCall(self.parameters, self._clock)
         hooks = [hook for name, part in self._names.items() for hook in seen.hooks(name, part)]
         try:
             with seen.uses, seen.watch:
@@ -248,7 +246,8 @@ class Walk:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.parted, self.turned = frozenset(seen.watch.parted), frozenset(seen.watch.turned)
+        self.parted = {name: len(parts) for name, parts in seen.watch.parted.items()}
+        self.turned = frozenset(seen.watch.turned)
         blocks: list[Block] = []
         for name, spans in seen.spans.items():
             taken = {layer for block in blocks for layer in block.uses}
@@ -274,8 +273,8 @@ class Walk:
 class _FirstCall:
     """What is seen of the blocks in the call that finds them, in the order in which they begin."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], clock: Callable[[], float], *, plain: bool) -> None:
-        self.watch, self.uses, self._clock = Watch(parameters, keep=False, plain=plain), Uses(), clock
+    def __init__(self, parameters: Mapping[str, Tensor], clock: Callable[[], float]) -> None:
+        self.watch, self.uses, self._clock = Watch(parameters, keep=False), Uses(), clock
         self.spans: dict[str, list[tuple[int, int]]] = {}  # of the log, for each of a block's calls
         self.seconds: dict[str, float] = {}
         self.last: dict[str, int] = {}  # the last block that had begun at the last call
@@ -331,11 +330,9 @@ def walking(
     parameters: Mapping[str, Tensor],
     folder: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    *,
-    plain: bool = True,
 ) -> Iterator[Walk]:
     """A walk that gives the model its own forwards back in the end."""
-    walk = Walk(module, samples, parameters, folder, clock, plain=plain)
+    walk = Walk(module, samples, parameters, folder, clock)
     try:
         yield walk
     finally:

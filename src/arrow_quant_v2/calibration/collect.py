@@ -67,22 +67,18 @@ class Watch(TorchFunctionMode):
 
     products  each input, as it was when it was first used; none of them where `keep` is False
     log       each use of a weight, and the number of its input
-    parted    the weights of which some rows were multiplied without the others
+    parted    the weights of which some rows were multiplied without the others, and which ones
     turned    those whose rows belong to inputs
-
-    A `plain` watch sees products with whole weights alone.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], stop: int | None = None, *, keep: bool = True, plain: bool = True
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], stop: int | None = None, *, keep: bool = True) -> None:
         """Watch for these parameters, by the names that the products shall have."""
         super().__init__()
         self._parameters = parameters  # asked at every product: those that lie on disk come and go
-        self._stop, self._keep, self._plain = stop, keep, plain
+        self._stop, self._keep = stop, keep
         self.products: list[Product] = []
         self.log: list[tuple[str, int]] = []
-        self.parted: set[str] = set()
+        self.parted: dict[str, set[Rows]] = {}
         self.turned: set[str] = set()
         self._inputs: list[TensorWeakRef] = []
         self._of: dict[tuple[object, ...], int] = {}
@@ -110,12 +106,12 @@ class Watch(TorchFunctionMode):
 
     def _note(self, pair: Operands) -> None:
         name, part = self._name_of(pair.weight), None
-        if name is None and not self._plain:
+        if name is None:
             name, part = self._part_of(pair.weight)
         if name is None:
             return
         if part is not None:
-            self.parted.add(name)
+            self.parted.setdefault(name, set()).add(part)
         if pair.transposed:
             self.turned.add(name)
         self.log.append((name, self._number(pair, name, part)))

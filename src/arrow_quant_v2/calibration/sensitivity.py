@@ -192,7 +192,7 @@ class Gradients(Watch):
             return result if name is None else self._looked_up(name, result)
         if len(self.log) > before and (func is linear or func in CONVOLUTIONS):
             name = self.log[-1][0]
-            if name in self._changes:
+            if name in self._changes and name not in self.parted:
                 return self._multiplied(name, result, func, args, given)
         return result
 

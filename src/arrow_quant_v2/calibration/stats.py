@@ -5,8 +5,9 @@ Stats of parts of the samples add up to the stats of all of them. Knows neither 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ MOMENTS = 5  # count, sum, sum of squares, least, largest
 OWN = ("moments", "absmax", "sums", "rows")
 PROBES = 64  # rows of each time group that are kept, to measure errors with
 PROBES_PER_CALL = 8
+OF_PART = re.compile(r"([0-9]+)-([0-9]+)\.(.+)")
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +64,7 @@ class InputStats:
         *,
         columns: int,
         channels: int,
+        transposed: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         """Start with nothing seen."""
@@ -73,7 +77,7 @@ class InputStats:
         self.probes = [torch.zeros(0, columns, device=device) for _ in range(groups)]
         self.second = SecondMoment(columns, device)
         self.parts: dict[tuple[int, int], InputStats] = {}
-        self.transposed = False
+        self.transposed = transposed
 
     @property
     def count(self) -> int:
@@ -105,8 +109,14 @@ class InputStats:
     def _part(self, part: tuple[int, int]) -> InputStats:
         if part not in self.parts:
             groups, channels = self.absmax.shape
-            columns, device = self.second.columns, self.absmax.device
-            self.parts[part] = InputStats(self.layers, groups, columns=columns, channels=channels, device=device)
+            self.parts[part] = InputStats(
+                self.layers,
+                groups,
+                columns=self.second.columns,
+                channels=channels,
+                transposed=self.transposed,
+                device=self.absmax.device,
+            )
         return self.parts[part]
 
     def merge(self, other: InputStats) -> None:
@@ -128,6 +138,8 @@ class InputStats:
         for group, rows in enumerate(other.probes):
             self._probe(group, rows)
         self.second.merge(other.second)
+        for part, theirs in other.parts.items():
+            self._part(part).merge(theirs)
 
     def place(self, group: int, alone: InputStats, weight: float) -> None:
         """Let one time group be what stats of that group alone saw, whose H counts `weight` times.
@@ -139,6 +151,8 @@ class InputStats:
         self.moments[group], self.absmax[group] = alone.moments[0], alone.absmax[0]
         self.sums[group], self.rows[group] = alone.sums[0], alone.rows[0]
         self.probes[group] = alone.probes[0]
+        for part, own in alone.parts.items():
+            self._part(part).place(group, own, weight)
 
     def spread(self) -> dict[str, list[float]]:
         """`mean, std, min, max` of the elements, one entry per time group; a group that saw nothing has zeros."""
@@ -170,10 +184,12 @@ class InputStats:
         return (self.sums / self.rows.clamp(min=1)[:, None]).to(torch.float32)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything seen, on the CPU and ready to be stored; not to be changed."""
+        """Everything seen, on the CPU and ready to be stored, parts by names that begin with their rows."""
         own = dict(zip(OWN, (self.moments, self.absmax, self.sums, self.rows), strict=True))
         probes = {f"probes.{group}": rows for group, rows in enumerate(self.probes)}
         found = {**own, "count": torch.tensor([self.second.count]), "second": self.second.matrix, **probes}
+        for (first, stop), part in self.parts.items():
+            found |= {f"{first}-{stop}.{name}": tensor for name, tensor in part.tensors().items()}
         return {name: tensor.cpu() for name, tensor in found.items()}
 
     def move_to(self, device: str) -> None:
@@ -182,18 +198,27 @@ class InputStats:
         self.sums, self.rows = self.sums.to(device), self.rows.to(device)
         self.probes = [rows.to(device) for rows in self.probes]
         self.second = SecondMoment.of(self.second.matrix.to(device), self.second.count)
+        for part in self.parts.values():
+            part.move_to(device)
 
     @classmethod
-    def of(cls, layers: tuple[str, ...], tensors: Mapping[str, Tensor]) -> InputStats:
+    def of(cls, layers: tuple[str, ...], tensors: Mapping[str, Tensor], *, transposed: bool = False) -> InputStats:
         """The same again from what was stored.
 
         Raises:
             QuantizationError: the tensors do not belong together.
         """
-        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        by_part = tensors_by_part({name: tensor.clone() for name, tensor in tensors.items()})
+        whole = cls._whole(layers, by_part.pop(None, {}), transposed=transposed)
+        whole.parts = {part: cls._whole(layers, own, transposed=transposed) for part, own in by_part.items() if part}
+        return whole
+
+    @classmethod
+    def _whole(cls, layers: tuple[str, ...], own: Mapping[str, Tensor], *, transposed: bool) -> InputStats:
+        """Without parts."""
         try:
             groups, channels, columns = len(own["moments"]), own["absmax"].shape[-1], own["second"].shape[-1]
-            result = cls(layers, groups, columns=columns, channels=channels)
+            result = cls(layers, groups, columns=columns, channels=channels, transposed=transposed)
             fit = all(own[name].shape == tensor.shape for name, tensor in result.tensors().items() if "." not in name)
             result.moments, result.absmax, result.sums, result.rows = (own[name] for name in OWN)
             result.probes = [own[f"probes.{group}"] for group in range(groups)]
@@ -205,6 +230,16 @@ class InputStats:
             raise QuantizationError(f"the stored stats of {', '.join(layers)} do not fit together; calibrate again")
         result.second = SecondMoment.of(own["second"], int(own["count"]))
         return result
+
+
+def tensors_by_part(tensors: Mapping[str, Content]) -> dict[tuple[int, int] | None, dict[str, Content]]:
+    """What `tensors` gave of each part, by the rows of the part and the names without them; None: of all rows."""
+    found: dict[tuple[int, int] | None, dict[str, Content]] = {}
+    for name, content in tensors.items():
+        rows = OF_PART.fullmatch(name)
+        part = (int(rows[1]), int(rows[2])) if rows else None
+        found.setdefault(part, {})[rows[3] if rows else name] = content
+    return found
 
 
 def _spaced(rows: Tensor, count: int) -> Tensor:

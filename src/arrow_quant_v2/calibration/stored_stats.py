@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from arrow_quant_v2.calibration.observe import weights
-from arrow_quant_v2.calibration.stats import MOMENTS, PROBES, InputStats
+from arrow_quant_v2.calibration.stats import MOMENTS, PROBES, InputStats, tensors_by_part
 from arrow_quant_v2.errors import ChecksumError, ConfigurationError, SchemaVersionError, SourceError, StoreError
 from arrow_quant_v2.sources.files import JSON_LIMIT, ByteFile, parse_object
 from arrow_quant_v2.sources.safetensors import SafetensorsSource
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-NAME, FORMAT, VERSION = "stats.json", "arrow_quant_stats", 1
+NAME, FORMAT, VERSION = "stats.json", "arrow_quant_stats", 2
+READABLE = (1, 2)  # those of version 1 have no parts
 FILE_NAME = r"^[0-9]{5}(-[0-9]{3})?\.safetensors$"  # so that no name leads out of the folder
 FLOATS = ("second", "absmax", "sums")
 AGAIN = "calibrate again"
@@ -41,6 +42,8 @@ AGAIN = "calibrate again"
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+TensorHeader = tuple[str, tuple[int, ...]]
+"""Dtype and shape."""
 
 
 class KeptFile(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -54,12 +57,14 @@ class KeptInput(BaseModel, frozen=True, extra="forbid", strict=True):
     """The layers that share one input, and where its stats lie: None where no sample of that time group gave any.
 
     transposed  rows of their weights belong to inputs, not to outputs
+    parts       rows of the weight that have inputs of their own, as each expert has; first and the one after the last
     """
 
     layers: Annotated[tuple[Text, ...], Field(min_length=1)]
     columns: Positive
     channels: Positive
     transposed: bool = False
+    parts: tuple[tuple[Count, Positive], ...] = ()
     files: Annotated[tuple[KeptFile | None, ...], Field(min_length=1)]
 
 
@@ -170,14 +175,16 @@ class KeptStats:
         if _checksum(tensors) != file.crc32:
             raise ChecksumError(f"{path}: its bytes are not those that were written; {AGAIN}")
         _refuse_not_finite(tensors, path)
-        found = InputStats.of(entry.layers, tensors)
-        found.transposed = entry.transposed
-        return found
+        return InputStats.of(entry.layers, tensors, transposed=entry.transposed)
 
     def _nothing(self, entry: KeptInput) -> InputStats:
-        found = InputStats(entry.layers, self.groups.count, columns=entry.columns, channels=entry.channels)
-        found.transposed = entry.transposed
-        return found
+        return InputStats(
+            entry.layers,
+            self.groups.count,
+            columns=entry.columns,
+            channels=entry.channels,
+            transposed=entry.transposed,
+        )
 
     def _refuse_unfit(self, entry: KeptInput) -> None:
         files, groups = (self.groups.count, 1) if self.summary.apart else (1, self.groups.count)
@@ -240,10 +247,10 @@ def _summary(text: bytes, path: Path) -> Summary:
         entries = parse_object(text, str(path))
     if entries.get("format") != FORMAT:
         raise StoreError(f"{path}: its format is {str(entries.get('format'))[:40]!r}; {FORMAT!r} is needed")
-    if entries.get("version") != VERSION:
+    if entries.get("version") not in READABLE:
         raise SchemaVersionError(
-            f"{path}: has version {str(entries.get('version'))[:40]}; this program reads {VERSION}: update it,"
-            f" or {AGAIN}"
+            f"{path}: has version {str(entries.get('version'))[:40]}; this program reads"
+            f" {' and '.join(map(str, READABLE))}: update it, or {AGAIN}"
         )
     try:
         return Summary.model_validate_json(text)
@@ -269,9 +276,17 @@ def _groups(summary: Summary, path: Path) -> TimeGroups:
 def _refuse_unfit_tensors(path: Path, entry: KeptInput, groups: int) -> None:
     """Refuse a file whose tensors are not those of such an input; reads its header alone."""
     with _as_store_errors(), closing(SafetensorsSource([path])) as source:
-        found = {info.name: (info.dtype, info.shape) for info in source.tensors}
+        found = tensors_by_part({info.name: (info.dtype, info.shape) for info in source.tensors})
+    unknown = [part for part in found if part and part not in entry.parts]
+    if unknown:
+        raise StoreError(f"{path}: holds rows {unknown[0]}, of which {NAME} knows nothing; {AGAIN}")
+    for own in (found.get(None, {}), *(found[part] for part in entry.parts if part in found)):
+        _refuse_unfit_part(path, entry, groups, own)
+
+
+def _refuse_unfit_part(path: Path, entry: KeptInput, groups: int, found: Mapping[str, TensorHeader]) -> None:
     wide, rows = ("float64", (groups, entry.columns)), ("int64", (groups,))
-    expected = {
+    expected: dict[str, TensorHeader] = {
         "moments": ("float64", (groups, MOMENTS)),
         "absmax": ("float32", (groups, entry.channels)),
         "sums": wide,
@@ -290,14 +305,15 @@ def _refuse_unfit_tensors(path: Path, entry: KeptInput, groups: int) -> None:
         )
 
 
-def _described(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+def _described(tensor: TensorHeader | None) -> str:
     return "nothing" if tensor is None else f"{tensor[0]} {tensor[1]}"
 
 
 def _refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    for name in FLOATS:
-        if not torch.isfinite(tensors[name].sum(dtype=torch.float64)):
-            raise StoreError(f"{path}: tensor {name} holds NaN or infinity; {AGAIN}")
+    for own in tensors_by_part(tensors).values():
+        for name in FLOATS:
+            if not torch.isfinite(own[name].sum(dtype=torch.float64)):
+                raise StoreError(f"{path}: tensor {name} holds NaN or infinity; {AGAIN}")
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

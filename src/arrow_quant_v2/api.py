@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.config import DiffusionQuantConfig, LayerSpec
 from arrow_quant_v2.doctor import diagnose
 from arrow_quant_v2.errors import ConfigurationError, ValidationError
@@ -36,7 +37,7 @@ from arrow_quant_v2.sources.modality import detect_modality
 from arrow_quant_v2.sources.module import ModuleSource
 from arrow_quant_v2.sources.parquet import ParquetSource
 from arrow_quant_v2.stats_run import StatsJob, make_stats, merge_stats
-from arrow_quant_v2.validation.judge import HELD_OUT, Heard, Wish, find_out, part
+from arrow_quant_v2.validation.judge import Heard, Wish, find_out, part
 from arrow_quant_v2.workfolder import METADATA
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ class ArrowQuantV2:
         """
         if not quantized_paths:
             raise ConfigurationError("no quantized models were given; give one or more folders to compare")
-        wish = _wish(**({"seed": HELD_OUT} | more))
+        wish = _wish(**({"seed": chance.held_out(0, chance.VALIDATION)} | more))
         count, models, heard = len(quantized_paths), [], Heard()
         for number, path in enumerate(quantized_paths):
             report = part(progress_callback, number / count, (number + 1) / count)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.sources.parquet import ParquetSource
@@ -47,7 +48,8 @@ def hold_out(prepared: Prepared, config: DiffusionQuantConfig, provider: Provide
     data = None if config.calibration_data is None else Path(config.calibration_data)
     prompts = data is not None and f"prompts of {data.name}" in own.origin  # each of them makes any number of calls
     used = len(own.calls) if provider is not None or (data is not None and not prompts) else 0
-    asked = Asked(count=used + count, seed=(config.seed + 1) % 2**63, data=data, callable=provider)
+    seed = chance.held_out(config.seed, chance.JUDGING)
+    asked = Asked(count=used + count, seed=seed, data=data, callable=provider)
     try:
         calls = prepared.memory.gather(prepared.runnable, asked).calls[used : used + count]
     except (ConfigurationError, QuantizationError, SourceError):  # a function that can be called only once

@@ -17,6 +17,7 @@ from small_pipelines import PIPELINES
 from text_models import SPECIAL, WORDS, save_bert, save_folder, small_module
 
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig
+from arrow_quant_v2.calibration import chance, remembered
 from arrow_quant_v2.errors import SourceError, ValidationError
 from arrow_quant_v2.validation import judge
 from arrow_quant_v2.validation.judge import Heard, Wish, find_out, gather
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from arrow_quant_v2.calibration.runnable import Runnable
+    from arrow_quant_v2.calibration.sample import Samples
+    from arrow_quant_v2.calibration.samples import Asked
     from arrow_quant_v2.validation.findings import Findings
 
 api = ArrowQuantV2()
@@ -57,6 +61,27 @@ def _untouched_torch() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_neither_the_bar_nor_validate_sees_what_layers_were_fitted_to_nor_what_the_other_sees(
+    masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def noted(runnable: Runnable, question: Asked) -> Samples:
+        asked.append(question.seed)
+        return gather(runnable, question)
+
+    monkeypatch.setattr(remembered, "gather", noted)
+    monkeypatch.setattr(judge, "gather", noted)
+    last = 2**63 - 1
+    config = {"enable_calibration": True, "calibration_samples": 4, "calibration_tokens": 0, "min_accuracy": 0.01}
+    out = quantized(masked, tmp_path / "out", 8, seed=last, **config)
+    find_out(masked, out, Wish(count=4, pairs=0))
+    assert len(set(asked)) == 3
+    assert asked == [last, chance.held_out(last, chance.JUDGING), chance.held_out(last, chance.VALIDATION)]
+    assert all(0 <= seed < 2**63 for seed in asked)
 
 
 def test_pictures_of_more_bits_are_closer(tmp_path: Path) -> None:

@@ -6,6 +6,18 @@ import hashlib
 
 import torch
 
+VALIDATION, JUDGING = 1, 2  # who is shown samples that no layer was fitted to; never the same ones
+APART = 1_000_003  # further than anybody's own seeds are, with which stats are made and merged
+SEEDS = 2**63
+
+
+def held_out(seed: int, purpose: int) -> int:
+    """The seed of samples that are none of those that layers were fitted to with this seed.
+
+    Judging chooses layers by what it sees, so validation sees something else.
+    """
+    return (seed + APART * purpose) % SEEDS
+
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
     """A generator of its own for every purpose, so that one part's choices never move another's."""

@@ -18,6 +18,7 @@ import torch
 
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.budget import available_bytes, megabytes
+from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.given import is_text
 from arrow_quant_v2.calibration.samples import Asked, gather
 from arrow_quant_v2.config import DiffusionQuantConfig
@@ -82,7 +83,6 @@ HIDDEN_OUTPUTS = "output cosine: probabilities of masked tokens, mean over token
 TOKEN_OUTPUTS = "output cosine: last hidden states or logits, mean over tokens"  # noqa: S105 - no password
 SAMPLE_OUTPUTS = "output cosine: what the denoiser says, mean over samples"
 GROUPS = 10
-HELD_OUT = 1_000_003  # added to the seed of calibration, so that no sample is one that layers were fitted to
 TRAJECTORY = 32  # samples of continuous models, whose trajectories go through every step and both branches
 TEXTS = 16
 STEPS = 16  # of a trajectory, and of every picture and sound that is made
@@ -184,7 +184,9 @@ class _Models:
     @property
     def seed(self) -> int:
         stated = self.configuration.get("seed")
-        return (stated if isinstance(stated, int) else 0) + HELD_OUT if self.wish.seed is None else self.wish.seed
+        if self.wish.seed is not None:
+            return self.wish.seed
+        return chance.held_out(stated if isinstance(stated, int) else 0, chance.VALIDATION)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -35,6 +35,7 @@ HELD_OUT = (
     "Heavy rain is expected in the north until Thursday.",
     "Sorting a list twice gives the same list.",
 )
+BETWEEN = 0.1  # nats at 50 %: six seeds of eight sequences gave 0.15 to 0.43 at 2 bits, -0.055 to 0.001 at 4 and 8
 FIRST_BLOCK = ["*layer.[1-9].*", "*layer.1[0-9].*"]  # what is kept, so that calibration takes seconds
 
 
@@ -116,7 +117,7 @@ def test_output_quality_validation(name: str, bits: int, quantized: Callable[[st
     if name == "antiberty":
         losses = {one["name"]: one for one in report["metrics"] if one["unit"] == "nats/token"}
         worse = losses["NLL at 50% masked"]["value"] - losses["NLL at 50% masked"]["original"]
-        assert worse > 0.2 if bits == 2 else abs(worse) < 0.2
+        assert worse > BETWEEN if bits == 2 else abs(worse) < BETWEEN
 
 
 def test_end_to_end_with_time_aware_quantization(antiberty: Path, tmp_path: Path) -> None:

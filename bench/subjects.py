@@ -16,13 +16,14 @@ from real_models import ANTIBODIES, antiberty_folder, encoder_nll, manual_senten
 from terrain_unet import load_terrain, trajectory, variance_ratio
 
 from arrow_quant_v2 import DiffusionQuantConfig
+from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.given import is_text
 from arrow_quant_v2.calibration.samples import Asked, gather
 from arrow_quant_v2.preparation import open_runnable
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.sources.modality import detect_modality
 from arrow_quant_v2.sources.module import ModuleSource
-from arrow_quant_v2.validation.judge import HELD_OUT, STEPS, TEXTS, TRAJECTORY
+from arrow_quant_v2.validation.judge import STEPS, TEXTS, TRAJECTORY
 from arrow_quant_v2.validation.metrics import nll
 from arrow_quant_v2.validation.outputs import hidden_logits, model_outputs, replaced
 from arrow_quant_v2.validation.pictures import latent_metrics
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     Figure = Callable[[Runnable, Samples], Callable[[Mapping[str, Tensor]], float]]
 
 MODELS = Path(__file__).parents[1] / "examples" / "models"
+HELD_OUT = chance.held_out(0, chance.VALIDATION)
 SENTENCES, HELD_OUT_SENTENCES = 128, 24
 MASKED, SIGMA = 0.5, 80.0
 # Settings of ours, by bits and groups, that are left out where each takes minutes and none would be the closest.

@@ -18,13 +18,14 @@ from text_models import save_folder, small_module
 from torch import Tensor, nn
 
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig, losses
-from arrow_quant_v2.allocation import LayerLoss, Scope, Spent, allocate, forethought, kept_widths, reach
+from arrow_quant_v2.allocation import LayerLoss, Scope, allocate, forethought, reach
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.layer_widths import LayerWidth
 from arrow_quant_v2.packed import TensorInfo
 from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.store import StoredModel
+from arrow_quant_v2.whole_plans import Spent, WholePlan, kept_plans, whole_plans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,18 +83,22 @@ def test_a_size_is_never_passed(
         low, high = possible.smallest_bytes, possible.largest_bytes - 100
         asked = {"target_size": round(low + 100 + share * (high - low))}  # the size itself is text as well
     draw = torch.Generator().manual_seed(seed)
-    table = {
-        name: LayerLoss(
-            at=dict(zip((2, 4, 8), sorted(torch.rand(3, generator=draw).tolist())[::-1], strict=True)),
-            equalized_with=(name,) if torch.rand(1, generator=draw) < 0.5 else (),
-        )
-        for name in shapes
-    }
+    measured, own = (
+        {
+            name: LayerLoss(
+                at=dict(zip((2, 4, 8), sorted(torch.rand(3, generator=draw).tolist())[::-1], strict=True)),
+                equalized_with=(name,) if torch.rand(1, generator=draw) < 0.5 else (),
+            )
+            for name in shapes
+        }
+        for _ in range(2)
+    )
     whole = scope(shapes, modality, **asked)
-    plans = whole.plans(allocate(whole, table))
-    stored = sum(map(whole.stored, plans))
-    assert stored * 8 <= asked.get("target_bits", 99) * sum(plan.tensor.numel for plan in plans)
-    assert whole.files(plans) <= asked.get("target_size", float("inf"))
+    for one in whole_plans(whole, measured, own):
+        plans = whole.plans(one.widths)
+        stored = sum(map(whole.stored, plans))
+        assert stored * 8 <= asked.get("target_bits", 99) * sum(plan.tensor.numel for plan in plans), one.way
+        assert whole.files(plans) <= asked.get("target_size", float("inf")), one.way
 
 
 def test_bits_go_where_the_loss_is_and_the_reason_says_so() -> None:
@@ -179,7 +184,7 @@ def test_minilm_at_3_bits_is_closer_than_one_width_of_the_same_size(minilm: Path
     shown = {"enable_calibration": True, "calibration_data": texts(tmp_path), "calibration_tokens": 0, "method": "gptq"}
     asked = {
         "uniform": MINILM | shown | {"bit_width": 2, "group_size": 16},
-        "allocated": MINILM | shown | {"target_bits": 3.0},
+        "allocated": MINILM | shown | {"target_bits": 3.0, "whole_plans": 1},
     }
     found = {}
     for name, own in asked.items():
@@ -327,7 +332,7 @@ def test_channels_are_equalized_where_a_size_has_room_for_it_and_nowhere_else(tm
 
     def uneven(_: nn.Module) -> Iterator[tuple[Any, float]]:
         for inputs, at in noise(module):
-            inputs["x"][:, ::7] *= 30.0  # of the first layer alone
+            inputs["x"][:, ::7] *= 300.0  # of the first layer alone
             yield inputs, at
 
     asked = NOISY | {"enable_rotation": False, "method": "gptq"}
@@ -344,11 +349,12 @@ def test_channels_are_equalized_where_a_size_has_room_for_it_and_nowhere_else(tm
 def test_what_measuring_noted_is_told_by_the_run_that_goes_on_too(tmp_path: Path) -> None:
     path = tmp_path / "allocation.json"
     widths = {"a": LayerWidth(bits=4, because="so", equalize=False), "b": LayerWidth(bits=16, because="or so")}
-    spent = Spent(widths=widths, notes=("some layers have no gradients",))
-    assert kept_widths(path, lambda: spent) == spent
-    assert kept_widths(path, lambda: Spent(widths={})) == spent
+    plans = (WholePlan(way="one", widths=widths, lost=0.5), WholePlan(way="other", widths=widths))
+    spent, other = Spent(plans=plans, notes=("some layers have no gradients",)), Spent(plans=plans[:1])
+    assert kept_plans(path, lambda: spent) == spent
+    assert kept_plans(path, lambda: other) == spent
     path.write_text('{"a": [4, "so", false]}', encoding="utf-8")
-    assert kept_widths(path, lambda: Spent(widths={})) == Spent(widths={})
+    assert kept_plans(path, lambda: other) == other
 
 
 @pytest.mark.filterwarnings("ignore:bits are spent")

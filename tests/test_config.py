@@ -50,9 +50,11 @@ DEFAULTS = {
     "skip_sensitive_layers": False,
     "target_bits": None,
     "target_size": None,
+    "whole_plans": 5,
 }
 
 WRONG: list[tuple[str, Any]] = [
+    *[("whole_plans", value) for value in (0, 6, 2.0, "2", None)],
     *[("bit_width", value) for value in (3, 0, 16, "4", 4.0, True, None, [4])],
     *[("modality", value) for value in ("video", "", "TEXT", 1)],
     *[("num_time_groups", value) for value in (0, 101, -1, 5.0, "5", True, None)],
@@ -378,7 +380,7 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
         "time_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
         "layer_bit_widths:\n  lm_head: 8\nsensitive_layer_names: []\nsensitive_layer_patterns: []\n"
-        "skip_sensitive_layers: false\ntarget_bits: null\ntarget_size: null\n"
+        "skip_sensitive_layers: false\ntarget_bits: null\ntarget_size: null\nwhole_plans: 5\n"
     )
     assert DiffusionQuantConfig.from_yaml(str(tmp_path / "c.yaml")) == config
 

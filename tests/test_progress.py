@@ -112,3 +112,14 @@ def test_every_layer_is_told_and_the_fraction_only_rises(tmp_path: Path) -> None
 )
 def test_durations_read_like_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_work_that_is_done_several_times_is_counted_as_often() -> None:
+    heard: list[float] = []
+    progress = Progress(lambda _, fraction: heard.append(fraction), 1)
+    for times in (2, 1):
+        progress.repeat(times)
+        progress.begin(100)
+        progress.skip(100)
+        progress.tell("done")
+    assert heard == [0.5, 1.0]

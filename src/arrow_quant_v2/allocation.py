@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.knapsack import Choice, cheapest
@@ -16,11 +15,9 @@ from arrow_quant_v2.packed import WIDTHS
 from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, plan_model, plans_by_width
 from arrow_quant_v2.prediction import predicted_weight_bytes
 from arrow_quant_v2.store.sizes import equalization_bytes
-from arrow_quant_v2.workfolder import explained, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Container, Mapping, Sequence
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.layer_widths import Width
@@ -31,7 +28,10 @@ Told: TypeAlias = Literal["outputs", "inputs", "weights"]
 
 NEAR = 0.9995  # of a target: nearer than this nothing more is tried
 TRIES = 16
-REASON = "0.0012 % of the model's loss at int2, told from its weights alone, target 999.999 MB"  # as long as any
+REASON = (  # as long as any
+    "0.0012 % of the model's loss at int2, told from its weights alone, target 999.999 MB"
+    "; best of 5 plans: between layers and outputs"
+)
 MARGIN = 0.06  # of what files hold beside codes and parameters: the prediction is less sure of it
 WHY: dict[Told, str] = {
     "outputs": "",
@@ -183,45 +183,6 @@ def forethought(scope: Scope) -> dict[str, LayerWidth]:
 
 
 FORETOLD = "widths are chosen by measuring"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spent:
-    """The width of every layer of which there was a choice, and what people should know of how it was measured."""
-
-    widths: Mapping[str, LayerWidth]
-    notes: tuple[str, ...] = ()
-
-
-def kept_widths(path: Path, choose: Callable[[], Spent]) -> Spent:
-    """What an earlier run wrote into this file, or else what is chosen now, written for a later one.
-
-    Raises:
-        StoreError: the disk refuses.
-    """
-    with explained(path):
-        if path.exists():
-            try:
-                return _spent(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, AttributeError, KeyError):  # damaged: chosen again
-                path.unlink()
-    spent = choose()
-    with explained(path):
-        write_whole(path, _as_json(spent))
-    return spent
-
-
-def _as_json(spent: Spent) -> str:
-    widths = {name: [one.bits, one.because, one.equalize] for name, one in sorted(spent.widths.items())}
-    return json.dumps({"widths": widths, "notes": spent.notes}, indent=1) + "\n"
-
-
-def _spent(found: Mapping[str, Any]) -> Spent:
-    widths = {
-        name: LayerWidth(bits=bits, because=because, equalize=equalize)
-        for name, (bits, because, equalize) in found["widths"].items()
-    }
-    return Spent(widths=widths, notes=tuple(found["notes"]))
 
 
 def _layers(scope: Scope, plain: Container[str]) -> list[_Layer]:

@@ -65,6 +65,9 @@ NoCalibration = Annotated[bool, typer.Option("--no-calibration", help="from the 
 Samples = Annotated[int | None, typer.Option("--samples", help="samples that calibration looks at")]
 Stats = Annotated[Path | None, typer.Option("--stats", help="a folder that calibrate wrote; the model is not run")]
 MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides another; the tokenizer tells it too")]
+Plans = Annotated[
+    int | None, typer.Option(help="whole plans that are made and judged, where a size is asked for; 1: none is judged")
+]
 Tune = Annotated[int | None, typer.Option(help="steps of tuning all scales by the model's outputs")]
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
 Device = Annotated[str | None, typer.Option(help="where the model runs and layers are fitted: cpu or cuda")]
@@ -152,6 +155,7 @@ def quantize(
     stats: Stats = None,
     samples: Samples = None,
     mask_token: MaskToken = None,
+    plans: Plans = None,
     tune: Tune = None,
     seed: Seed = None,
     device: Device = None,
@@ -183,6 +187,7 @@ def quantize(
         stats=None if stats is None else str(stats),
         calibration_samples=samples,
         mask_token=mask_token,
+        whole_plans=plans,
         tuning_steps=tune,
         seed=seed,
         device=device,

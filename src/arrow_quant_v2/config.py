@@ -118,6 +118,8 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     target_bits           stored bits per weight on the average, for which each layer gets the width that serves the
                           outputs best; stands in place of bit_width
     target_size           the same by the bytes of all weight files, also as "3GB"
+    whole_plans           that are made and judged by outputs at most, to keep the best one, where a size is asked for;
+                          1: the one that measuring finds best is made at once
 
     Raises:
         ConfigurationError: names every wrong or unknown setting, what was found and what is allowed.
@@ -185,6 +187,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     target_size: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(amount)] = Field(
         default=None, description="bytes, also as '3GB' or '800MiB', or None"
     )
+    whole_plans: int = Field(default=5, ge=1, le=5, description="a whole number from 1 to 5")
 
     @pydantic.model_validator(mode="wrap")
     @classmethod

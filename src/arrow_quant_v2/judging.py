@@ -16,7 +16,8 @@ from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.sources.parquet import ParquetSource
-from arrow_quant_v2.validation.outputs import compare_outputs, model_outputs, replaced
+from arrow_quant_v2.validation.metrics import kl_divergence
+from arrow_quant_v2.validation.outputs import call, compare_outputs, hidden_logits_of, model_outputs, replaced
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -41,14 +42,20 @@ class HeldOut:
     origin: str
 
 
-def hold_out(prepared: Prepared, config: DiffusionQuantConfig, provider: Provider | None) -> HeldOut:
-    """Other samples of the same kind: the rows behind those that were used, or the model's own with another seed."""
+def hold_out(
+    prepared: Prepared, config: DiffusionQuantConfig, provider: Provider | None, purpose: int = chance.JUDGING
+) -> HeldOut:
+    """Other samples of the same kind: the rows behind those that were used, or the model's own with another seed.
+
+    They are others for each purpose.
+    """
     own = prepared.samples
     count = min(MOST_CALLS, len(own.calls))
     data = None if config.calibration_data is None else Path(config.calibration_data)
     prompts = data is not None and f"prompts of {data.name}" in own.origin  # each of them makes any number of calls
-    used = len(own.calls) if provider is not None or (data is not None and not prompts) else 0
-    seed = chance.held_out(config.seed, chance.JUDGING)
+    given = provider is not None or (data is not None and not prompts)
+    used = len(own.calls) + count * (purpose - chance.JUDGING) if given else 0
+    seed = chance.held_out(config.seed, purpose)
     asked = Asked(count=used + count, seed=seed, data=data, callable=provider)
     try:
         calls = prepared.memory.gather(prepared.runnable, asked).calls[used : used + count]
@@ -73,6 +80,14 @@ class Judge:
         self._reference = model_outputs(runnable, held_out.calls)
         compare_outputs(self._reference, self._reference, held_out.calls)
         self._places = dict(runnable.module.named_parameters(remove_duplicate=False))
+        first = held_out.calls[0]
+        self._divergence = hidden_logits_of(runnable, first, call(runnable, first)) is not None
+
+    @property
+    def loss(self) -> str:
+        """What `lost` is."""
+        name = "divergence (KL, nats) at hidden tokens" if self._divergence else "error |a - b|^2 / |a|^2 of outputs"
+        return f"{name} on {self.held_out.origin}"
 
     @property
     def metric(self) -> str:
@@ -87,6 +102,24 @@ class Judge:
         """
         self._put(parts, self._runnable.names)
         return self._cosine(range(len(self.held_out.calls)))
+
+    def lost(self, parts: Source) -> float:
+        """What these weights lose of the original's outputs, as tuning counts it; infinite where that is not finite.
+
+        Of masked text the divergence sum p log(p / q) of the probabilities of hidden tokens, mean over tokens, in nats;
+        of all others |a - b|^2 / |a|^2.
+
+        Raises:
+            StoreError: a part is damaged.
+        """
+        self._put(parts, self._runnable.names)
+        calls = self.held_out.calls
+        theirs = model_outputs(self._runnable, calls)
+        if self._divergence:
+            found = kl_divergence(_logarithms(self._reference), _logarithms(theirs))
+        else:
+            found = compare_outputs(self._reference, theirs, calls).error
+        return found if math.isfinite(found) else math.inf
 
     def gains(self, parts: Source, layers: Iterable[str]) -> dict[str, float]:
         """By how much that cosine rises when one layer alone has its own weight again, on some of the samples.
@@ -126,6 +159,11 @@ class Judge:
         calls = [self.held_out.calls[number] for number in numbers]
         found = compare_outputs([self._reference[n] for n in numbers], model_outputs(self._runnable, calls), calls)
         return found.cosine if math.isfinite(found.cosine) else -1.0
+
+
+def _logarithms(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of probabilities; those that float32 cannot tell from 0 are the smallest that it can."""
+    return torch.cat(tuple(rows)).clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 class Parts:

@@ -8,7 +8,7 @@ nothing else, is found out.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -55,9 +55,13 @@ RUNS, RUN_ROWS = 16, 128  # of a weight whose inputs are not seen: so many times
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The loss of every layer of which there is a choice, the names of those whose inputs were seen, and notes."""
+    """The loss of every layer of which there is a choice, the names of those whose inputs were seen, and notes.
+
+    own  what each layer's own outputs lose, all taken to matter alike
+    """
 
     layers: Mapping[str, LayerLoss]
+    own: Mapping[str, LayerLoss] = field(default_factory=dict)
     seen: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
@@ -80,7 +84,7 @@ def measured_losses(run: CalibratedRun) -> Losses:
     felt, notes = _felt(run, changes, others, held_out, progress)
     table.note_felt(felt, names)
     table.note_weights()
-    return Losses(layers=table.losses(), seen=frozenset(table.inputs), notes=notes)
+    return Losses(layers=table.losses(), own=table.own(), seen=frozenset(table.inputs), notes=notes)
 
 
 def losses_on_stats(run: FittedRun, kept: KeptStats) -> Losses:
@@ -284,6 +288,20 @@ class _Table:
             else:
                 found[name] = LayerLoss(at=_times(self.weights[name], by_weights), told="weights")
         return found
+
+    def own(self) -> dict[str, LayerLoss]:
+        """Each open layer's loss where its own outputs tell all; of those of which none are known its weights do."""
+        by_weights = _rate(self.inputs, self.weights)
+        found: dict[str, LayerLoss] = {}
+        for name in sorted(self.open):
+            scaled = self.equalized.get(name, ())
+            at = self.inputs[name] if name in self.inputs else _times(self._own_weights(name), by_weights)
+            found[name] = LayerLoss(at=at, told="inputs", equalized_with=scaled)
+        return found
+
+    def _own_weights(self, name: str) -> dict[Bits, float]:
+        """Of a table, whose outputs are its rows, nothing but the outputs of the model is known yet."""
+        return self.weights.get(name) or _weight_errors(self._run.source, self._plans, name)
 
 
 def _some_rows(weight: Weight) -> Weight:

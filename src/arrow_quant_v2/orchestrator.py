@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
-from arrow_quant_v2.allocation import Scope, Spent, allocate, kept_widths, refuse_unreachable
+from arrow_quant_v2.allocation import Scope, refuse_unreachable
 from arrow_quant_v2.budget import give_back_memory, plan_budget
 from arrow_quant_v2.calibrated_run import (
     NOT_CALIBRATED,
@@ -19,6 +19,7 @@ from arrow_quant_v2.calibrated_run import (
     left_out,
     run_calibrated,
 )
+from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.remembered import Memory
 from arrow_quant_v2.engines.devices import refuse_missing, telling_what_is_full
 from arrow_quant_v2.engines.local import in_background, ordered_map
@@ -57,9 +58,11 @@ from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary, values_hash
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
+from arrow_quant_v2.trials import Trials
 from arrow_quant_v2.tuned_run import TunedRun, tuned_plans
 from arrow_quant_v2.tuning import Tuner
 from arrow_quant_v2.weights_alone import Alone, settled
+from arrow_quant_v2.whole_plans import Spent, kept_plans, measured_plan, whole_plans
 from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
 
 if TYPE_CHECKING:
@@ -357,17 +360,48 @@ def _calibrated_run(fitted: FittedRun, prepared: Prepared | None) -> CalibratedR
 
 
 def _with_widths(job: Job, run: _Run, shown: _Shown) -> _Shown:
-    """The same with the width of each layer, where a size is asked for: as an earlier run chose it, or by measuring."""
+    """The same with the width of each layer, where a size is asked for: as an earlier run chose it, or by measuring.
+
+    Several whole plans are made and judged where the model's outputs can be compared.
+    """
     if not job.config.has_target:
         return shown
+    judge, notes = _judge_of_plans(job, shown.prepared)
+    spent = kept_plans(run.folder.allocation, partial(_spent, job, run, shown, compared=judge is not None))
+    if judge is not None and len(spent.plans) > 1:
+        spent = _trials(job, run, shown, judge).best(spent)
+    return replace(shown, widths=spent.plans[spent.best].widths, notes=(*shown.notes, *spent.notes, *notes))
 
-    def choose() -> Spent:
-        losses = _losses(job, run, shown)
-        calibrated = Calibrated(names=losses.seen, method=shown.method or "gptq")
-        return Spent(widths=allocate(_scope(job, calibrated), losses.layers), notes=losses.notes)
 
-    spent = kept_widths(run.folder.allocation, choose)
-    return replace(shown, widths=spent.widths, notes=(*shown.notes, *spent.notes))
+def _spent(job: Job, run: _Run, shown: _Shown, *, compared: bool) -> Spent:
+    """By measuring; several plans where their outputs can be compared."""
+    losses = _losses(job, run, shown)
+    scope = _scope(job, Calibrated(names=losses.seen, method=shown.method or "gptq"))
+    if not compared:
+        return Spent(plans=(measured_plan(scope, losses.layers),), notes=losses.notes)
+    return Spent(plans=whole_plans(scope, losses.layers, losses.own), notes=losses.notes)
+
+
+def _judge_of_plans(job: Job, prepared: Prepared | None) -> tuple[Judge | None, tuple[str, ...]]:
+    """Who compares outputs of whole plans; or nobody, and why."""
+    if prepared is None or job.config.whole_plans == 1:
+        return None, ()
+    if prepared.runnable.on_demand is not None:
+        return None, ("larger than memory: widths follow from what single layers lose, no whole plans were judged",)
+    try:
+        held_out = hold_out(prepared, job.config, job.provider, chance.CHOOSING)
+        return Judge(prepared.runnable, job.source, held_out), ()
+    except ValidationError as error:
+        return None, (f"widths follow from what single layers lose, no whole plans were judged: {error}",)
+
+
+def _trials(job: Job, run: _Run, shown: _Shown, judge: Judge) -> Trials:
+    """Plans are made as the run itself will do it; grids are tuned in the end."""
+
+    def make(folder: WorkFolder, widths: Mapping[str, LayerWidth]) -> Sequence[LayerPlan]:
+        return _one_pass(job, replace(run, folder=folder), replace(shown, tuner=None), widths).plans
+
+    return Trials(source=job.source, folder=run.folder, judge=judge, progress=run.progress, make=make)
 
 
 def _losses(job: Job, run: _Run, shown: _Shown) -> Losses:

@@ -27,11 +27,16 @@ class Progress:
         self._callback = callback
         self._total = total
         self._done = self._fresh = 0
+        self._times = 1
         self._started = self._told = time.monotonic()
+
+    def repeat(self, times: int) -> None:
+        """Work that begins will be done this many times, the first one counted."""
+        self._times = times
 
     def begin(self, total: int) -> None:
         """The whole work, once it is known better; the time until now says nothing about speed."""
-        self._total = self._done + total
+        self._total = self._done + total * self._times
         self._started = time.monotonic()
 
     @property

@@ -3,7 +3,8 @@
     OUT.partial/run.json         whose work this is; another model or configuration is refused
     OUT.partial/parts/00017.part one finished layer; no *.parquet, so that nobody takes the folder for a model
     OUT.partial/widths.json      the widths that layers have fallen back to, where some have
-    OUT.partial/allocation.json  the width of each layer, where that was found out by measuring
+    OUT.partial/allocation.json  the widths of layers, where they were found out by measuring, and what they lose
+    OUT.partial/plans/2/         finished layers of one of several whole plans, until the best one is known
     OUT.partial/tuned/           layers again, on grids that were tuned: all that were, or there is no folder
     OUT.partial/samples/         samples that the model made of itself, for calibration
     OUT.partial/model/           the output, while it is put together
@@ -16,6 +17,7 @@ Knows nothing of how layers are made.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -35,10 +37,10 @@ if TYPE_CHECKING:
 
 METADATA = "metadata.json"
 RUN, PARTS, MODEL, OLD, SCRATCH = "run.json", "parts", "model", "old", "scratch"
-WIDTHS, ALLOCATION, SAMPLES, TUNED = "widths.json", "allocation.json", "samples", "tuned"
+WIDTHS, ALLOCATION, SAMPLES, TUNED, PLANS = "widths.json", "allocation.json", "samples", "tuned", "plans"
 TEMPORARY = ".tmp"
 UNWRITTEN = {WIDTHS + TEMPORARY, ALLOCATION + TEMPORARY}  # of a run that was killed while it wrote them
-OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, ALLOCATION, SAMPLES, TUNED, *UNWRITTEN}
+OURS = {RUN, PARTS, MODEL, OLD, SCRATCH, WIDTHS, ALLOCATION, SAMPLES, TUNED, PLANS, *UNWRITTEN}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -64,7 +66,7 @@ class WorkFolder:
         self.model, self.scratch = self.folder / MODEL, self.folder / SCRATCH
         self._parts, self._old = self.folder / PARTS, self.folder / OLD
         self.allocation, self.samples = self.folder / ALLOCATION, self.folder / SAMPLES
-        self.tuned = self.folder / TUNED
+        self.tuned, self._plans = self.folder / TUNED, self.folder / PLANS
         self._overwrite = overwrite
         with explained(self.folder):
             self._refuse_existing()
@@ -80,6 +82,25 @@ class WorkFolder:
                 self._tidy(error)
             self.close()
             raise
+
+    def for_plan(self, number: int) -> WorkFolder:
+        """The same work, with finished layers of its own, for one of several whole plans; closed with this one."""
+        one = copy.copy(self)
+        one._parts = self._plans / str(number)  # noqa: SLF001 - a copy of this one
+        one.tuned = one._parts / TUNED  # noqa: SLF001
+        with explained(self._plans):
+            one._parts.mkdir(parents=True, exist_ok=True)  # noqa: SLF001
+        return one
+
+    def follow(self, number: int) -> None:
+        """Take the finished layers of this whole plan for those of the work, and forget the others.
+
+        A run that is killed in between does it again.
+        """
+        with explained(self._plans):
+            if (self._plans / str(number)).exists() and not any(self._parts.iterdir()):
+                (self._plans / str(number)).replace(self._parts)
+            shutil.rmtree(self._plans, ignore_errors=True)
 
     def part(self, index: int) -> Path:
         """Where the finished layer of this number lies, or will lie."""
@@ -165,7 +186,7 @@ class WorkFolder:
 
     def _finished(self) -> bool:
         """Whether any layer is finished."""
-        return self._parts.exists() and any(path.suffix == ".part" for path in self._parts.iterdir())
+        return any(True for parts in (PARTS, f"{PLANS}/*") for _ in self.folder.glob(f"{parts}/*.part"))
 
     def _refuse_existing(self) -> None:
         if not os.path.lexists(self.out) or (self.out.is_dir() and not any(self.out.iterdir())):
@@ -224,7 +245,8 @@ class WorkFolder:
         with explained(self.folder):
             for name in (WIDTHS, ALLOCATION):
                 (self.folder / name).unlink(missing_ok=True)  # of other work, and nothing was made by them
-            shutil.rmtree(self.samples, ignore_errors=True)
+            for folder in (self.samples, self._plans):
+                shutil.rmtree(folder, ignore_errors=True)
             self._lock.truncate(0)
             while identity:  # the system may take a part, and say why only at the next one
                 identity = identity[self._lock.write(identity) :]

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-VALIDATION, JUDGING = 1, 2  # who is shown samples that no layer was fitted to; never the same ones
+VALIDATION, JUDGING, CHOOSING = 1, 2, 3  # who is shown samples that no layer was fitted to; never the same ones
 APART = 1_000_003  # further than anybody's own seeds are, with which stats are made and merged
 SEEDS = 2**63
 
@@ -14,7 +14,7 @@ SEEDS = 2**63
 def held_out(seed: int, purpose: int) -> int:
     """The seed of samples that are none of those that layers were fitted to with this seed.
 
-    Judging chooses layers by what it sees, so validation sees something else.
+    Choosing takes one of several plans and judging chooses layers by what they see, so validation sees something else.
     """
     return (seed + APART * purpose) % SEEDS
 

@@ -1,4 +1,4 @@
-"""Grids tuned by what the whole model says: true gradients, codes that stay, never worse, the same bytes each time."""
+"""Codes and grids tuned by what the whole model says: true gradients, never worse, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_one_stored_number_more_changes_the_weight_as_its_gradient_says(
     direction = weight_of(3, columns, seed + 1)
     felt = Tunable(packed).felt(direction)
     arrays = [packed.scales] if packed.zero_points is None else [packed.scales, packed.zero_points]
-    for gradient, array in zip(felt, arrays, strict=True):
+    for gradient, array in zip(felt[:-1], arrays, strict=True):
         place = (seed % array.shape[0], seed % array.shape[1])
         if not 1 <= array[place] <= 254:
             continue
@@ -82,6 +82,15 @@ def test_one_stored_number_more_changes_the_weight_as_its_gradient_says(
             ends.append(float((dequantized(PackedTensor(**{**vars(packed), **named})) * direction).sum()))
         # exact: weights are linear in a zero point and quadratic in a stored scale
         assert (ends[1] - ends[0]) / 2 == pytest.approx(float(gradient[place]), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", get_args(Bits))
+@pytest.mark.parametrize("grid", get_args(Grid))
+def test_all_codes_from_first_to_last_change_the_weight_as_their_gradient_says(bits: Bits, grid: Grid) -> None:
+    packed, direction = packed_of(weight_of(3, 70), bits, grid), weight_of(3, 70, 1)
+    ends = [PackedTensor(**{**vars(packed), "codes": packed.codes * 0 + byte}) for byte in (0, 255)]
+    change = (dequantized(ends[1]) - dequantized(ends[0])) * direction
+    torch.testing.assert_close(Tunable(packed).felt(direction)[-1] * (2**bits - 1), change, rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_are_felt_through_a_turn_and_scales_of_channels() -> None:
@@ -101,16 +110,17 @@ def test_gradients_are_felt_through_a_turn_and_scales_of_channels() -> None:
 
 
 @pytest.mark.parametrize("grid", get_args(Grid))
-def test_steps_against_the_gradient_bring_a_weight_closer_and_leave_its_codes(grid: Grid) -> None:
+def test_steps_against_the_gradient_bring_a_weight_closer_by_its_grid_and_by_its_codes(grid: Grid) -> None:
     target = weight_of(16, 128)
-    packed = packed_of(weight_of(16, 128) * 1.1, 2, grid)
+    packed = packed_of(weight_of(16, 128) + 0.3 * weight_of(16, 128, 1), 2, grid)
     tunable, errors = Tunable(packed), []
-    for _ in range(200):
+    for step in range(200):
         error = tunable.weight() - target
         errors.append(float(error.square().sum()))
-        tunable.move(tunable.felt(2.0 * error), 1.0)
-    assert errors[-1] < 0.95 * errors[0]
-    assert (tunable.packed.codes == packed.codes).all()
+        tunable.move(tunable.felt(2.0 * error), 1.0 - step / 200)
+    assert min(errors) < 0.8 * errors[0]  # the best is what is kept: codes may turn to and fro afterwards
+    assert (tunable.packed.codes != packed.codes).any()
+    assert (tunable.packed.scales != packed.scales).any()
 
 
 def test_levels_of_the_residual_grid_stay_in_order() -> None:
@@ -119,7 +129,7 @@ def test_levels_of_the_residual_grid_stay_in_order() -> None:
         scales = torch.from_numpy(tunable.packed.scales)
         against = torch.ones_like(scales, dtype=torch.float32)
         against[:, 1::2] = -1.0  # the second scale grows, the first one shrinks
-        tunable.move([against, torch.zeros(16, 2)], 1.0)
+        tunable.move([against, torch.zeros(16, 2), torch.zeros(16, 64)], 1.0)
     pairs = torch.from_numpy(tunable.packed.scales).long().unflatten(1, (-1, 2))
     assert (pairs[..., 0] ** 2 >= 7 * pairs[..., 1] ** 2).all()
 
@@ -147,9 +157,9 @@ def test_a_real_text_model_says_more_of_what_it_said_on_samples_that_were_held_o
         before = {place: parts[0].packed.codes.copy() for place, parts in layers.items()}
         least: list[float] = []
         tuned = tuner.tune(layers, 40, 0, after_step=lambda _, loss: least.append(loss))
-    assert tuned.after < 0.85 * tuned.before
+    assert tuned.after < 0.8 * tuned.before
     assert all(later <= earlier for earlier, later in pairwise(least))
-    assert all((parts[0].codes == before[place]).all() for place, parts in tuned.layers.items())
+    assert any((parts[0].codes != before[place]).any() for place, parts in tuned.layers.items())
 
 
 # A whole run
@@ -191,16 +201,16 @@ def payloads(out: Path) -> dict[str, PackedTensor]:
         return {n: one for n in stored.names for one in stored.read(n) if isinstance(one, PackedTensor)}
 
 
-def test_a_tuned_run_keeps_codes_and_size_and_says_what_it_did(tmp_path: Path) -> None:
-    plain, tuned = (quantize(tmp_path / f"{n}", tuning_steps=n) for n in (0, 40))
+def test_a_tuned_run_moves_codes_keeps_the_size_and_says_what_it_did(tmp_path: Path) -> None:
+    plain, tuned = (quantize(tmp_path / f"{n}", tuning_steps=n) for n in (0, 100))
     assert tuned["bits_per_weight"] == plain["bits_per_weight"]
-    one, other = payloads(tmp_path / "0"), payloads(tmp_path / "40")
-    assert all((one[name].codes == other[name].codes).all() for name in one)
+    one, other = payloads(tmp_path / "0"), payloads(tmp_path / "100")
+    assert any((one[name].codes != other[name].codes).any() for name in one)
     assert any((one[name].scales != other[name].scales).any() for name in one)
-    told = "40 steps of tuning, loss of outputs on 3 held-out calls"
+    told = "100 steps of tuning, loss of outputs on 3 held-out calls"
     assert sum(told in decision.because for decision in tuned["decisions"]) == len(one)
     assert any(told in note for note in tuned["notes"])
-    with StoredModel(tmp_path / "40") as stored:
+    with StoredModel(tmp_path / "100") as stored:
         entry = next(e for e in stored.entries if e.layout is not None)
         assert told in entry.decision
     weight = dict(Denoiser().named_parameters())[entry.layer_name].flatten()

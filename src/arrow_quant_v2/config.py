@@ -100,7 +100,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
     grid_refits           how often the grid of a group is fitted again to the codes it got
     error_correction      how much of what quantized layers did to its inputs a weight makes up for, 0 (none) to 1
-    tuning_steps          of scales and zero points after all, by what the whole model says; 0: none
+    tuning_steps          of codes, scales and zero points after all, by what the whole model says; 0: none
     seed                  of every random choice of calibration
     device                where the model runs and layers are fitted to their inputs: "cpu", "cuda", "cuda:1"; part of
                           the result, because a GPU rounds otherwise than a CPU

@@ -1,8 +1,8 @@
-"""Grids of a quantized model tuned by what the whole model says beside the original; every code stays as it is.
+"""Codes and grids of a quantized model tuned by what the whole model says beside the original.
 
 The loss is the one that counts in the end: of masked text the divergence (KL, in nats) at hidden tokens, of all others
-|a - b|^2 / |a|^2 of outputs. Some samples are held out, and the grids that serve those best are kept.
-Knows nothing of how codes were chosen, or of where they lie.
+|a - b|^2 / |a|^2 of outputs. Some samples are held out, and what serves those best is kept.
+Knows nothing of how codes were first chosen, or of where they lie.
 """
 
 from __future__ import annotations

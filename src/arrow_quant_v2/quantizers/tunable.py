@@ -1,4 +1,4 @@
-"""Scales and zero points that move while their codes stay, by gradients of the weight. Knows no model and no loss."""
+"""Codes, scales and zero points that move by gradients of the weight. Knows no model and no loss."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ if TYPE_CHECKING:
 
 LARGEST = 255  # of a stored number
 RATE = 0.15  # usual step of a stored number, times the levels of the grid: at every width as much of a code
+CODE_RATE = 0.02  # usual step of a code: one that is felt the same way in 50 steps is another code
 MOMENTUM, SPREAD = 0.9, 0.99  # of Adam
 
 
 class Tunable:
-    """The grid of a layer's codes, or of some rows of them.
+    """The codes of a layer, or of some rows of it, and their grid.
 
-    Stored numbers are bytes. What moves are float32 numbers behind them, by Adam (Kingma and Ba, 2015); the model only
+    Stored numbers are whole. What moves are float32 numbers behind them, by Adam (Kingma and Ba, 2015); the model only
     ever sees them rounded, as they would be stored, and its gradient is taken for theirs (straight through).
     """
 
     def __init__(self, packed: PackedTensor) -> None:
-        """Start from a grid as it is."""
+        """Start from codes and a grid as they are."""
         self._packed = packed
         self._moving = [shared_tensor(packed.scales).float()]
         if packed.zero_points is not None:
             self._moving.append(shared_tensor(packed.zero_points).float())
-        self._adam = torch.optim.Adam(self._moving, lr=self._rate, betas=(MOMENTUM, SPREAD), foreach=False, fused=False)
+        self._moving.append(_codes(packed).float())
+        rates = [RATE / _last(packed)] * (len(self._moving) - 1) + [CODE_RATE]
+        groups = [{"params": [one], "usual": rate} for one, rate in zip(self._moving, rates, strict=True)]
+        self._adam = torch.optim.Adam(groups, betas=(MOMENTUM, SPREAD), foreach=False, fused=False)
 
     @property
     def packed(self) -> PackedTensor:
-        """The same codes on the grid as it is now."""
+        """Codes and grid as they are now."""
         return self._packed
 
     def weight(self) -> Tensor:
@@ -49,30 +53,53 @@ class Tunable:
         return dequantized(self._packed)
 
     def felt(self, of_weight: Tensor) -> list[Tensor]:
-        """The gradient (rows, columns) of the weight -> that of the stored scales, and of the zero points."""
+        """The gradient (rows, columns) of the weight -> that of the stored scales, zero points, and codes."""
         packed, layout = self._packed, self._packed.layout
         scale = None if packed.equalization is None else shared_tensor(packed.equalization)
         basis = Basis(channels=layout.channels or 1, rotation=packed.rotation, equalization=scale)
-        codes = ops.unpack(shared_tensor(packed.codes), layout.bits, layout.columns)
+        codes = _codes(packed)
         of_coded = basis.inputs(of_weight)  # the transpose of what is done to codes
-        return _residual(packed, codes, of_coded) if layout.grid == "r2q" else _affine(packed, codes, of_coded)
+        of_grid = _residual(packed, codes, of_coded) if layout.grid == "r2q" else _affine(packed, codes, of_coded)
+        return [*of_grid, of_coded * reference.per_column(_step(packed), layout.group, layout.columns)]
 
     def move(self, felt: Sequence[Tensor], share: float) -> None:
         """Make one step against the gradient, `share` times as large as the usual one."""
         for moving, gradient in zip(self._moving, felt, strict=True):
             moving.grad = gradient
         for group in self._adam.param_groups:
-            group["lr"] = self._rate * share
+            group["lr"] = group["usual"] * share
         self._adam.step()
-        stored = [moving.clamp_(0.0, LARGEST).round().to(torch.uint8) for moving in self._moving]
+        *grid, codes = self._moving
+        stored = [_whole(moving, LARGEST) for moving in grid]
         changed: dict[str, Any] = {"scales": _ordered(stored[0], self._packed).numpy()}
         if len(stored) > 1:
             changed["zero_points"] = stored[1].numpy()
+        changed["codes"] = ops.pack(_whole(codes, _last(self._packed)), self._packed.layout.bits).numpy()
         self._packed = replace(self._packed, **changed)
 
-    @property
-    def _rate(self) -> float:
-        return RATE / (2**self._packed.layout.bits - 1)
+
+def _last(packed: PackedTensor) -> int:
+    """The largest code."""
+    return int(2**packed.layout.bits - 1)
+
+
+def _codes(packed: PackedTensor) -> Tensor:
+    """(rows, columns) uint8."""
+    return ops.unpack(shared_tensor(packed.codes), packed.layout.bits, packed.layout.columns)
+
+
+def _whole(moving: Tensor, largest: int) -> Tensor:
+    """The numbers as they are stored; those behind them are kept within what can be."""
+    return moving.clamp_(0.0, largest).round().to(torch.uint8)
+
+
+def _step(packed: PackedTensor) -> Tensor:
+    """(rows, groups): how far a level is from the next one; on the residual grid the mean of that."""
+    scale = reference.scale_of(shared_tensor(packed.scales), shared_tensor(packed.row_scales).view(torch.bfloat16))
+    if packed.layout.grid != "r2q":
+        return scale
+    a1, a2 = scale[:, 0::2], scale[:, 1::2]
+    return (a1 + float(reference.largest_low(packed.layout.bits)) * a2) * (2.0 / _last(packed))
 
 
 def _ordered(scales: Tensor, packed: PackedTensor) -> Tensor:

@@ -66,7 +66,7 @@ RUN := $(QUALITY)/run
 bench-quality: $(READY) $(PEERS)/.ready
 	$(BIN)/python bench/quality.py --folder $(RUN) --write
 	$(PEERS)/bin/python bench/peers/quality.py --folder $(RUN) --json $(RUN)/peers.json
-	$(BIN)/python bench/quality.py --folder $(RUN) --peers $(RUN)/peers.json --json $(QUALITY)/quality.json --markdown $(QUALITY)/quality.md
+	$(BIN)/python bench/quality.py --folder $(RUN) --peers $(RUN)/peers.json --json $(QUALITY)/quality.json --markdown $(QUALITY)/quality.md --into README.md docs/benchmarks.md
 	$(PEERS)/bin/python bench/charts.py $(QUALITY)/quality.json --out docs/charts/quality.svg
 	rm -rf $(RUN)
 

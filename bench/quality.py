@@ -1,7 +1,7 @@
 """Quality of outputs beside every peer's, at 2, 4 and 8 bits, on every real model here: one run, one table.
 
     python bench/quality.py --write [--models NAME ...]          the weights, for bench/peers/quality.py
-    python bench/quality.py --peers bench/out/quality/run/peers.json [--json FILE] [--markdown FILE]
+    python bench/quality.py --peers bench/out/quality/run/peers.json [--json FILE] [--markdown FILE] [--into PAGE ...]
 
 All get the same weights: linear layers and convolutions (as matrices), no tables. Peers round what lies in the folder;
 those that look at inputs get H = mean x x^T of our own calibration samples, in the original model. Bits are counted as
@@ -27,7 +27,7 @@ import diffusers
 import torch
 import transformers
 from measure import CONSOLE, machine, show, write_json
-from quality_table import OURS, VERDICT_COLUMNS, Cell, columns_of, markdown, rows_of, shown, verdict_rows
+from quality_table import OURS, VERDICT_COLUMNS, Cell, columns_of, filled, markdown, rows_of, shown, verdict_rows
 from safetensors.torch import load_file, save_file
 from subjects import SUBJECTS, Opened, opened
 
@@ -58,8 +58,11 @@ ROWS = {"group_size": None, "symmetric": True, "enable_spatial": False}
 WIDE = {"group_size": 256, "method": "gptq", "enable_spatial": False}
 NARROW = {"rows, symmetric": ROWS | {"method": "gptq"}, "g256, affine": WIDE}
 GROUPS = {f"g{size}": {"group_size": size} for size in (128, 64, 32, 16)}
+TUNED = {"tuning_steps": 100}
 GRIDS: dict[int, dict[str, dict[str, Any]]] = {
-    2: NARROW | {label: GROUPS[label] for label in ("g64", "g32", "g16")},
+    2: NARROW
+    | {label: GROUPS[label] for label in ("g64", "g32", "g16")}
+    | {"rows, symmetric, tuned": NARROW["rows, symmetric"] | TUNED, "g64, tuned": GROUPS["g64"] | TUNED},
     4: NARROW
     | {"rows, 4.15 bits": NARROW["rows, symmetric"] | {"target_bits": 4.15}}
     | {label: GROUPS[label] for label in ("g64", "g32", "g16")},
@@ -272,6 +275,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="what bench/peers/quality.py measured")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose tables are made again")
     given = parser.parse_args()
     quiet()
     if given.write:
@@ -286,6 +290,8 @@ def main() -> None:
         write_json(given.json, {"machine": machine(), "cells": [asdict(cell) for cell in cells]})
     if given.markdown:
         given.markdown.write_text(markdown(cells))
+    for page in given.into:
+        page.write_text(filled(page.read_text(encoding="utf-8"), cells), encoding="utf-8")
 
 
 def quiet() -> None:

@@ -219,9 +219,26 @@ def bold(text: str, *, on: bool) -> str:
     return f"**{text}**" if on else text
 
 
-def markdown(cells: Sequence[Cell]) -> str:
-    """Everything."""
+def long_markdown(cells: Sequence[Cell]) -> str:
+    """The verdicts, then every cell, width by width."""
     widths = [bits for bits in WIDTHS if any(one.bits == bits for one in cells)]
     parts = [markdown_table(VERDICT_COLUMNS, verdict_rows(cells))]
-    parts += [markdown_table(columns_of(bits, cells), rows_of(bits, cells)) for bits in widths]
-    return "\n\n".join([short_markdown(cells), *parts]) + "\n"
+    return "\n\n".join([*parts, *(markdown_table(columns_of(bits, cells), rows_of(bits, cells)) for bits in widths)])
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """Everything."""
+    return f"{short_markdown(cells)}\n\n{long_markdown(cells)}\n"
+
+
+PLACES = {"quality, in short": short_markdown, "quality": long_markdown}
+
+
+def filled(text: str, cells: Sequence[Cell]) -> str:
+    """A page whose tables stand between `<!-- NAME -->` and `<!-- end of NAME -->`, with those of these cells."""
+    for name, made in PLACES.items():
+        before, start, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if end:
+            text = f"{before}{start}\n{made(cells)}\n\n{end}{after}"
+    return text

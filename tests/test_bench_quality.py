@@ -76,6 +76,16 @@ def test_a_tie_is_the_peers(table, cell) -> None:
     assert table.verdict("m", 2, cells).winners == (cells[1],)
 
 
+def test_tables_of_a_page_are_made_again_between_their_marks(table, cell) -> None:
+    cells = [cell(table.OURS, 2.5, 0.2), cell("near", 2.7, 0.3)]
+    page = "before\n<!-- quality, in short -->\n| old |\n<!-- end of quality, in short -->\nbehind\n"
+    found = table.filled(page, cells)
+    assert found.startswith("before\n<!-- quality, in short -->\n\n| output error (bits) |")
+    assert found.endswith("near |  |  |\n\n<!-- end of quality, in short -->\nbehind\n")
+    assert table.filled(found, cells) == found
+    assert table.filled("a page without", cells) == "a page without"
+
+
 @pytest.fixture
 def peers(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH / "peers")])

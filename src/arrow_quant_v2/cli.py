@@ -68,7 +68,7 @@ MaskToken = Annotated[int | None, typer.Option(help="id of the token that hides 
 Plans = Annotated[
     int | None, typer.Option(help="whole plans that are made and judged, where a size is asked for; 1: none is judged")
 ]
-Tune = Annotated[int | None, typer.Option(help="steps of tuning all scales by the model's outputs")]
+Tune = Annotated[int | None, typer.Option(help="steps of tuning codes and scales by the model's outputs")]
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
 Device = Annotated[str | None, typer.Option(help="where the model runs and layers are fitted: cpu or cuda")]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]

@@ -278,7 +278,7 @@ struct Decoded {
     const uint8_t* codes = ask.of.codes + (first_row + r) * ask.of.row_bytes + first * BYTES;
     const int64_t left = ask.of.row_bytes - first * BYTES, whole = std::min(chunks, left / BYTES);
     uint16_t* to = place(r);
-    ask_for_next(r, first, chunks, codes, BYTES);
+    ask_for_next(ask, first_row + r, first * BYTES, chunks * BYTES);
     const auto decode = decoder<BITS>(r, spread);
     int64_t c = 0;
     if constexpr (BITS < 8)
@@ -292,14 +292,6 @@ struct Decoded {
     uint8_t rest[BYTES] = {};  // the last chunk of a row
     std::memcpy(rest, codes + whole * BYTES, left - whole * BYTES);
     decode((first + whole) / of_group, rest, to + whole * TILE, 1);
-  }
-
-  // A row is read piece by piece, which no processor foresees.
-  AQ_INLINE_MEMBER void ask_for_next(int64_t r, int64_t first, int64_t chunks, const uint8_t* codes, int64_t chunk) const {
-    const bool same_row = first + chunks < ask.chunks();
-    if (!same_row && first_row + r + ask.rows_of_block >= ask.rows) return;
-    const uint8_t* next = same_row ? codes + chunks * chunk : codes - first * chunk + ask.rows_of_block * ask.of.row_bytes;
-    for (int64_t i = 0; i < chunks * chunk; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
   }
 
   template <int BITS>

@@ -89,10 +89,7 @@ static void multiply_blocks(const BlockProduct& ask, int64_t first, int64_t last
         weight.decode(c, chunks, tiles.data());
         meet_panels<PIECES>(ask, tiles.data(), weight.count, p, panels, c, chunks, sums.data());
       }
-      for (int64_t i = 0; i < panels; i++)
-        for (int64_t r = 0; r < weight.count; r += SIDE)
-          write_tile(ask, sums.data() + (i * (ask.rows_of_block / SIDE) + r / SIDE) * SUMS, b * ask.rows_of_block + r, p + i,
-                     ask.bias ? ask.bias + b * ask.rows_of_block + r : nullptr);
+      write_panels(ask, sums.data(), weight.first_row, weight.count, p, panels, ask.bias ? ask.bias + weight.first_row : nullptr);
     }
   }
 }

@@ -209,7 +209,7 @@ struct RoundedWeight {
   void round(int64_t first, int64_t parts) {
     for (int64_t r = 0; r < count; r++) {
       if (first == 0) more.data()[r] = ask.bias ? ask.bias[first_row + r] : 0.0f;
-      ask_for_next(r, first, parts);
+      ask_for_next(ask, first_row + r, first * ask.part * BITS / 8, parts * ask.part * BITS / 8);
       for (int64_t u = first; u < first + parts; u++) round_part(r, u, (u - first) * part_steps);
     }
   }
@@ -274,16 +274,6 @@ struct RoundedWeight {
     __m512i sums = {};
     for (; first < last; first += STEP_TILE) sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(first));
     return (float)_mm512_reduce_add_epi32(sums);
-  }
-
-  // A row is read piece by piece, which no processor foresees.
-  void ask_for_next(int64_t r, int64_t first, int64_t parts) const {
-    const int64_t row = first_row + r, bytes = parts * ask.part * BITS / 8;
-    const bool same_row = first + parts < ask.parts();
-    if (!same_row && row + ask.rows_of_block >= ask.rows) return;
-    const uint8_t* codes = ask.of.codes + row * ask.of.row_bytes;
-    const uint8_t* next = codes + (same_row ? (first + parts) * ask.part * BITS / 8 : ask.rows_of_block * ask.of.row_bytes);
-    for (int64_t i = 0; i < bytes; i += LINE) _mm_prefetch(next + i, _MM_HINT_T0);
   }
 };
 
@@ -377,17 +367,14 @@ static void meet_panels(const WholeBlockProduct& ask, Weight& weight, int64_t fi
 template <int BITS, class Code>
 static void multiply_blocks(const WholeBlockProduct& ask, int64_t first, int64_t last) {
   const Registers registers;
-  const int64_t tiles = ask.rows_of_block / SIDE;
   RoundedWeight<BITS, Code> weight(ask);
-  Aligned<float> sums(std::min(ask.panels(), PANELS_TOGETHER) * tiles * SUMS);
+  Aligned<float> sums(std::min(ask.panels(), PANELS_TOGETHER) * ask.rows_of_block / SIDE * SUMS);
   for (int64_t b = first; b < last; b++) {
     weight.begin(b * ask.rows_of_block);
     for (int64_t p = 0; p < ask.panels(); p += PANELS_TOGETHER) {
       const int64_t panels = std::min(PANELS_TOGETHER, ask.panels() - p);
       meet_panels(ask, weight, p, panels, sums.data());
-      for (int64_t i = 0; i < panels; i++)
-        for (int64_t r = 0; r < weight.count; r += SIDE)
-          write_tile(ask, sums.data() + (i * tiles + r / SIDE) * SUMS, weight.first_row + r, p + i, weight.more.data() + r);
+      write_panels(ask, sums.data(), weight.first_row, weight.count, p, panels, weight.more.data());
     }
   }
 }

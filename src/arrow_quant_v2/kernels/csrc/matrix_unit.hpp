@@ -157,6 +157,25 @@ static inline void write_tile(const BlockProduct& ask, const float* sums, int64_
     store_as(ask, (panel * SIDE + i) * ask.rows + row, _mm512_add_ps((__m512)v[i], added), some);
 }
 
+// A block of rows of W, `count` of them from `row` on, and some panels: their sums lie as (panels, tiles of a block, 16, 16).
+static inline void write_panels(const BlockProduct& ask, const float* sums, int64_t row, int64_t count, int64_t first_panel,
+                                int64_t panels, const float* more) {
+  const int64_t of_panel = ask.rows_of_block / SIDE * SUMS;
+  for (int64_t p = 0; p < panels; p++)
+    for (int64_t r = 0; r < count; r += SIDE)
+      write_tile(ask, sums + p * of_panel + r / SIDE * SUMS, row + r, first_panel + p, more ? more + r : nullptr);
+}
+
+// Some bytes of a row's codes are read: asks for those that come next, of it or, at its end, of its row in the next block.
+// A row is read piece by piece, which no processor foresees.
+AQ_INLINE void ask_for_next(const BlockProduct& ask, int64_t row, int64_t first, int64_t bytes) {
+  const bool same_row = first + bytes < ask.of.row_bytes;
+  if (!same_row && row + ask.rows_of_block >= ask.rows) return;
+  const uint8_t* codes = ask.of.codes + row * ask.of.row_bytes;
+  const uint8_t* next = codes + (same_row ? first + bytes : ask.rows_of_block * ask.of.row_bytes);
+  for (int64_t i = 0; i < bytes; i += LINE) _mm_prefetch(next + i, _MM_HINT_T0);
+}
+
 }  // namespace AQ_ISA
 
 #endif

@@ -53,11 +53,6 @@ class Spent:
         losses = [math.inf if plan.lost is None else plan.lost for plan in self.plans]
         return losses.index(min(losses))
 
-    @property
-    def judged(self) -> bool:
-        """Whether nothing is to be found out any more."""
-        return len(self.plans) == 1 or all(plan.lost is not None for plan in self.plans)
-
     def with_lost(self, number: int, lost: float) -> Spent:
         """The same, once it is known what one of the plans loses."""
         plans = [replace(one, lost=lost) if n == number else one for n, one in enumerate(self.plans)]

@@ -64,14 +64,14 @@ class WorkFolder:
         self.out = out
         self.folder = partial_of(out)
         self.model, self.scratch = self.folder / MODEL, self.folder / SCRATCH
-        self._parts, self._old = self.folder / PARTS, self.folder / OLD
+        self.parts, self._old = self.folder / PARTS, self.folder / OLD
         self.allocation, self.samples = self.folder / ALLOCATION, self.folder / SAMPLES
         self.tuned, self._plans = self.folder / TUNED, self.folder / PLANS
         self._overwrite = overwrite
         with explained(self.folder):
             self._refuse_existing()
             self._refuse_strangers()
-            self._parts.mkdir(parents=True, exist_ok=True)
+            self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         try:
             shutil.rmtree(self.scratch, ignore_errors=True)  # of a run that was killed
@@ -86,10 +86,10 @@ class WorkFolder:
     def for_plan(self, number: int) -> WorkFolder:
         """The same work, with finished layers of its own, for one of several whole plans; closed with this one."""
         one = copy.copy(self)
-        one._parts = self._plans / str(number)  # noqa: SLF001 - a copy of this one
-        one.tuned = one._parts / TUNED  # noqa: SLF001
+        one.parts = self._plans / str(number)
+        one.tuned = one.parts / TUNED
         with explained(self._plans):
-            one._parts.mkdir(parents=True, exist_ok=True)  # noqa: SLF001
+            one.parts.mkdir(parents=True, exist_ok=True)
         return one
 
     def follow(self, number: int) -> None:
@@ -98,13 +98,13 @@ class WorkFolder:
         A run that is killed in between does it again.
         """
         with explained(self._plans):
-            if (self._plans / str(number)).exists() and not any(self._parts.iterdir()):
-                (self._plans / str(number)).replace(self._parts)
+            if (self._plans / str(number)).exists() and not any(self.parts.iterdir()):
+                (self._plans / str(number)).replace(self.parts)
             shutil.rmtree(self._plans, ignore_errors=True)
 
     def part(self, index: int) -> Path:
         """Where the finished layer of this number lies, or will lie."""
-        return self._parts / f"{index:05d}.part"
+        return self.parts / f"{index:05d}.part"
 
     def last(self, index: int) -> Path:
         """Where the layer of this number lies as it ended: tuned, or as it was finished."""
@@ -132,7 +132,7 @@ class WorkFolder:
 
     def forget(self, indexes: Iterable[int]) -> None:
         """These layers are not finished any more, and none is tuned."""
-        with explained(self._parts):
+        with explained(self.parts):
             if self.tuned.exists():
                 self.scratch.mkdir(exist_ok=True)
                 gone = self.tuned.rename(self.scratch / TUNED)  # at once: half of them would be taken for all

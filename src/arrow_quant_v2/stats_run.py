@@ -328,10 +328,11 @@ def _weight(walk: Walk, block: int) -> int:
 
 def _floats(walk: Walk, layer: str) -> int:
     """Of H of its input, and of H of each part of its rows that has one."""
-    shape = walk.parameters[layer].shape
-    axis = quant_axis(shape)
-    columns = shape[axis - 1] if layer in walk.turned else shape[axis:].numel()
-    parts = shape[0] if axis > 1 else walk.parted.get(layer, 0)  # not every expert has tokens of the first sample
+    shape, turned, parted = walk.parameters[layer].shape, layer in walk.turned, walk.parted.get(layer, 0)
+    if quant_axis(shape) > 1:  # not every expert has tokens of the first sample
+        columns, parts = shape[1] if turned else shape[2], shape[0]
+    else:
+        columns, parts = shape[0] // max(1, parted) if turned else shape[1:].numel(), parted
     return (1 + parts) * columns * columns
 
 

@@ -184,7 +184,7 @@ class Kernels:
         run = operand.weight.run
         if self._have_blocks(count, operand.weight):
             return self._blocks(x, count, operand, bias, run, 0.0, 0)
-        kernel = self._of_whole_numbers(count, operand.weight)
+        kernel = self._of_rounded(count, operand.weight)
         if kernel is None:
             return self.exact(meaning.rounded_by_run(x, run), count, operand, bias)
         return _call(kernel, x, count, operand, bias, torch.float32, run, 0.0, 0, self.threads())
@@ -196,7 +196,7 @@ class Kernels:
         run, vanishes = operand.weight.run, ctypes.c_float(scale).value == 0.0
         if not vanishes and self._have_blocks(count, operand.weight):
             return self._blocks(x, count, operand, bias, run, scale, zero_point)
-        kernel = self._of_whole_numbers(count, operand.weight)
+        kernel = self._of_rounded(count, operand.weight)
         if kernel is None or vanishes:
             return self.exact(meaning.rounded_by_scale(x, scale, zero_point), count, operand, bias)
         return _call(kernel, x, count, operand, bias, torch.float32, run, scale, zero_point, self.threads())
@@ -219,16 +219,11 @@ class Kernels:
         how = (run, scale, zero_point, self.threads())
         return _call(self.library.aq_linear_blocks, x, count, operand, bias, x.dtype, *how)
 
-    def _of_whole_numbers(self, count: int, weight: Weight) -> Callable[..., None] | None:
-        """The kernel for so many rows of x in 8 bits; None where floats are as fast."""
+    def _of_rounded(self, count: int, weight: Weight) -> Callable[..., None] | None:
+        """The kernel for so many rows of x in 8 bits; None where x is rounded before."""
         if not groups_start_on_bytes(weight) or weight.group > MOST_IN_GROUP:
             return None
-        if count <= MOST_DIRECT:
-            return self.library.aq_linear_rounded
-        fast = weight.grid == "affine" and (weight.group % 4 == 0 or weight.group == weight.columns)
-        return (
-            self.library.aq_linear_rounded_tiled if fast and self.library.aq_tiles_whole_numbers(weight.bits) else None
-        )
+        return self.library.aq_linear_rounded if count <= MOST_DIRECT else self.library.aq_linear_rounded_tiled
 
 
 def _dequantized(op: str, grid: str, *given: Any) -> tuple[Operand, torch.dtype]:

@@ -214,7 +214,7 @@ Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* ze
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 8; }
+AQ_EXPORT int aq_abi() { return 9; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -363,42 +363,58 @@ AQ_EXPORT void aq_linear_rounded(const uint8_t* codes, const uint8_t* scales, co
   multiply_whole_numbers({ask, step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run}, threads);
 }
 
+namespace {
+
+constexpr int64_t FEW_COLUMNS = 4096;  // whose floats, of two times as many rows, stay in the second-level cache
+
+void multiply_tiles_of_floats(TiledProduct ask, int threads) {
+  const KernelTable* table = chosen.load();
+  std::vector<float> inputs(ask.panels() * ask.of.columns * ask.lanes);
+  ask.inputs_of_panels = inputs.data();
+  if (ask.of.columns <= FEW_COLUMNS) ask.tile_rows *= 2;
+  over_both(ask, table->fill_panels, ask.panels(), table->tiled_product, ask.tiles(), 1, threads);
+}
+
+void multiply_tiles_of_bytes(TiledProduct ask, int threads) {
+  const KernelTable* table = chosen.load();
+  std::vector<int32_t> inputs(ask.panels() * ask.words() * ask.lanes);
+  std::vector<float> steps(ask.panels() * ask.of.groups * ask.lanes), sums(steps.size());
+  ask.inputs_of_panels = inputs.data();
+  ask.steps = steps.data();
+  ask.sums = sums.data();
+  over_both(ask, table->fill_rounded_panels, ask.panels(), table->rounded_tiled_product, ask.tiles(), 1, threads);
+}
+
+// Lanes of a panel for so many rows of x.
+int64_t lanes_for(int64_t count) {
+  const int64_t lanes = chosen.load()->lanes;
+  return count > lanes ? 2 * lanes : lanes;
+}
+
+}  // namespace
+
 // For many rows of x.
 AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                                int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
                                int threads) {
-  const KernelTable* table = chosen.load();
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
-  TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
-                    false, 0.0f, 0.0f, nullptr, nullptr, 1, of.group},
-                   table->lanes * (count > table->lanes ? 2 : 1), 1, nullptr};
-  std::vector<float> inputs(ask.panels() * columns * ask.lanes);
-  ask.inputs_of_panels = inputs.data();
-  over_rows(ask, table->fill_panels, ask.panels(), columns * ask.lanes, threads);
-  over_rows(ask, table->tiled_product, ask.tiles(), columns * TiledProduct::TILE_ROWS, threads);
+  const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
+  const RoundedProduct as_it_is{ask, false, 0.0f, 0.0f, nullptr, nullptr, 1, of.group};
+  multiply_tiles_of_floats({as_it_is, false, lanes_for(count), nullptr}, threads);
 }
 
-// 1 where this instruction set multiplies many rows of x in whole numbers, on the affine grid.
-AQ_EXPORT int aq_tiles_whole_numbers(int bits) { return chosen.load()->word_columns(bits) != 0; }
-
-// For many rows of x and the affine grid.
+// For many rows of x, rounded as aq_linear_rounded does.
 AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                        const uint16_t* row_scales, int64_t rows, int64_t columns, int bits,
                                        int64_t group, int residual, const void* x, int dtype, int64_t count,
                                        const float* bias, float* y, int64_t run, float step, int zero, int threads) {
-  const KernelTable* table = chosen.load();
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
-  TiledProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
-                    step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run},
-                   table->lanes * (count > table->lanes ? 2 : 1), table->word_columns(bits), nullptr};
-  std::vector<int32_t> inputs(ask.panels() * ask.words() * ask.lanes);
-  std::vector<float> steps(ask.panels() * of.groups * ask.lanes), sums(steps.size());
-  ask.inputs_of_panels = inputs.data();
-  ask.steps = steps.data();
-  ask.sums = sums.data();
-  over_rows(ask, table->fill_rounded_panels, ask.panels(), columns * ask.lanes, threads);
-  over_rows(ask, table->rounded_tiled_product, ask.tiles(), columns * TiledProduct::TILE_ROWS, threads);
+  const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
+  const bool whole_words = group % TiledProduct::WORD_COLUMNS == 0 || of.groups == 1;
+  const bool bytes = !ask.residual && whole_words && chosen.load()->tiles_bytes(bits);
+  const RoundedProduct rounded{ask, step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run};
+  (bytes ? multiply_tiles_of_bytes : multiply_tiles_of_floats)({rounded, true, lanes_for(count), nullptr}, threads);
 }
 
 namespace {

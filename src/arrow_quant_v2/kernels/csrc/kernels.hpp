@@ -122,21 +122,23 @@ struct RoundedProduct : Product {
   int64_t stream_places() const { return stream_bytes() * codes_of_byte(); }
 };
 
-// The same for many rows of x, which lie side by side in panels of `lanes`: weights are decoded by tiles of TILE_ROWS
+// The same for many rows of x, which lie side by side in panels of `lanes`: weights are decoded by tiles of some
 // rows, and each meets the inputs of a whole panel.
 //
-//   exact     floats (panels, columns, lanes)
-//   rounded   (panels, words, lanes): words of four columns as bytes, or of two as 16 bits; see word_columns
+//   floats   (panels, columns, lanes): x as it is, or rounded
+//   bytes    (panels, words of four columns, lanes): rounded x, which meets the affine grid only
 //
-// `steps` and `sums` are (panels, groups, lanes). Rounded inputs meet the affine grid only.
+// `steps` and `sums` are (panels, groups, lanes), of bytes.
 struct TiledProduct : RoundedProduct {
-  static constexpr int64_t TILE_ROWS = 12;
-  int64_t lanes, word_columns;
+  static constexpr int64_t TILE_ROWS = 12, WORD_COLUMNS = 4;
+  bool rounded;
+  int64_t lanes;
   void* inputs_of_panels;
+  int64_t tile_rows = TILE_ROWS;
 
   int64_t panels() const { return (count + lanes - 1) / lanes; }
-  int64_t tiles() const { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
-  int64_t words() const { return (of.columns + word_columns - 1) / word_columns; }
+  int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows; }
+  int64_t words() const { return (of.columns + WORD_COLUMNS - 1) / WORD_COLUMNS; }
 };
 
 // The same in blocks for a matrix unit: x in panels of 16 rows, as bfloat16 pieces whose sum it is (pieces.hpp):
@@ -228,7 +230,7 @@ struct KernelTable {
   int lanes;  // of one vector
   void (*fill_panels)(const TiledProduct&, int64_t first, int64_t last);  // panels
   void (*tiled_product)(const TiledProduct&, int64_t first, int64_t last);  // tiles
-  int (*word_columns)(int bits);  // 0 where whole numbers are no faster than floats
+  bool (*tiles_bytes)(int bits);  // whether bytes are faster than floats
   void (*fill_rounded_panels)(const TiledProduct&, int64_t first, int64_t last);
   void (*rounded_tiled_product)(const TiledProduct&, int64_t first, int64_t last);
   void (*fill_blocks)(const BlockProduct&, int64_t first, int64_t last);  // panels; null where there is no matrix unit

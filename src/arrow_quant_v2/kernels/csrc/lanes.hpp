@@ -296,6 +296,34 @@ AQ_INLINE Lanes load_codes(const uint8_t* p) {
   return load(x);
 }
 
+// Sixteen codes that follow each other in packed bytes; no others are read.
+template <int BITS>
+AQ_INLINE Lanes load_packed(const uint8_t* p) {
+  if (BITS == 8) return load_codes(p);
+#if defined(__AVX2__)
+  typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
+  typedef int32_t Whole __attribute__((vector_size(WIDTH * 4)));  // of which conversion is one instruction
+  uint32_t words[2];
+  std::memcpy(words, p, 2 * BITS);
+  Bits places{};
+  for (uint32_t i = 0; i < (uint32_t)WIDTH; i++) places[i] = i * BITS % 32;
+  Lanes out;
+  for (int i = 0; i < PARTS; i++) {
+    Bits all = Bits{} + words[i * WIDTH * BITS / 32];
+#if defined(__AVX512F__)
+    if (BITS == 4) all = (Bits)_mm512_inserti64x4((__m512i)all, _mm256_set1_epi32((int)words[1]), 1);
+#endif
+    const Bits codes = all >> (places + i * WIDTH * BITS % 32) & ((1u << BITS) - 1);
+    out.part[i] = __builtin_convertvector((Whole)codes, FloatPart);
+  }
+  return out;
+#else
+  uint8_t bytes[LANES];
+  for (int i = 0; i < LANES; i++) bytes[i] = (uint8_t)(p[i * BITS / 8] >> i * BITS % 8) & ((1 << BITS) - 1);
+  return load_codes(bytes);
+#endif
+}
+
 AQ_INLINE Lanes load_bfloat16(const uint16_t* p) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   Lanes out;

@@ -3,9 +3,9 @@
 //
 //   y = sum over groups of  step_x (step * sum code_j q_j + base * sum q_j)
 //
-// as in linear_rounded.cpp, on the affine grid: on the other one two sums for each code are no faster than one of floats.
-// The codes of a few rows are unpacked to bytes; a word of them, that is four columns, meets the same columns of a panel
-// of inputs, one word for each. Where codes have 8 bits and the processor has no VNNI, words are two columns of 16 bits.
+// as in linear_rounded.cpp, on the affine grid: on the other one two sums for each code are no faster than one of floats,
+// nor are codes of 8 bits where the processor has no VNNI. The codes of a few rows are unpacked to bytes; a word of them,
+// that is four columns, meets the same columns of a panel of inputs, one word for each.
 //
 // Two products of bytes are added in 16 bits: |2 * 3 * 128| and |2 * 15 * 128| leave room for 42 and 8 of them.
 // Measured on an EPYC 7003 (AVX2, 2 cores): python bench/linear.py.
@@ -25,20 +25,16 @@ namespace AQ_ISA {
 #if defined(__AVX2__)
 
 #if defined(__AVX512VNNI__)
-constexpr bool VNNI = true;
+bool tiles_bytes(int) { return true; }
 #else
-constexpr bool VNNI = false;
+bool tiles_bytes(int bits) { return bits < 8; }
 #endif
 
-int word_columns(int bits) { return bits == 8 && !VNNI ? 2 : 4; }
-
-// Whole numbers of one row of x, each in the size that words are made of, to one lane of a panel.
-template <class Item>
+// The whole numbers of one row of x to one lane of a panel.
 static void to_lane(const std::vector<int8_t>& row, const TiledProduct& ask, int32_t* to) {
-  const int64_t n = ask.word_columns;
   for (int64_t w = 0; w < ask.words(); w++) {
-    Item word[4] = {};
-    for (int64_t i = 0; i < n; i++) word[i] = row[w * n + i];
+    int8_t word[4];
+    std::memcpy(word, &row[w * 4], 4);
     std::memcpy(to + w * ask.lanes, word, 4);
   }
 }
@@ -63,52 +59,34 @@ void fill_rounded_panels(const TiledProduct& ask, int64_t first, int64_t last) {
   for (int64_t p = first; p < last; p++)
     for (int64_t lane = 0; lane < ask.lanes; lane++) {
       fill_lane(ask, p, lane, row);
-      int32_t* to = (int32_t*)ask.inputs_of_panels + p * ask.words() * ask.lanes + lane;
-      if (ask.word_columns == 4)
-        to_lane<int8_t>(row.whole, ask, to);
-      else
-        to_lane<int16_t>(row.whole, ask, to);
+      to_lane(row.whole, ask, (int32_t*)ask.inputs_of_panels + p * ask.words() * ask.lanes + lane);
     }
 }
 
-// The codes of some rows in words, and what they mean.
+// The codes of some rows as bytes, and what they mean.
 struct CodeTile {
   int64_t stride;  // bytes of a row
   std::vector<uint8_t> all;
   std::vector<RowLevels> levels;
   std::vector<float> correction;  // of all inputs
-  std::vector<uint8_t> bytes;
 
   explicit CodeTile(const TiledProduct& ask)
       : stride((ask.words() * 4 + 63) / 64 * 64 + 64),  // not a multiple of 4 KiB, of which a cache keeps few lines
         all(TiledProduct::TILE_ROWS * stride),
         levels(TiledProduct::TILE_ROWS, RowLevels(ask)),
-        correction(TiledProduct::TILE_ROWS),
-        bytes(ask.of.columns + LANES) {}
+        correction(TiledProduct::TILE_ROWS) {}
 
   void read(const TiledProduct& ask, int64_t row, int64_t count) {
     for (int64_t r = 0; r < count; r++) {
       levels[r].read(ask, row + r);
-      unpack_row(ask.of.codes + (row + r) * ask.of.row_bytes, bytes.data(), ask.of.columns, ask.of.bits);
-      to_words(ask, &all[r * stride]);
-      if (ask.correction() != 0.0f) correction[r] = ask.step * ask.correction() * sum_of_row(ask, levels[r]);
+      uint8_t* bytes = &all[r * stride];
+      unpack_row(ask.of.codes + (row + r) * ask.of.row_bytes, bytes, ask.of.columns, ask.of.bits);
+      if (ask.correction() != 0.0f) correction[r] = ask.step * ask.correction() * sum_of_row(ask, levels[r], bytes);
     }
   }
 
  private:
-  void to_words(const TiledProduct& ask, uint8_t* to) const {
-    if (ask.word_columns == 4) {
-      std::memcpy(to, bytes.data(), ask.of.columns);
-      return;
-    }
-    typedef uint16_t Halfword __attribute__((may_alias));
-    Halfword* __restrict words = (Halfword*)to;
-    const uint8_t* __restrict from = bytes.data();
-    const int64_t columns = ask.of.columns;
-    for (int64_t j = 0; j < columns; j++) words[j] = from[j];
-  }
-
-  float sum_of_row(const TiledProduct& ask, const RowLevels& of) const {
+  static float sum_of_row(const TiledProduct& ask, const RowLevels& of, const uint8_t* bytes) {
     float sum = 0.0f;
     for (int64_t g = 0; g < ask.of.groups; g++) {
       const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
@@ -131,31 +109,19 @@ struct Whole {
   WordPart sum[ROWS][VECTORS] = {};
 
   // `words` words of codes, of rows that are `stride` bytes long, times those of a panel.
+#if defined(__AVX512VNNI__)
   template <int BITS>
   AQ_INLINE_MEMBER void add(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words) {
-    if (VNNI || BITS == 8)
-      add_in_words<BITS>(codes, stride, x, words);
-    else
-      add_in_pairs<BITS>(codes, stride, x, words);
-  }
-
- private:
-  template <int BITS>
-  AQ_INLINE_MEMBER void add_in_words(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words) {
     for (int64_t w = 0; w < words; w++, x += VECTORS * WIDTH)
       for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) {
           const WordPart some = everywhere(codes + r * stride + 4 * w), inputs = load_bytes(x + v * WIDTH);
-#if defined(__AVX512VNNI__)
           sum[r][v] = (WordPart)_mm512_dpbusd_epi32((__m512i)sum[r][v], (__m512i)some, (__m512i)inputs);
-#else
-          sum[r][v] += multiply_pairs(some, inputs);
-#endif
         }
   }
-
+#else
   template <int BITS>
-  AQ_INLINE_MEMBER void add_in_pairs(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words) {
+  AQ_INLINE_MEMBER void add(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words) {
     constexpr int64_t ROOM = BITS == 2 ? 32 : 8;
     for (int64_t first = 0; first < words; first += ROOM) {
       WordPart pairs[ROWS][VECTORS] = {};
@@ -170,13 +136,14 @@ struct Whole {
         for (int v = 0; v < VECTORS; v++) sum[r][v] += multiply_pairs(pairs[r][v], WordPart{} + 0x00010001);
     }
   }
+#endif
 };
 
 template <int BITS, int ROWS, int VECTORS>
-static void multiply_rows(const TiledProduct& ask, const CodeTile& tile, int64_t at, int64_t first, int64_t panel) {
+static void multiply_rows(const TiledProduct& ask, const CodeTile& tile, int64_t at, int64_t panel, float* to) {
   constexpr int64_t STEP = VECTORS * WIDTH;
   const int32_t* x = (const int32_t*)ask.inputs_of_panels + panel * ask.words() * STEP;
-  const int64_t group_words = ask.of.groups == 1 ? ask.words() : ask.of.group / ask.word_columns;
+  const int64_t group_words = ask.of.groups == 1 ? ask.words() : ask.of.group / TiledProduct::WORD_COLUMNS;
   FloatPart total[ROWS][VECTORS] = {};
   for (int64_t g = 0; g < ask.of.groups; g++) {
     const int64_t start = g * group_words, words = std::min(group_words, ask.words() - start);
@@ -194,15 +161,18 @@ static void multiply_rows(const TiledProduct& ask, const CodeTile& tile, int64_t
       }
     }
   }
-  for (int r = 0; r < ROWS; r++) write_lanes<VECTORS>(ask, total[r], first + r, panel, tile.correction[at + r]);
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) *(AnyFloats*)(to + r * STEP + v * WIDTH) = total[r][v];
 }
 
 template <int BITS, int VECTORS>
 static void multiply_tile(const TiledProduct& ask, const CodeTile& tile, int64_t first, int64_t count, int64_t panel) {
-  constexpr int MOST = 4;
+  constexpr int MOST = 4, STEP = VECTORS * WIDTH;
+  float sums[TiledProduct::TILE_ROWS * STEP];
   int64_t r = 0;
-  for (; r + MOST <= count; r += MOST) multiply_rows<BITS, MOST, VECTORS>(ask, tile, r, first + r, panel);
-  for (; r < count; r++) multiply_rows<BITS, 1, VECTORS>(ask, tile, r, first + r, panel);
+  for (; r + MOST <= count; r += MOST) multiply_rows<BITS, MOST, VECTORS>(ask, tile, r, panel, sums + r * STEP);
+  for (; r < count; r++) multiply_rows<BITS, 1, VECTORS>(ask, tile, r, panel, sums + r * STEP);
+  write_panel(ask, sums, first, count, panel, tile.correction.data());
 }
 
 template <int BITS>
@@ -222,12 +192,14 @@ static void multiply_tiles(const TiledProduct& ask, int64_t first, int64_t last)
 void rounded_tiled_product(const TiledProduct& ask, int64_t first, int64_t last) {
   if (ask.of.bits == 2) multiply_tiles<2>(ask, first, last);
   if (ask.of.bits == 4) multiply_tiles<4>(ask, first, last);
+#if defined(__AVX512VNNI__)
   if (ask.of.bits == 8) multiply_tiles<8>(ask, first, last);
+#endif
 }
 
 #else
 
-int word_columns(int) { return 0; }
+bool tiles_bytes(int) { return false; }
 void fill_rounded_panels(const TiledProduct&, int64_t, int64_t) {}
 void rounded_tiled_product(const TiledProduct&, int64_t, int64_t) {}
 

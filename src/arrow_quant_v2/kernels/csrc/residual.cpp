@@ -47,33 +47,49 @@ __attribute__((always_inline)) static inline Lanes level(Lanes code, const Level
   return centre + of.a2 * (low + low - most);
 }
 
-template <class Item>
+// Some codes of a row; the first one begins a byte.
+template <int BITS, class Item>
 static void residual_group(const uint8_t* codes, Item* to, int64_t n, const Levels& levels, Halves halves) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) put(to + i, level(load_codes(codes + i), levels, halves));
+  for (; i + LANES <= n; i += LANES) put(to + i, level(load_packed<BITS>(codes + i * BITS / 8), levels, halves));
   if (i == n) return;
+  uint8_t rest[2 * BITS] = {};
   Item tail[LANES];
-  put(tail, level(load_codes(codes + i), levels, halves));
+  std::memcpy(rest, codes + i * BITS / 8, ((n - i) * BITS + 7) / 8);
+  put(tail, level(load_packed<BITS>(rest), levels, halves));
   std::memcpy(to + i, tail, (n - i) * sizeof(Item));
+}
+
+template <int BITS, class Item>
+static void dequantize_row(const Dequantize& ask, int64_t row, Halves halves, const uint8_t* codes, Item* to) {
+  const float row_scale = from_bfloat16_bits(ask.row_scales[row]);
+  const auto scale = [&](uint8_t s) { return row_scale * ((float)(s * s) / 65025.0f); };
+  for (int64_t g = 0; g < ask.groups; g++) {
+    const int64_t at = row * ask.groups + g, start = g * ask.group;
+    const int64_t n = std::min(ask.group, ask.columns - start);
+    const float a1 = scale(ask.scales[2 * at]), a2 = scale(ask.scales[2 * at + 1]);
+    const float share = ask.zero_points ? (float)(255 - 2 * ask.zero_points[at]) / 255.0f : 0.0f;
+    const float mu = ask.zero_points ? (a1 + halves.most * a2) * share : 0.0f;
+    const Levels levels{fill(mu + a1), fill(mu - a1), fill(a2)};
+    residual_group<BITS>(codes + start * BITS / 8, to + start, n, levels, halves);
+  }
 }
 
 template <class Item>
 static void dequantize_r2q_as(const Dequantize& ask, int64_t first, int64_t last) {
-  std::vector<uint8_t> bytes(ask.columns + LANES);
+  RowBytes bytes(ask);
   const Halves halves(ask.bits);
   for (int64_t r = first; r < last; r++) {
-    unpack_row(ask.codes + r * ask.row_bytes, bytes.data(), ask.columns, ask.bits);
-    const float row_scale = from_bfloat16_bits(ask.row_scales[r]);
-    const auto scale = [&](uint8_t s) { return row_scale * ((float)(s * s) / 65025.0f); };
-    for (int64_t g = 0; g < ask.groups; g++) {
-      const int64_t at = r * ask.groups + g, start = g * ask.group;
-      const int64_t n = std::min(ask.group, ask.columns - start);
-      const float a1 = scale(ask.scales[2 * at]), a2 = scale(ask.scales[2 * at + 1]);
-      const float share = ask.zero_points ? (float)(255 - 2 * ask.zero_points[at]) / 255.0f : 0.0f;
-      const float mu = ask.zero_points ? (a1 + halves.most * a2) * share : 0.0f;
-      const Levels levels{fill(mu + a1), fill(mu - a1), fill(a2)};
-      residual_group(bytes.data() + start, (Item*)ask.weight + r * ask.columns + start, n, levels, halves);
-    }
+    const uint8_t* codes = ask.codes + r * ask.row_bytes;
+    Item* to = (Item*)ask.weight + r * ask.columns;
+    if (!bytes.direct)
+      dequantize_row<8>(ask, r, halves, bytes.read(ask, codes), to);
+    else if (ask.bits == 2)
+      dequantize_row<2>(ask, r, halves, codes, to);
+    else if (ask.bits == 4)
+      dequantize_row<4>(ask, r, halves, codes, to);
+    else
+      dequantize_row<8>(ask, r, halves, codes, to);
   }
 }
 

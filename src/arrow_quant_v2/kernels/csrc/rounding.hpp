@@ -89,6 +89,15 @@ struct RoundedRow {
   }
 
   float step_at(int64_t column) const { return steps[column / ask.run]; }
+
+  // The values that stand for x now.
+  void to_floats(float* to) const {
+    for (int64_t start = 0; start < ask.of.columns; start += ask.run) {
+      const float step = step_at(start), further = ask.correction();
+      const int64_t last = std::min(start + ask.run, ask.of.columns);
+      for (int64_t j = start; j < last; j++) to[j] = step * ((float)whole[j] + further);
+    }
+  }
 };
 
 }  // namespace AQ_ISA

@@ -551,30 +551,59 @@ static void fit_grid(const FitGrid& fit, int64_t first, int64_t last) {
   }
 }
 
-template <class Item>
+// Some codes of a row; the first one begins a byte.
+template <int BITS, class Item>
 static void dequantize_group(const uint8_t* codes, Item* to, int64_t n, Lanes scale, Lanes zero) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) put(to + i, (load_codes(codes + i) - zero) * scale);
+  for (; i + LANES <= n; i += LANES) put(to + i, (load_packed<BITS>(codes + i * BITS / 8) - zero) * scale);
   if (i == n) return;
+  uint8_t rest[2 * BITS] = {};
   Item tail[LANES];
-  put(tail, (load_codes(codes + i) - zero) * scale);
+  std::memcpy(rest, codes + i * BITS / 8, ((n - i) * BITS + 7) / 8);
+  put(tail, (load_packed<BITS>(rest) - zero) * scale);
   std::memcpy(to + i, tail, (n - i) * sizeof(Item));
+}
+
+// The parameters of the groups of a row.
+struct Parameters {
+  std::vector<float> scale, zero;
+
+  explicit Parameters(const Dequantize& ask) : scale(ask.groups), zero(ask.groups, (float)(1 << (ask.bits - 1))) {}
+
+  void read(const Dequantize& ask, int64_t row) {
+    const float unit = (float)(255 / ((1 << ask.bits) - 1)), of_row = from_bfloat16_bits(ask.row_scales[row]);
+    const uint8_t *scales = ask.scales + row * ask.groups, *zeros = ask.zero_points + row * ask.groups;
+    float *__restrict s = scale.data(), *__restrict z = zero.data();
+    for (int64_t g = 0; g < ask.groups; g++) s[g] = of_row * ((float)(scales[g] * scales[g]) / 65025.0f);
+    if (ask.zero_points)
+      for (int64_t g = 0; g < ask.groups; g++) z[g] = (float)zeros[g] / unit;
+  }
+};
+
+template <int BITS, class Item>
+static void dequantize_row(const Dequantize& ask, const Parameters& of, const uint8_t* codes, Item* to) {
+  for (int64_t g = 0; g < ask.groups; g++) {
+    const int64_t start = g * ask.group, n = std::min(ask.group, ask.columns - start);
+    dequantize_group<BITS>(codes + start * BITS / 8, to + start, n, fill(of.scale[g]), fill(of.zero[g]));
+  }
 }
 
 template <class Item>
 static void dequantize_as(const Dequantize& ask, int64_t first, int64_t last) {
-  std::vector<uint8_t> bytes(ask.columns + LANES);
-  const float unit = (float)(255 / ((1 << ask.bits) - 1)), middle = (float)(1 << (ask.bits - 1));
+  Parameters of(ask);
+  RowBytes bytes(ask);
   for (int64_t r = first; r < last; r++) {
-    unpack_row(ask.codes + r * ask.row_bytes, bytes.data(), ask.columns, ask.bits);
-    const float row_scale = from_bfloat16_bits(ask.row_scales[r]);
-    for (int64_t g = 0; g < ask.groups; g++) {
-      const int64_t at = r * ask.groups + g, start = g * ask.group;
-      const int64_t n = std::min(ask.group, ask.columns - start);
-      const Lanes scale = fill(row_scale * ((float)(ask.scales[at] * ask.scales[at]) / 65025.0f));
-      const Lanes zero = fill(ask.zero_points ? (float)ask.zero_points[at] / unit : middle);
-      dequantize_group(bytes.data() + start, (Item*)ask.weight + r * ask.columns + start, n, scale, zero);
-    }
+    of.read(ask, r);
+    const uint8_t* codes = ask.codes + r * ask.row_bytes;
+    Item* to = (Item*)ask.weight + r * ask.columns;
+    if (!bytes.direct)
+      dequantize_row<8>(ask, of, bytes.read(ask, codes), to);
+    else if (ask.bits == 2)
+      dequantize_row<2>(ask, of, codes, to);
+    else if (ask.bits == 4)
+      dequantize_row<4>(ask, of, codes, to);
+    else
+      dequantize_row<8>(ask, of, codes, to);
   }
 }
 
@@ -612,7 +641,7 @@ void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last);  // l
 void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last);
 void fill_panels(const TiledProduct& ask, int64_t first, int64_t last);  // linear_tiles.cpp
 void tiled_product(const TiledProduct& ask, int64_t first, int64_t last);
-int word_columns(int bits);  // linear_rounded_tiles.cpp
+bool tiles_bytes(int bits);  // linear_rounded_tiles.cpp
 void fill_rounded_panels(const TiledProduct& ask, int64_t first, int64_t last);
 void rounded_tiled_product(const TiledProduct& ask, int64_t first, int64_t last);
 #if defined(__AMX_BF16__)
@@ -635,7 +664,7 @@ constexpr void (*convolve)(const Convolution&, int64_t, int64_t) = nullptr;
 const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
                            dequantize_r2q, quantize_columns_r2q, hadamard, split, product,
                            round_inputs, rounded_product, WIDTH, fill_panels, tiled_product,
-                           word_columns, fill_rounded_panels, rounded_tiled_product, fill_blocks, block_product,
+                           tiles_bytes, fill_rounded_panels, rounded_tiled_product, fill_blocks, block_product,
                            fill_rounded_blocks, rounded_block_product, fill_planes, decode_blocks, convolve};
 
 }  // namespace AQ_ISA

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "kernels.hpp"
 #include "lanes.hpp"
@@ -37,6 +38,20 @@ static inline void unpack_row(const uint8_t* packed, uint8_t* bytes, int64_t col
   for (int64_t i = whole * per_byte; i < columns; i++)
     bytes[i] = (uint8_t)(packed[whole] >> bits * (i - whole * per_byte)) & ones;
 }
+
+// The codes of one row as bytes, where groups do not start on a byte.
+struct RowBytes {
+  bool direct;  // they do
+  std::vector<uint8_t> bytes;
+
+  explicit RowBytes(const Dequantize& ask)
+      : direct(ask.group * ask.bits % 8 == 0 || ask.groups == 1), bytes(direct ? 0 : ask.columns + LANES) {}
+
+  const uint8_t* read(const Dequantize& ask, const uint8_t* codes) {
+    unpack_row(codes, bytes.data(), ask.columns, ask.bits);
+    return bytes.data();
+  }
+};
 
 static inline Lanes load_as_float(const void* p, Dtype dtype, int64_t i) {
   if (dtype == BFLOAT16) return load_bfloat16((const uint16_t*)p + i);

@@ -349,8 +349,9 @@ AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint
                          int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  if (chosen.load()->product) return multiply_floats(ask, threads);
-  multiply_whole_numbers({ask, false, 0.0f, 0.0f, nullptr, nullptr, RoundedProduct::PIECES, of.group}, threads);
+  const int pieces = chosen.load()->pieces(ask);
+  if (!pieces) return multiply_floats(ask, threads);
+  multiply_whole_numbers({ask, false, 0.0f, 0.0f, nullptr, nullptr, pieces, of.group}, threads);
 }
 
 // Inputs are rounded by runs of so many columns; step is 0 where each has its own.

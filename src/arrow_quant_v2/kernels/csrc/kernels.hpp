@@ -100,18 +100,18 @@ struct Product {
 // All groups of a row, each filled up to whole words of four bytes, make one stream of bytes, which is read a vector of V
 // bytes at a time: code k of byte i of a vector meets place k * V + i of V n inputs.
 //
-// Inputs as they are have three pieces, x = step * (q + q' / 254 + q'' / 254^2): what one leaves, at most half of its
-// unit, the next one has in a unit that is 254 times finer. The last leaves 2^-24 of a group's greatest value.
+// Inputs as they are have some pieces, x = step * (q + q' / 254 + q'' / 254^2): what one leaves, at most half of its unit,
+// the next one has in a unit that is 254 times finer. Two leave 2^-16 of a group's greatest value, which is enough for
+// bfloat16; three leave 2^-24.
 struct RoundedProduct : Product {
   bool fixed;         // one step for all, else absmax / 127 of each run of a row
   float step;         // the fixed one
   float zero;         // its zero point, 0 to 255
   int8_t* places;     // (inputs, pieces, stream_places)
   float* steps;       // (inputs, groups); `sums` are step * sum q
-  int pieces;         // 1 or PIECES
+  int pieces;         // 1 where x is rounded
   int64_t run;        // columns of whole groups that have one step
 
-  static constexpr int PIECES = 3;
   static constexpr float FINER = 254.0f;
   static constexpr float MIDDLE = 128.0f;  // q of a fixed step lies that much below what is stored for unsigned inputs
   float correction() const { return fixed ? MIDDLE - zero : 0.0f; }
@@ -223,7 +223,8 @@ struct KernelTable {
   void (*dequantize_r2q)(const Dequantize&, int64_t first, int64_t last);
   void (*quantize_columns_r2q)(const ResidualColumns&, int64_t first, int64_t last);
   void (*hadamard)(const Hadamard&, int64_t first, int64_t last);
-  void (*split)(const Product&, int64_t first, int64_t last);  // rows of x; null where pieces are faster than floats
+  int (*pieces)(const Product&);  // as which x meets codes as bytes, where that is faster than floats; else 0
+  void (*split)(const Product&, int64_t first, int64_t last);  // rows of x; null where it always is
   void (*product)(const Product&, int64_t first, int64_t last);  // rows of W, for at most MOST_DIRECT rows of x
   void (*round_inputs)(const RoundedProduct&, int64_t first, int64_t last);
   void (*rounded_product)(const RoundedProduct&, int64_t first, int64_t last);

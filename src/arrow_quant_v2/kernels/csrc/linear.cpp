@@ -1,5 +1,5 @@
 // Inputs times packed weights, with inputs as they are, in floats; compiled once per instruction set that has no dot
-// products of bytes, which are faster: there, inputs are pieces (linear_rounded.cpp).
+// products of bytes, which are always faster: there, and in some cases elsewhere, inputs are pieces (linear_rounded.cpp).
 //
 //   y = sum over groups of  sum_j w_j x_j,   w_j = base + step * code_j + jump * (highest bit of code_j)
 //

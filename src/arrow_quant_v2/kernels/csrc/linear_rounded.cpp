@@ -1,5 +1,5 @@
-// Inputs rounded to 8 bits times packed weights; compiled once per instruction set. Where there are dot products of bytes,
-// inputs as they are go the same way, as three whole numbers each (RoundedProduct).
+// Inputs rounded to 8 bits times packed weights; compiled once per instruction set. Inputs as they are go the same way, as
+// two or three whole numbers each (RoundedProduct), where that is faster than floats.
 //
 //   y = sum over groups of  step_x (step * sum code_j q_j + jump * sum top_j q_j + base * sum q_j),   x ~ step_x q
 //
@@ -23,6 +23,16 @@
 #include "stored.hpp"
 
 namespace AQ_ISA {
+
+// Three products of bytes are faster than floats where one instruction adds them in words. Where it takes three, two are,
+// unless each is needed twice, for the residual grid, or in 16 bits, for codes of 8 bits.
+#if defined(__AVX512VNNI__)
+int pieces(const Product& ask) { return ask.dtype == BFLOAT16 ? 2 : 3; }
+#elif defined(__AVX2__)
+int pieces(const Product& ask) { return ask.dtype == BFLOAT16 && !ask.residual && ask.of.bits < 8 ? 2 : 0; }
+#else
+int pieces(const Product&) { return 0; }
+#endif
 
 // The whole numbers that the codes of a byte meet are one Word; those of a vector's bytes are given plane after plane.
 template <class Word>
@@ -124,7 +134,8 @@ void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last) {
 
 // What the whole numbers of a vector's words are multiplied with.
 enum Reach {
-  VECTORS,  // one step: groups are some vectors long
+  VECTORS,  // one step: groups are some vectors long,
+  VECTOR,   // or one
   QUADS,    // a step for every four words
   WORDS,    // a step for every word
 };
@@ -137,8 +148,11 @@ struct Factors {
 
   Factors(const RoundedProduct& ask, int64_t count) {
     const int64_t bytes = ask.group_words() * 4;
-    reach = bytes % VECTOR_BYTES == 0 || ask.of.groups == 1 ? VECTORS : bytes % 16 == 0 ? QUADS : WORDS;
-    repeat = reach == VECTORS ? 1 : bytes / (reach == QUADS ? 16 : 4);
+    if (bytes == VECTOR_BYTES)
+      reach = VECTOR;
+    else
+      reach = bytes % VECTOR_BYTES == 0 || ask.of.groups == 1 ? VECTORS : bytes % 16 == 0 ? QUADS : WORDS;
+    repeat = reach == QUADS ? bytes / 16 : reach == WORDS ? bytes / 4 : 1;
     stride = ask.of.groups * repeat + WIDTH;
     step.resize(count * stride);
     jump.resize(ask.residual ? count * stride : 0);
@@ -230,31 +244,37 @@ struct Sums8 {
   }
 };
 
+// A row of vectors whose words have factors of their own, `factors` to a vector.
+template <int BITS, bool RESIDUAL, int COUNT, int PIECES, class Read>
+AQ_INLINE Sums8<BITS, RESIDUAL, COUNT, PIECES> add_vectors(const RoundedProduct& ask, const Factors& by, const uint8_t* codes,
+                                                           int64_t bytes, int64_t factors, Read read) {
+  constexpr int64_t PLACES = VECTOR_BYTES * (8 / BITS);
+  const int64_t stride = ask.stream_places();
+  Sums8<BITS, RESIDUAL, COUNT, PIECES> sums, result;  // what is returned lies in memory, at three times the cost
+  for (int64_t i = 0; i * VECTOR_BYTES < bytes; i++) {
+    ask_ahead(codes + i * VECTOR_BYTES, VECTOR_BYTES);
+    sums.add(by, i * factors, codes + i * VECTOR_BYTES, ask.places + i * PLACES, stride, read);
+  }
+  std::copy(std::begin(sums.sum), std::end(sums.sum), result.sum);
+  return result;
+}
+
 template <int BITS, bool RESIDUAL, int COUNT, int PIECES>
 AQ_INLINE Sums8<BITS, RESIDUAL, COUNT, PIECES> add_row(const RoundedProduct& ask, const Factors& by, const uint8_t* codes) {
-  constexpr int64_t PLACES = VECTOR_BYTES * (8 / BITS);
   const int64_t stride = ask.stream_places(), bytes = ask.of.row_bytes;
   const int64_t group = ask.group_words() * 4, used = ask.of.groups == 1 ? bytes : (ask.of.groups - 1) * group +
                                                                 (bytes - (ask.of.groups - 1) * ask.group_bytes());
+  const auto all = [&](int64_t factors, auto read) {
+    return add_vectors<BITS, RESIDUAL, COUNT, PIECES>(ask, by, codes, used, factors, read);
+  };
+  if (by.reach == VECTOR) return all(1, [](const float* p) { return *p - FloatPart{}; });
+  if (by.reach == QUADS) return all(WIDTH / 4, [](const float* p) { return quads(p); });
+  if (by.reach == WORDS) return all(WIDTH, [](const float* p) { return load_part(p); });
   Sums8<BITS, RESIDUAL, COUNT, PIECES> sums;
-  if (by.reach == VECTORS) {
-    for (int64_t g = 0; g < ask.of.groups; g++) {
-      const int64_t start = g * group, vectors = (std::min(group, used - start) + VECTOR_BYTES - 1) / VECTOR_BYTES;
-      ask_ahead(codes + start, vectors * VECTOR_BYTES);
-      sums.add(by, g, codes + start, ask.places + start * (8 / BITS), stride, vectors);
-    }
-  } else if (by.reach == QUADS) {
-    for (int64_t i = 0; i * VECTOR_BYTES < used; i++) {
-      ask_ahead(codes + i * VECTOR_BYTES, VECTOR_BYTES);
-      sums.add(by, i * (WIDTH / 4), codes + i * VECTOR_BYTES, ask.places + i * PLACES, stride,
-               [](const float* p) { return quads(p); });
-    }
-  } else {
-    for (int64_t i = 0; i * VECTOR_BYTES < used; i++) {
-      ask_ahead(codes + i * VECTOR_BYTES, VECTOR_BYTES);
-      sums.add(by, i * WIDTH, codes + i * VECTOR_BYTES, ask.places + i * PLACES, stride,
-               [](const float* p) { return load_part(p); });
-    }
+  for (int64_t g = 0; g < ask.of.groups; g++) {
+    const int64_t start = g * group, vectors = (std::min(group, used - start) + VECTOR_BYTES - 1) / VECTOR_BYTES;
+    ask_ahead(codes + start, vectors * VECTOR_BYTES);
+    sums.add(by, g, codes + start, ask.places + start * (8 / BITS), stride, vectors);
   }
   return sums;
 }
@@ -299,8 +319,11 @@ static void rounded_as(const RoundedProduct& ask, int64_t first, int64_t last) {
 }
 
 void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last) {
-#if defined(__AVX512VNNI__)  // elsewhere floats are faster than three whole numbers
-  if (ask.pieces > 1) return rounded_as<RoundedProduct::PIECES>(ask, first, last);
+#if defined(__AVX512VNNI__)
+  if (ask.pieces == 3) return rounded_as<3>(ask, first, last);
+  if (ask.pieces == 2) return rounded_as<2>(ask, first, last);
+#elif defined(__AVX2__)
+  if (ask.pieces == 2) return ask.of.bits == 2 ? rounded_on<2, false, 2>(ask, first, last) : rounded_on<4, false, 2>(ask, first, last);
 #endif
   rounded_as<1>(ask, first, last);
 }

@@ -637,7 +637,8 @@ constexpr void (*product)(const Product&, int64_t, int64_t) = nullptr;
 void split(const Product& ask, int64_t first, int64_t last);  // linear.cpp
 void product(const Product& ask, int64_t first, int64_t last);
 #endif
-void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last);  // linear_rounded.cpp
+int pieces(const Product& ask);  // linear_rounded.cpp
+void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last);
 void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last);
 void fill_panels(const TiledProduct& ask, int64_t first, int64_t last);  // linear_tiles.cpp
 void tiled_product(const TiledProduct& ask, int64_t first, int64_t last);
@@ -662,7 +663,7 @@ constexpr void (*decode_blocks)(const Convolution&, int64_t, int64_t) = nullptr;
 constexpr void (*convolve)(const Convolution&, int64_t, int64_t) = nullptr;
 #endif
 const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
-                           dequantize_r2q, quantize_columns_r2q, hadamard, split, product,
+                           dequantize_r2q, quantize_columns_r2q, hadamard, pieces, split, product,
                            round_inputs, rounded_product, WIDTH, fill_panels, tiled_product,
                            tiles_bytes, fill_rounded_panels, rounded_tiled_product, fill_blocks, block_product,
                            fill_rounded_blocks, rounded_block_product, fill_planes, decode_blocks, convolve};

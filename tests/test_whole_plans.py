@@ -69,22 +69,38 @@ def test_a_run_that_was_killed_between_plans_goes_on_behind_those_that_were_judg
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
-def test_a_plan_that_cannot_be_made_does_not_lose_the_run(
-    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = 0
+@pytest.fixture
+def first_plan_fails(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The first plan that is made fails; the numbers of those that were begun."""
+    made: list[int] = []
 
     def first_fails(*given: Any) -> Pass:
-        nonlocal made
-        made += 1
-        if made == 1:
-            raise QuantizationError("the first one fails")
+        made.append(len(made) + 1)
+        if made == [1]:
+            raise QuantizationError("no room for the first one")
         return make_once(*given)
 
     monkeypatch.setattr(orchestrator, "_one_pass", first_fails)
-    result = api.quantize_diffusion_model(bert, tmp_path / "out", DiffusionQuantConfig(**SMALL))
+    return made
+
+
+@pytest.mark.usefixtures("first_plan_fails")
+def test_a_plan_that_cannot_be_made_is_left_out_with_a_warning_and_a_note(bert: Path, tmp_path: Path) -> None:
+    said = "the plan 'what the outputs lose' was left out, for it could not be made: no room for the first one"
+    with pytest.warns(UserWarning, match=said):
+        result = api.quantize_diffusion_model(bert, tmp_path / "out", DiffusionQuantConfig(**SMALL))
+    assert said in result["notes"]
     assert math.inf in losses_told(result).values()
     assert ways_followed(result).isdisjoint({"what the outputs lose"})
+
+
+def test_with_fail_fast_the_first_plan_that_cannot_be_made_ends_the_run(
+    bert: Path, tmp_path: Path, first_plan_fails: list[int]
+) -> None:
+    with pytest.raises(QuantizationError, match="no room for the first one"):
+        api.quantize_diffusion_model(bert, tmp_path / "out", DiffusionQuantConfig(**SMALL, fail_fast=True))
+    assert first_plan_fails == [1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_no_plan_can_be_made_the_run_says_why(

@@ -401,7 +401,14 @@ def _trials(job: Job, run: _Run, shown: _Shown, judge: Judge) -> Trials:
     def make(folder: WorkFolder, widths: Mapping[str, LayerWidth]) -> Sequence[LayerPlan]:
         return _one_pass(job, replace(run, folder=folder), replace(shown, tuner=None), widths).plans
 
-    return Trials(source=job.source, folder=run.folder, judge=judge, progress=run.progress, make=make)
+    return Trials(
+        source=job.source,
+        folder=run.folder,
+        judge=judge,
+        progress=run.progress,
+        make=make,
+        fail_fast=job.config.fail_fast,
+    )
 
 
 def _losses(job: Job, run: _Run, shown: _Shown) -> Losses:

@@ -33,11 +33,15 @@ FIRST = 2.0**20  # times as much as the others, for layers that come before all 
 
 @dataclass(frozen=True, kw_only=True)
 class WholePlan:
-    """The width of every layer of which there was a choice; `lost` of the outputs, None where that is not known."""
+    """The width of every layer of which there was a choice; `lost` of the outputs, None where that is not known.
+
+    failed  why it could not be made, and so loses everything; empty where it could
+    """
 
     way: str
     widths: Mapping[str, LayerWidth]
     lost: float | None = None
+    failed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +57,9 @@ class Spent:
         losses = [math.inf if plan.lost is None else plan.lost for plan in self.plans]
         return losses.index(min(losses))
 
-    def with_lost(self, number: int, lost: float) -> Spent:
-        """The same, once it is known what one of the plans loses."""
-        plans = [replace(one, lost=lost) if n == number else one for n, one in enumerate(self.plans)]
+    def with_lost(self, number: int, lost: float, failed: str = "") -> Spent:
+        """The same, once it is known what one of the plans loses, or why it cannot be made."""
+        plans = [replace(one, lost=lost, failed=failed) if n == number else one for n, one in enumerate(self.plans)]
         return replace(self, plans=tuple(plans))
 
 
@@ -153,6 +157,7 @@ def _as_json(spent: Spent) -> str:
         {
             "way": plan.way,
             "lost": plan.lost,
+            "failed": plan.failed,
             "widths": {name: [one.bits, one.because, one.equalize] for name, one in sorted(plan.widths.items())},
         }
         for plan in spent.plans

@@ -472,6 +472,25 @@ def test_the_doctor_says_why_nothing_will_be_calibrated(model: Path, tmp_path: P
     (tmp_path / "bare" / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
     assert said(tmp_path / "bare", modality="text") == f"{alone}: no config.json tells how to run it"
     assert said(model).startswith("14 r2q, calibrated on 4 samples of the model's own trajectory")
+    unknown = save_folder(tmp_path / "unknown", small_module("BertForMaskedLM"), model_type="nobody", architectures=...)
+    assert said(unknown, modality="text").startswith(f"{alone}: {unknown / 'config.json'}: transformers")
+    with pytest.raises(SourceError, match="does not know this model"):
+        said(unknown, modality="text", mask_token=4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_doctor_and_the_run_say_the_same_of_a_table_whatever_it_is_tied_to(tied: bool, tmp_path: Path) -> None:
+    module = small_module("BertForMaskedLM", hidden_size=64, intermediate_size=128, tie_word_embeddings=tied)
+    held = module.state_dict()
+    tensors = {name: held[name] for name in held if not tied or not name.startswith("cls.predictions.decoder.")}
+    folder = save_folder(tmp_path / "model", module, tensors, mask_token_id=4)
+    foretold = {one["layer_name"]: one for one in api.doctor(folder, DiffusionQuantConfig(**SETTINGS))["layers"]}
+    api.quantize_diffusion_model(folder, tmp_path / "out", DiffusionQuantConfig(**SETTINGS))
+    (table,) = (name for name in foretold if name.endswith("word_embeddings.weight"))
+    done = entries(tmp_path / "out")[table]
+    assert done.method == ("r2q" if tied else "clip")
+    assert foretold[table]["because"].split()[1] == done.method
+    assert foretold[table]["bits_per_weight"] == pytest.approx(done.bits_per_weight)
 
 
 # Other models

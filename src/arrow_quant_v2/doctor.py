@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from arrow_quant_v2.allocation import Scope, forethought, reach, refuse_unreachable
 from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget, running_bytes
 from arrow_quant_v2.engines.devices import CPU, devices, free_bytes, name_of, refuse_missing
+from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.plan import (
     NOTHING_CALIBRATED,
     calibrated_method,
@@ -17,6 +18,7 @@ from arrow_quant_v2.plan import (
     refuse_unused_names,
 )
 from arrow_quant_v2.prediction import predicted_weight_bytes
+from arrow_quant_v2.preparation import tied_tensors
 from arrow_quant_v2.publish import file_groups
 
 if TYPE_CHECKING:
@@ -93,8 +95,7 @@ def diagnose(
     refuse_missing(config.device)
     refuse_unused_names(source.tensors, config)
     component = model.component if model else ""
-    reason = _why_from_the_weights_alone(model, modality, config)
-    calibrated = likely_calibrated(source.tensors, config, modality) if reason is None else NOTHING_CALIBRATED
+    reason, calibrated = _calibrated(source, model, modality, config)
     scope = Scope(tensors=source.tensors, config=config, modality=modality, component=component, calibrated=calibrated)
     possible = _reach(scope)
     plans = scope.plans(forethought(scope) if possible else {})
@@ -149,6 +150,28 @@ def _accelerator(source: Source, device: str) -> Accelerator | None:
         needed=running_bytes(source.tensors),
         free=None if math.isinf(free) else int(free),
     )
+
+
+def _calibrated(
+    source: Source, model: Model | None, modality: Modality, config: DiffusionQuantConfig
+) -> tuple[str | None, Calibrated]:
+    """Why nothing will be calibrated, or None; and what will be.
+
+    Raises:
+        ConfigurationError, SourceError: the model cannot be opened as one that runs, and calibration data were given.
+    """
+    reason = _why_from_the_weights_alone(model, modality, config)
+    if reason is not None:
+        return reason, NOTHING_CALIBRATED
+    try:
+        tied = tied_tensors(model, config)
+    except (ConfigurationError, SourceError) as error:
+        if config.stats is not None:  # then the model need not run
+            return None, likely_calibrated(source.tensors, config, modality)
+        if config.calibration_data or config.mask_token is not None:
+            raise
+        return f"from the weights alone: {error}", NOTHING_CALIBRATED
+    return None, likely_calibrated(source.tensors, config, modality, tied)
 
 
 def _why_from_the_weights_alone(model: Model | None, modality: Modality, config: DiffusionQuantConfig) -> str | None:

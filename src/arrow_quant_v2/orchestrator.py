@@ -46,7 +46,7 @@ from arrow_quant_v2.plan import (
     refuse_unused_names,
     wider_plan,
 )
-from arrow_quant_v2.preparation import data_identity, prepare
+from arrow_quant_v2.preparation import data_identity, prepare, tied_tensors
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
 from arrow_quant_v2.report.card import base_model_of
@@ -142,7 +142,7 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     if not plans:
         raise QuantizationError(f"{job.source.location}: holds no tensors; give a folder with a model's weights")
     if job.config.has_target:
-        refuse_unreachable(_scope(job, likely_calibrated(job.source.tensors, job.config, job.modality)))
+        refuse_unreachable(_scope(job, _expected(job)))
     budget = plan_budget(plans, job.config)
     description = Description(
         config=job.config, modality=job.modality, component=job.component, source_hash=source_hash(job.source.tensors)
@@ -418,6 +418,15 @@ def _losses(job: Job, run: _Run, shown: _Shown) -> Losses:
     if shown.kept is not None:
         return losses_on_stats(fitted, shown.kept)
     return measured_losses(_calibrated_run(fitted, shown.prepared))
+
+
+def _expected(job: Job) -> Calibrated:
+    """What calibration will reach, before the model is opened; one that cannot be is told later."""
+    try:
+        tied = tied_tensors(job.model, job.config)
+    except (ConfigurationError, SourceError):
+        tied = {}
+    return likely_calibrated(job.source.tensors, job.config, job.modality, tied)
 
 
 def _scope(job: Job, calibrated: Calibrated) -> Scope:

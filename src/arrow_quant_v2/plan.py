@@ -80,15 +80,22 @@ def calibrated_method(config: DiffusionQuantConfig, modality: Modality) -> Metho
     return config.method or ("r2q" if modality in {"text", "code"} and config.bit_width < RESIDUAL_BELOW else "gptq")
 
 
-def likely_calibrated(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig, modality: Modality) -> Calibrated:
+def likely_calibrated(
+    tensors: Iterable[TensorInfo],
+    config: DiffusionQuantConfig,
+    modality: Modality,
+    tied: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Calibrated:
     """What calibration will reach, told from names and shapes, because running the model to see it takes minutes.
 
-    Tables of which rows are looked up see no inputs. Heads that no sample needs are taken for calibrated here.
+    Tables of which rows are looked up see no inputs, unless the model also uses them by another name: `tied` gives the
+    other names of a tensor. Heads that no sample needs are taken for calibrated here.
     """
     method = calibrated_method(config, modality)
     if method is None or not config.enable_calibration:
         return NOTHING_CALIBRATED
-    names = (info.name for info in tensors if not LOOKUP.search(info.name))
+    used = {info.name: (info.name, *tied.get(info.name, ())) for info in tensors}
+    names = (name for name, uses in used.items() if not all(map(LOOKUP.search, uses)))
     return Calibrated(names=frozenset(names), method=method)
 
 

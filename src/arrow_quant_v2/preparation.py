@@ -22,9 +22,10 @@ from arrow_quant_v2.calibration.pipelines import open_pipeline
 from arrow_quant_v2.calibration.remembered import NO_MEMORY, Memory
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.samples import Asked
-from arrow_quant_v2.calibration.transformers_model import open_transformers
+from arrow_quant_v2.calibration.transformers_model import open_transformers, tied_names
 from arrow_quant_v2.engines.devices import CPU, free_bytes
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
+from arrow_quant_v2.plan import WEIGHTS_ALONE
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.time_groups import uniform_groups
 
@@ -155,6 +156,24 @@ def open_runnable(
     if "_class_name" in read_json(described):
         return open_pipeline(model.folder, None, modality)
     return open_transformers(model, modality, config.mask_token, on_demand=_larger_than_memory(model.source, config))
+
+
+def tied_tensors(model: Model | None, config: DiffusionQuantConfig) -> dict[str, list[str]]:
+    """The other names by which a transformers model uses tensors of its files, told without any values.
+
+    Nobody asks where nothing will be calibrated.
+
+    Raises:
+        ConfigurationError: transformers is not installed.
+        SourceError: transformers does not know the model.
+    """
+    if model is None or not config.enable_calibration or config.method in WEIGHTS_ALONE:
+        return {}
+    described = model.folder / "config.json"
+    pipeline = (model.root / "model_index.json").is_file()
+    if pipeline or not described.is_file() or "_class_name" in read_json(described):
+        return {}
+    return tied_names(model)
 
 
 def _larger_than_memory(source: Source, config: DiffusionQuantConfig) -> bool:

@@ -102,6 +102,25 @@ def build_transformers(model: Model) -> Built:
     return Built(module=module, names=names_in(module, (info.name for info in model.source.tensors)))
 
 
+def tied_names(model: Model) -> dict[str, list[str]]:
+    """Name in the files -> the module's other names of the same weight, such as a head's, that the files do not hold.
+
+    Reads no values.
+
+    Raises:
+        ConfigurationError: transformers is not installed.
+        SourceError: transformers does not know the model.
+    """
+    built = build_transformers(model)
+    files = {place: name for name, place in built.names.items()}
+    found: dict[str, list[str]] = {}
+    for one, other in built.ties:
+        for held, tied in ((one, other), (other, one)):
+            if held in files and tied not in files:
+                found.setdefault(files[held], []).append(tied)
+    return found
+
+
 def installed_transformers() -> Any:
     """The package, imported.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,8 +15,15 @@ from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.engines.one_core import cores_at_most
 from arrow_quant_v2.forecast import seconds_to_fit
+from arrow_quant_v2.judging import MOST_CALLS
 from arrow_quant_v2.packed import TensorInfo
 from arrow_quant_v2.plan import Calibrated, LayerPlan, plan_model
+from arrow_quant_v2.tuning import SAMPLES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from arrow_quant_v2.calibration.blocks import Walk
 
 
 class Slow(nn.Module):
@@ -70,6 +79,32 @@ def test_weights_and_products_take_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert foretold(rows=4, samples=1) == pytest.approx(4 * 64 * 64, rel=0.01)
     monkeypatch.setattr(forecast, "_timed", lambda *_: (0.0, 1.0))
     assert foretold(rows=2048, samples=64) > 4 * 64 * 64 * 64 * 2048 / 2
+
+
+@contextmanager
+def walked(samples: int) -> Iterator[Walk]:
+    with torch.random.fork_rng(devices=()):
+        module = Slow()
+    calls = [Sample(arguments=(torch.ones(1, 64),), timestep=0.0) for _ in range(samples)]
+    with cores_at_most(1), walking(module, calls, dict(module.named_parameters())) as walk:
+        yield walk
+
+
+def test_judging_is_a_call_for_each_of_some_samples() -> None:
+    with walked(samples=64) as walk:
+        assert MOST_CALLS * 0.04 <= forecast.seconds_to_judge(walk) <= 2 * MOST_CALLS * 0.04
+
+
+def test_tuning_is_calls_forwards_and_backwards_and_some_looks() -> None:
+    with walked(samples=16) as walk:
+        calls = 16 + 100 * SAMPLES * forecast.BACKWARDS + 2 * 11  # 16 once, and 2 of them held out
+        assert calls * 0.04 <= forecast.seconds_to_tune(walk, 100) <= 2 * calls * 0.04
+        assert forecast.seconds_to_tune(walk, 0) == 0.0
+
+
+def test_one_call_cannot_be_tuned_by() -> None:
+    with walked(samples=1) as walk:
+        assert forecast.seconds_to_tune(walk, 100) == 0.0
 
 
 def test_the_trials_take_less_than_a_moment() -> None:

@@ -17,9 +17,10 @@ ORDER = (
     "errors", "knapsack", "decisions", "packed", "layer_widths", "config_fields", "config_text", "config",
     "progress", "time_groups", "kernels", "engines", "store", "sources", "calibration", "runtime", "fallback",
     "plan", "quantizers", "one_tensor", "attempts", "sequential", "layers", "weights_alone", "budget", "workfolder",
-    "promotions", "publish", "export", "prediction", "allocation", "whole_plans", "preparation", "doctor", "validation",
-    "report", "forecast", "calibrated_run", "stats_reuse", "stats_run", "losses", "judging", "trials", "tuning",
-    "tuned_run", "rounds", "orchestrator", "results", "api", "cli_progress", "cli_tables", "cli_quality", "cli",
+    "promotions", "publish", "export", "prediction", "allocation", "whole_plans", "preparation", "validation",
+    "judging", "tuning", "judging_memory", "doctor", "report", "forecast", "calibrated_run", "stats_reuse", "stats_run",
+    "losses", "trials", "tuned_run", "rounds", "orchestrator", "results", "api", "cli_progress", "cli_tables",
+    "cli_quality", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}
 FREE = {"__init__", "__main__"}

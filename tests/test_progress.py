@@ -56,6 +56,24 @@ def test_work_of_an_earlier_run_says_nothing_about_speed(clock: Clock) -> None:
     assert heard == [("a, about 10 s left", 0.9)]
 
 
+def test_what_is_left_of_work_that_is_done_several_times_follows_from_the_time_that_it_took(clock: Clock) -> None:
+    heard: list[str] = []
+    told = Progress(lambda message, _: heard.append(message), total=100)
+    for left in (3, 2):
+        told.repeat(left)
+        told.begin(100)
+        clock.now += 40
+        told.advance(80, "most of it")
+        clock.now += 10
+        told.advance(20, "all of it")
+    assert heard == [
+        "most of it, about 1 min 50 s left",
+        "all of it, about 1 min 40 s left",
+        "most of it, about 1 min 0 s left",
+        "all of it, about 50 s left",
+    ]
+
+
 def test_a_long_layer_is_heard_of_every_five_seconds(clock: Clock) -> None:
     heard: list[str] = []
     told = Progress(lambda message, _: heard.append(message), total=1000)

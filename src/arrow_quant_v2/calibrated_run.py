@@ -13,7 +13,7 @@ import torch
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.errors import InterruptedRunError, StoreError
 from arrow_quant_v2.fallback import Bar, warn_of_fallback
-from arrow_quant_v2.forecast import seconds_to_fit
+from arrow_quant_v2.forecast import seconds_to_fit, seconds_to_judge, seconds_to_tune
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.layers import calibrated_records, stored_plan
 from arrow_quant_v2.packed import PackedTensor
@@ -123,7 +123,7 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
         device = torch.device(run.config.device)
         seconds = seconds_to_fit(walk, fitting.plans, reading, beside=fitting.strength > 0.0, device=device)
         run.progress.begin(sum(effort(plan, names) for plan in plans))
-        run.progress.tell(f"{_announcement(walk, run, len(names))}, about {duration(seconds)}")
+        run.progress.tell(f"{_announcement(walk, run, len(names))}, about {_told_time(walk, run, seconds)}")
         fit_in_sequence(walk, fitting)
         inputs = [layers for block in walk.blocks for layers in block.inputs]
     order = tuple(tuple(module_names[layer] for layer in layers) for layers in inputs)
@@ -139,6 +139,15 @@ def _announcement(walk: Walk, run: CalibratedRun, layers: int) -> str:
     samples = run.prepared.samples
     told = f"calibrating {layers} layers in {len(walk.blocks)} blocks on {samples.count} samples: {samples.origin}"
     return told if run.prepared.runnable.on_demand is None else f"{told}, weights read block by block"
+
+
+def _told_time(walk: Walk, run: CalibratedRun, fitting: float) -> str:
+    """How long it will take: every whole plan that is still to be made and judged, and what comes behind them."""
+    times, config = run.progress.times, run.config
+    judging = seconds_to_judge(walk) * (times if times > 1 else bool(config.min_accuracy))
+    told = duration(times * fitting + judging + seconds_to_tune(walk, config.tuning_steps))
+    with_tuning = f", {config.tuning_steps} steps of tuning counted" if config.tuning_steps else ""
+    return f"{told} for {times} plans{with_tuning}" if times > 1 else told + with_tuning
 
 
 def _watched(run: CalibratedRun) -> dict[str, str]:

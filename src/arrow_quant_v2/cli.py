@@ -268,6 +268,7 @@ def doctor(
     method: Method = None,
     symmetric: Symmetric = None,
     component: Component = None,
+    min_accuracy: MinAccuracy = None,
     max_memory: MaxMemory = None,
     threads: Threads = None,
     keep: Keep = None,
@@ -278,6 +279,8 @@ def doctor(
     no_calibration: NoCalibration = False,
     stats: Stats = None,
     samples: Samples = None,
+    plans: Plans = None,
+    tune: Tune = None,
     device: Device = None,
     disk: Annotated[Path, typer.Option(help="a folder on the disk that the output will go to")] = Path(),
     as_json: AsJson = False,
@@ -292,6 +295,7 @@ def doctor(
         method=method,
         symmetric=symmetric,
         component=component,
+        min_accuracy=min_accuracy,
         max_memory=max_memory,
         threads=threads,
         keep=keep or None,
@@ -302,6 +306,8 @@ def doctor(
         enable_calibration=False if no_calibration else None,
         stats=None if stats is None else str(stats),
         calibration_samples=samples,
+        whole_plans=plans,
+        tuning_steps=tune,
         device=device,
     )
     with _interruptible():

@@ -11,6 +11,7 @@ from arrow_quant_v2.allocation import Scope, forethought, reach, refuse_unreacha
 from arrow_quant_v2.budget import available_bytes, calibration_bytes, plan_budget, running_bytes
 from arrow_quant_v2.engines.devices import CPU, devices, free_bytes, name_of, refuse_missing
 from arrow_quant_v2.errors import ConfigurationError, SourceError
+from arrow_quant_v2.judging_memory import judging_bytes
 from arrow_quant_v2.plan import (
     NOTHING_CALIBRATED,
     calibrated_method,
@@ -103,7 +104,8 @@ def diagnose(
     fitting = calibration_bytes(
         plans, calibrated.names, equalized=config.enable_spatial and modality in {"image", "audio"}
     )
-    peak = max(budget.peak_bytes, fitting)
+    judging = judging_bytes(plans, calibrated, config, budget.workers) if config.stats is None else 0
+    peak = max(budget.peak_bytes, fitting + judging)
     predicted = predicted_weight_bytes(plans, modality, config, component, calibrated.names)
     beside = sum((model.root / path).stat().st_size for path in model.side_files) if model else 0
     needed_disk = predicted + _merged_bytes(plans) + beside  # parts that are merged lie there twice for a moment

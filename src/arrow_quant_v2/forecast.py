@@ -10,10 +10,13 @@ from torch.utils import _pytree as pytree
 
 from arrow_quant_v2.calibration.collect import MOST_ROWS
 from arrow_quant_v2.engines.one_core import each_on_one_core
+from arrow_quant_v2.judging import MOST_CALLS
 from arrow_quant_v2.kernels.cpu import threads_per_call
 from arrow_quant_v2.quantizers.calibrated import TRIED_ROWS
 from arrow_quant_v2.quantizers.gptq import gptq
 from arrow_quant_v2.quantizers.gptq_factor import factorize
+from arrow_quant_v2.tuning import FEWEST, HELD_OUT, LOOKS
+from arrow_quant_v2.tuning import SAMPLES as AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +30,7 @@ CPU = torch.device("cpu")
 TRIAL_ROWS, TRIAL_COLUMNS = 1024, 256  # of a weight
 PRODUCT = 1024  # rows and columns of a product of matrices
 BASES = 2  # that H is looked at in
+BACKWARDS = 3  # times as long as a call forwards alone
 FACTORS = 3  # of H: one for each basis, and the best one again where H is large
 
 
@@ -48,6 +52,27 @@ def seconds_to_fit(
     per_weight, per_product = each_on_one_core(lambda spec: _timed(spec, device), [spec])[0]
     cores = (threads_per_call.get() or torch.get_num_threads()) if device == CPU else 1  # they share one device
     return reading + ((2 if beside else 1) * _calls(walk) + weights * per_weight + products * per_product) / cores
+
+
+def seconds_to_judge(walk: Walk) -> float:
+    """Seconds for the calls by which the whole model is judged once; judges run them on all cores."""
+    return min(MOST_CALLS, len(walk.samples)) * _call(walk) / (threads_per_call.get() or torch.get_num_threads())
+
+
+def seconds_to_tune(walk: Walk, steps: int) -> float:
+    """Seconds for so many steps of tuning: calls forwards and backwards, and looks at those that are held out."""
+    if not steps or len(walk.samples) < FEWEST:
+        return 0.0
+    held_out = len(range(0, len(walk.samples), HELD_OUT))
+    step = min(len(walk.samples) - held_out, max(1, AT_ONCE // walk.samples[0].count))
+    calls = len(walk.samples) + step * steps * BACKWARDS + held_out * (1 + min(steps, LOOKS))
+    return calls * _call(walk) / (threads_per_call.get() or torch.get_num_threads())
+
+
+def _call(walk: Walk) -> float:
+    """Seconds of one core for one call of the whole model, of the mean size."""
+    sizes = [_size(sample) for sample in walk.samples]
+    return sum(block.seconds for block in walk.blocks) * sum(sizes) / (sizes[0] * len(sizes))
 
 
 def _calls(walk: Walk) -> float:

@@ -27,16 +27,17 @@ class Progress:
         self._callback = callback
         self._total = total
         self._done = self._fresh = 0
-        self._times = 1
+        self.times = 1  # that work which begins will be done
         self._started = self._told = time.monotonic()
 
     def repeat(self, times: int) -> None:
         """Work that begins will be done this many times, the first one counted."""
-        self._times = times
+        self.times = times
 
     def begin(self, total: int) -> None:
         """The whole work, once it is known better; the time until now says nothing about speed."""
-        self._total = self._done + total * self._times
+        self._total = self._done + total * self.times
+        self._fresh = 0
         self._started = time.monotonic()
 
     @property

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 from findings_examples import HOSTILE, findings, hostile, layer, norm
 
-from arrow_quant_v2.report.charts import Chart, charts, compared_time_groups, group_labels, short_names, trajectories
+from arrow_quant_v2.report.charts import (
+    Chart,
+    _group_means,
+    charts,
+    compared_time_groups,
+    group_labels,
+    short_names,
+    trajectories,
+)
 
 if TYPE_CHECKING:
     from arrow_quant_v2.validation.findings import Findings
@@ -26,6 +34,15 @@ def test_the_heat_map_holds_every_layer_in_every_group() -> None:
     assert trace["z"][2][3] == pytest.approx(math.log10(0.03))
     assert trace["z"][1][3] is None  # no sample hit this group
     assert trace["customdata"][2][3] == ["model.layers.2.mlp.weight", "0.03"]
+
+
+def test_a_group_that_few_layers_met_has_no_mean() -> None:
+    errors = [(0.1, math.nan), (0.1, math.nan), (0.3, 0.001)]
+    made = findings(layers=tuple(layer(n, output_error=one) for n, one in enumerate(errors)), time_groups=())
+    assert "Output error by time group" in titled(findings(4))
+    means = _group_means(made.layers, 2)
+    assert means[0] == pytest.approx(0.5 / 3)
+    assert math.isnan(means[1])
 
 
 def test_the_worst_layers_come_first_and_few_of_them() -> None:

@@ -67,6 +67,18 @@ def test_what_was_measured_keeps_how_the_model_was_made(calibrated: Path) -> Non
     assert found.facts == known.facts | {"compared by": "validate"}
 
 
+def test_what_is_said_of_how_the_model_was_made_is_not_said_again(calibrated: Path) -> None:
+    known = stored_findings(calibrated, {"hardware": "a processor", "settings.yaml": "bit_width: 2"})
+    facts = {
+        "program": "arrow-quant-v2 9",
+        "hardware": "x86_64",
+        "configuration": "{}",
+        "tensors of the original": known.facts["hash of the original's names and shapes"],
+    }
+    found = with_measured(known, replace(known, facts=facts))
+    assert found.facts == known.facts | {"compared with": "arrow-quant-v2 9"}
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds no"):
         stored_findings(tmp_path)

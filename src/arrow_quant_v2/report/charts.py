@@ -203,7 +203,8 @@ def _by_time_group(models: Mapping[str, Findings], labels: Sequence[str]) -> Cha
         return None
     return Chart(
         title="Output error by time group",
-        caption="Mean over layers. Models differ in which end of the trajectory is sensitive.",
+        caption="Mean over layers, where at least half of them met such inputs. Models differ in which end of the"
+        " trajectory is sensitive.",
         spoken=_range_in_words("the mean error of layers", [y for line in lines for y in line["y"]]),
         figure={
             "data": lines,
@@ -215,10 +216,13 @@ def _by_time_group(models: Mapping[str, Findings], labels: Sequence[str]) -> Cha
 
 
 def _group_means(layers: Iterable[LayerFinding], count: int) -> list[float]:
-    """Mean error of each group over the layers that have it; NaN where none has."""
+    """Mean error of each group over the layers that have it; NaN where fewer than half of them do.
+
+    Samples of some groups may reach few layers, whose mean says nothing beside that of all.
+    """
     rows = [one.output_error for one in layers if one.output_error is not None and len(one.output_error) == count]
     columns = ([error for error in column if math.isfinite(error)] for column in zip(*rows, strict=True))
-    return [sum(column) / len(column) if column else math.nan for column in columns]
+    return [sum(column) / len(column) if 2 * len(column) >= len(rows) else math.nan for column in columns]
 
 
 def _worst(layers: Sequence[LayerFinding]) -> Chart | None:

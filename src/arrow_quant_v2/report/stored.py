@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.publish import content_hash
+from arrow_quant_v2.report.facts import SETTINGS
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.validation.findings import Findings, LayerFinding, Metric, stated_bar
@@ -25,6 +26,7 @@ NOT_RUN = (
     "The model was not run for this report: its figures are of weights, and of single layers' outputs on calibration"
     " inputs. Weights flatter low widths; what counts are the outputs of the whole model."
 )
+COMPARED = {"command": "compared by", "program": "compared with"}  # facts of measuring beside those of making
 STORED_CONTENT = "hash of the stored codes"
 
 
@@ -74,8 +76,15 @@ def with_measured(known: Findings, measured: Findings) -> Findings:
         for one in measured.layers
     )
     groups = measured.time_groups or known.time_groups
-    how = {"compared by" if name == "command" else name: fact for name, fact in measured.facts.items()}
-    return replace(measured, layers=layers, time_groups=groups, facts={**known.facts, **how})
+    return replace(measured, layers=layers, time_groups=groups, facts={**known.facts, **_new_facts(known, measured)})
+
+
+def _new_facts(known: Findings, measured: Findings) -> dict[str, str]:
+    """How it was measured, without what is said already of how the model was made: hashes, settings, the machine."""
+    said = {name for name, fact in measured.facts.items() if fact in known.facts.values()}
+    said |= {"configuration"} if SETTINGS in known.facts else set()
+    said |= {"hardware"} & set(known.facts)
+    return {COMPARED.get(name, name): fact for name, fact in measured.facts.items() if name not in said}
 
 
 def is_fallback(decision: str) -> bool:

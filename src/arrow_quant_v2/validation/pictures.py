@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Other = Callable[[], AbstractContextManager[None]]
 
 HEIGHT, WIDTH = -2, -1
+NO_LPIPS = "not measured: it needs the weights of a trained network, which do not come with this program"
 
 
 def open_original_pipeline(root: Path, component: str, runnable: Runnable) -> Any:
@@ -111,7 +112,7 @@ def pair_metrics(pairs: Sequence[SamplePair]) -> list[Metric]:
     if pictures:
         found.append(_mean("PSNR", (psnr(a, b) for a, b in pictures), "dB"))
         found.append(_mean("SSIM", (ssim(a, b) for a, b in pictures), ""))
-        found.append(Metric(name="LPIPS", value=None, better="lower", note="its weights are not at hand"))
+        found.append(Metric(name="LPIPS", value=None, better="lower", note=NO_LPIPS))
     if sounds:
         found.append(_mean("SNR", (sqnr(a, b) for a, _, b in sounds), "dB"))
         distances = [log_mel_distance(a, b, rate) for a, rate, b in sounds]

@@ -387,6 +387,30 @@ def test_models_that_are_no_copies_are_not_compared(tmp_path: Path) -> None:
         api.validate_quality(save_model(tmp_path / "holed", holed), tmp_path / "out")
 
 
+def test_all_that_is_to_be_compared_is_there_before_any_of_it_is_run(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    quantize(model, tmp_path / "out")
+    heard: list[str] = []
+    with pytest.raises(SourceError, match="nowhere: does not exist"):
+        api.compare(
+            model, [tmp_path / "out", tmp_path / "nowhere"], progress_callback=lambda said, _: heard.append(said)
+        )
+    assert heard == []
+
+
+def test_a_bar_that_a_size_does_not_reach_asks_for_a_larger_one(tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(target_bits=3.0, group_size=32, min_accuracy=0.999, modality="text")
+    with pytest.warns(UserWarning, match=r"\(min_accuracy 0.999\); ask for a larger size, or smaller groups"):
+        result = api.quantize_diffusion_model(save_model(tmp_path / "model"), tmp_path / "out", config)
+    assert not result["passed"]
+
+
+def test_a_keep_pattern_that_fits_nothing_is_warned_of(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    with pytest.warns(UserWarning, match="keep pattern 'lm_haed' fits no tensor of the model, so it keeps nothing"):
+        quantize(model, tmp_path / "out", keep=["lm_haed", "layers.01.*"])
+
+
 @pytest.mark.parametrize("bar", [-0.1, 1.5, float("nan")])
 def test_a_bar_that_is_no_cosine_is_refused(bar: float, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="min_accuracy is"):

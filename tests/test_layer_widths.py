@@ -113,7 +113,11 @@ def test_a_model_of_several_widths_is_stored_as_planned(tmp_path: Path, arrow_qu
 
 def test_a_width_on_the_command_line_that_is_none_is_refused(tmp_path: Path, arrow_quant: Callable[..., Run]) -> None:
     model = save_model(tmp_path / "model", layers(1))
-    for wrong in ("layers.00=3", "layers.00=many", "layers.00"):
+    for wrong in ("layers.00=3", "layers.00=many"):
         refused = arrow_quant("quantize", model, tmp_path / "out", "--layer-bits", wrong)
         assert refused.code == 2
         assert "layer_bit_widths is" in refused.err
+    for wrong in ("layers.00", "=4", "layers.00="):
+        refused = arrow_quant("quantize", model, tmp_path / "out", "--layer-bits", wrong)
+        assert refused.code == 2
+        assert f"{wrong!r} gives no layer a width; write NAME=BITS, such as lm_head=8" in refused.err

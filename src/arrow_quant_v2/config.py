@@ -359,7 +359,15 @@ def _from_text(name: str, text: str) -> object:
 
 
 def widths_of(entries: Iterable[str]) -> dict[str, object]:
-    """Pattern -> width from entries like "lm_head=8"; a width that is no number is refused later."""
+    """Pattern -> width from entries like "lm_head=8"; a width that is no number is refused later.
+
+    Raises:
+        ConfigurationError: an entry is not of that form.
+    """
+    entries = list(entries)
+    for entry in entries:
+        if not all(part.strip() for part in entry.rpartition("=")):
+            raise ConfigurationError(f"{entry!r} gives no layer a width; write NAME=BITS, such as lm_head=8")
     parts = (entry.rpartition("=") for entry in entries)
     return {name.strip(): _number(bits.strip()) for name, _, bits in parts}
 

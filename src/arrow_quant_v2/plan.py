@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -140,10 +141,16 @@ def plans_by_width(
 def refuse_unused_names(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig) -> None:
     """Refuse names in the configuration that no tensor of the model has, before any work.
 
+    Of patterns of what is to stay as it is (`keep`) a warning is enough: they may be meant for several models.
+
     Raises:
         ConfigurationError: there is one; it is a slip, and would be obeyed by nothing.
     """
-    for name in config.overrules.unused(info.name for info in tensors):
+    known = [info.name for info in tensors]
+    for pattern in config.keep:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            warnings.warn(f"keep pattern {pattern!r} fits no tensor of the model, so it keeps nothing", stacklevel=4)
+    for name in config.overrules.unused(known):
         raise ConfigurationError(
             f"{name!r} is given a width or called sensitive, but no tensor of the model has that name or fits it;"
             " `arrow-quant doctor` lists their names"

@@ -251,6 +251,10 @@ BAD_ARRAYS: list[tuple[Callable[[Path], Path], str]] = [
     (lambda p: safetensors(p, sample=torch.zeros(())), r"holds sample \(\); the first axis"),
     (lambda p: safetensors(p, sample=torch.zeros(0, 3)), r"holds sample \(0, 3\); the first axis"),
     (safetensors, "holds nothing; the first axis"),
+    (
+        lambda p: safetensors(p, **{f"w{n}": torch.zeros(n + 1) for n in range(9)}),
+        r"holds w0 \(1,\), w1 \(2,\), w2 \(3,\) and 6 more; the",
+    ),
     (lambda p: safetensors(p, sample=ZEROS, timestep=ZEROS + 1), "timestep has 3 numbers; a vector"),
     (lambda p: safetensors(p, sample=ZEROS / 0, timestep=torch.zeros(2)), "sample 0 of sample is not finite"),
     (lambda p: safetensors(p, latents=ZEROS, timestep=torch.zeros(2)), "latents is no argument of the model's"),

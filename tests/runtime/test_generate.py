@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from small_library_models import BY_NAME
 from small_pipelines import PIPELINES
@@ -21,6 +22,7 @@ from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfi
 from arrow_quant_v2.cli_progress import printable, told_steps
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.runtime import generate as door
+from arrow_quant_v2.runtime import generate_pipeline
 from arrow_quant_v2.runtime.generate_pipeline import generate_file
 from arrow_quant_v2.runtime.generate_text import HIDDEN
 
@@ -357,3 +359,21 @@ def test_antiberty_writes_an_antibody(antiberty: Path, tmp_path: Path) -> None:
     assert set(sequence) <= set("ACDEFGHIKLMNPQRSTVWY")
     assert "W" in sequence[30:40]  # behind the first loop of every antibody
     assert "YYC" in sequence[80:105]  # before the third
+
+
+def test_a_pipeline_is_widened_for_a_cpu_without_advice_from_diffusers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+
+    class Narrow:
+        dtype = torch.float16
+
+        def to(self, dtype: torch.dtype) -> torch.dtype:
+            heard.append(diffusers_logging.get_verbosity())
+            return dtype
+
+    monkeypatch.setattr(generate_pipeline, "refuse_strangers", lambda *_: None)
+    monkeypatch.setattr(generate_pipeline, "load_pipeline", lambda *_: Narrow())
+    assert generate_pipeline.open_whole_pipeline(tmp_path) == torch.float32
+    assert heard == [diffusers_logging.ERROR]

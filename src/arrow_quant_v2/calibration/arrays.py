@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.sources.base import Source
 
 SUFFIXES = (".safetensors", ".npy")
+NAMED = 3  # tensors in a refusal
 
 
 def read_arrays(path: Path, count: int, first_argument: str) -> dict[int, dict[str, torch.Tensor]]:
@@ -47,7 +48,8 @@ def read_arrays(path: Path, count: int, first_argument: str) -> dict[int, dict[s
 def _samples(path: Path, infos: tuple[TensorInfo, ...]) -> int:
     counts = {info.name: info.shape[0] if info.shape else 0 for info in infos}
     if len(set(counts.values())) != 1 or 0 in counts.values():
-        found = ", ".join(f"{info.name} {info.shape}" for info in infos) or "nothing"
+        more = f" and {len(infos) - NAMED} more" if len(infos) > NAMED else ""
+        found = ", ".join(f"{info.name} {info.shape}" for info in infos[:NAMED]) + more or "nothing"
         raise ConfigurationError(f"{path}: holds {found}; the first axis counts the samples and is the same in all")
     return next(iter(counts.values()))
 

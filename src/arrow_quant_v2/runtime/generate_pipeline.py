@@ -61,8 +61,8 @@ def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
     refuse_strangers(diffusers, folder / PIPELINE)
     with quietly():
         pipeline = load_pipeline(folder, device)
-    if device == "cpu" and pipeline.dtype == torch.float16:  # which few of its operators know
-        pipeline = pipeline.to(torch.float32)
+        if device == "cpu" and pipeline.dtype == torch.float16:  # which few of its operators know
+            pipeline = pipeline.to(torch.float32)
     return pipeline
 
 

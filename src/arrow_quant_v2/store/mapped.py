@@ -110,8 +110,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException, ValueError, TypeError, LookupError, OverflowError, MemoryError) as problem:
+        said = str(problem).rstrip(".")
         raise StoreError(
-            f"{path} cannot be read: {problem}; it is missing, truncated or damaged: restore it or quantize again"
+            f"{path} cannot be read: {said}; it is missing, truncated or damaged: restore it or quantize again"
         ) from problem
 
 

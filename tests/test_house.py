@@ -20,7 +20,7 @@ ORDER = (
     "promotions", "publish", "export", "prediction", "allocation", "whole_plans", "preparation", "validation",
     "judging", "tuning", "judging_memory", "doctor", "report", "forecast", "calibrated_run", "stats_reuse", "stats_run",
     "losses", "trials", "tuned_run", "rounds", "orchestrator", "results", "api", "cli_progress", "cli_tables",
-    "cli_quality", "cli",
+    "cli_quality", "cli_results", "cli",
 )  # fmt: skip
 STRANGERS = {"quantizers", "store"}
 FREE = {"__init__", "__main__"}

@@ -22,7 +22,14 @@ import typer
 from arrow_quant_v2 import __version__
 from arrow_quant_v2.cli_progress import told_progress, told_steps
 from arrow_quant_v2.cli_quality import print_comparison, print_validation
-from arrow_quant_v2.cli_tables import print_table
+from arrow_quant_v2.cli_results import (
+    files_told,
+    print_diagnosis,
+    print_generation,
+    print_layers,
+    print_result,
+    print_stats,
+)
 from arrow_quant_v2.config import DiffusionQuantConfig, widths_of
 from arrow_quant_v2.errors import ArrowQuantError, ConfigurationError, InterruptedRunError
 
@@ -197,7 +204,7 @@ def quantize(
             model, out, asked, report, overwrite=overwrite, should_stop=should_stop
         )
     result["decisions"] = [asdict(decision) for decision in result["decisions"]]
-    _print_result(result) if not as_json else _print_json(result)
+    print_result(result) if not as_json else _print_json(result)
     if not result["passed"]:
         raise typer.Exit(BAR_MISSED)
 
@@ -240,7 +247,7 @@ def calibrate(
     )
     with _interruptible(), told_progress(quiet=quiet) as report:
         found = _api().calibrate(model, out, asked, report, compact=compact, like=like, overwrite=overwrite)
-    _print_stats(found) if not as_json else _print_json(found)
+    print_stats(found) if not as_json else _print_json(found)
 
 
 @app.command("merge-stats")
@@ -253,7 +260,7 @@ def merge_stats(
     """Add up stats of the same model and settings that were made from different samples: STATS STATS ... OUT."""
     with _interruptible():
         found = _api().merge_stats(stats[:-1], stats[-1], overwrite=overwrite)
-    _print_stats(found) if not as_json else _print_json(found)
+    print_stats(found) if not as_json else _print_json(found)
 
 
 @app.command()
@@ -312,7 +319,7 @@ def doctor(
     )
     with _interruptible():
         found = _api().doctor(model, asked, disk=disk)
-    _print_diagnosis(found) if not as_json else _print_json(found)
+    print_diagnosis(found) if not as_json else _print_json(found)
     if found["verdict"] == "will not fit":
         raise typer.Exit(FAILED)
 
@@ -322,7 +329,7 @@ def inspect(model: Quantized, *, as_json: AsJson = False) -> None:
     """List the layers of a quantized model: shape, bits, bits per weight, cosine, decision."""
     with _interruptible():
         found = _api().inspect(model)
-    _print_layers(found) if not as_json else _print_json(found)
+    print_layers(found) if not as_json else _print_json(found)
 
 
 @app.command()
@@ -411,7 +418,7 @@ def convert(model: Quantized, out: NewFolder, *, as_json: AsJson = False, quiet:
     if as_json:
         _print_json(found)
     else:
-        typer.echo(f"{found['path']}: {found['size_mb']:.1f} MB in {_files(found)}")
+        typer.echo(f"{found['path']}: {found['size_mb']:.1f} MB in {files_told(found)}")
 
 
 @app.command()
@@ -438,7 +445,7 @@ def generate(
             model, prompt, seed=seed, steps=steps, length=length, output_path=out, overwrite=overwrite,
             device=device, step_callback=told,
         )  # fmt: skip
-    _print_generation(made) if not as_json else _print_json(made)
+    print_generation(made) if not as_json else _print_json(made)
 
 
 def _api() -> ArrowQuantV2:
@@ -508,141 +515,3 @@ def _show_warning(message: Warning | str, *_where: object, **_more: object) -> N
 
 def _print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
-
-
-def _print_result(result: dict[str, Any]) -> None:
-    cosine, bits = result["cosine_similarity"], result["bits_per_weight"]
-    typer.echo(
-        f"{result['quantized_path']}: {result['model_size_mb']:.2f} MB, {result['compression_ratio']:.2f} times smaller"
-    )
-    typer.echo(f"  {result['modality']}, {result['quantization_time_s']:.1f} s, {_calibration(result)}")
-    if cosine is None:
-        typer.echo("  nothing was quantized: every tensor is kept as it is")
-    else:
-        typer.echo(f"  {_widths(result)} at {bits:.3f} bits per weight, everything stored counted")
-        typer.echo(
-            f"  weight cosine {cosine:.5f} on average, {result['worst_cosine_similarity']:.5f} for the worst layer"
-        )
-        typer.echo(f"  {_verdict(result)}")
-    for reason, count in _kept(result["decisions"]).items():
-        typer.echo(f"  {count} kept: {reason}")
-    typer.echo(f"  report: {result['report']}")
-
-
-def _widths(result: dict[str, Any]) -> str:
-    """Like "39 layers", or "36 layers int2, 3 int4" where some have other widths."""
-    if len(result["bit_widths"]) == 1:
-        return f"{result['quantized_layers']} layers"
-    counts = [f"{count} int{bits}" for bits, count in result["bit_widths"].items()]
-    return f"{result['quantized_layers']} layers ({', '.join(counts)})"
-
-
-def _verdict(result: dict[str, Any]) -> str:
-    """What the bar was held against, and how that ended."""
-    reached = "" if result["accuracy"] is None else f" {result['accuracy']:.5f}"
-    fallen = sum(result["fallbacks_per_method"].values())
-    layers = f", {fallen} layers fell back" if fallen else ""
-    return f"{result['judged_by']}{reached}: bar {result['min_accuracy']} {_passed(result)}{layers}"
-
-
-def _passed(result: dict[str, Any]) -> str:
-    return "passed" if result["passed"] else "MISSED"
-
-
-def _print_generation(made: dict[str, Any]) -> None:
-    """The result on stdout, and how it was made on stderr."""
-    typer.echo(made["path"] if made["text"] is None else made["text"])
-    speed = f"{made['seconds_per_step']:.3g} s/step"
-    if made["tokens_per_second"] is not None:
-        speed = f"{made['tokens']} tokens, {made['tokens_per_second']:.1f} tokens/s, {speed}"
-    memory = "" if made["peak_memory_mb"] is None else f", peak memory {made['peak_memory_mb']:.0f} MB"
-    typer.echo(f"{made['steps']} steps in {made['seconds']:.1f} s, {speed}{memory}", err=True)
-
-
-def _print_stats(found: dict[str, Any]) -> None:
-    done = "were there already" if found["reused"] else f"{found['seconds']:.1f} s"
-    groups, layers = len(found["time_groups"]), found["layers"]
-    typer.echo(f"{found['path']}: stats of {layers} layers, {found['size_mb']:.2f} MB, {done}")
-    typer.echo(f"  {found['origin']}, {groups} time group" + "s" * (groups != 1))
-
-
-def _calibration(result: dict[str, Any]) -> str:
-    shown = result["calibration"]
-    if not shown:
-        return "from the weights alone"
-    if "stats" in shown:
-        return f"calibrated on {shown['origin']}"
-    return f"calibrated on {shown['samples']} samples: {shown['origin']}"
-
-
-def _kept(decisions: list[dict[str, Any]]) -> dict[str, int]:
-    reasons = [decision["because"] for decision in decisions if decision["kind"] == "kept"]
-    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
-
-
-def _print_diagnosis(found: dict[str, Any]) -> None:
-    rows = [
-        (x["layer_name"], _shape(x), x["dtype"], x["got"], f"{x['bits_per_weight']:.3f}", x["because"])
-        for x in found["layers"]
-    ]
-    print_table(("layer", "shape", "dtype", "becomes", "bits/weight", "because"), rows)
-    size, ratio = found["predicted_size_mb"], found["predicted_compression_ratio"]
-    typer.echo(f"{found['modality']}: {found['source_mb']:.2f} MB become {size:.2f} MB, {ratio:.2f} times smaller")
-    if found["reach"] is not None:
-        low, high = (f"{found['reach'][key]:.2f} MB" for key in ("smallest_mb", "largest_mb"))
-        few, many = (f"{found['reach'][f'{key}_bits_per_weight']:.2f}" for key in ("smallest", "largest"))
-        typer.echo(
-            f"possible: {low} to {high}, {few} to {many} bits per weight; the run measures which layers get them"
-        )
-    count = found["calibrated_layers"]
-    typer.echo(f"calibration: {found['calibration']}" + (f", about {count} layers" if count else ""))
-    for what, needed, given, verdict in (
-        ("memory", found["predicted_peak_memory_mb"], found["available_memory_mb"], found["memory_verdict"]),
-        ("disk", found["needed_disk_mb"], found["free_disk_mb"], found["disk_verdict"]),
-    ):
-        typer.echo(f"{what}: {needed:.0f} MB needed, {given:.0f} MB there: {verdict}")
-    typer.echo(_device_line(found))
-
-
-def _device_line(found: dict[str, Any]) -> str:
-    """On what the model would run, and what else there is."""
-    one = found["accelerator"]
-    if one is None:
-        others = ", ".join(name for name in found["devices"] if name != "cpu")
-        return f"device: cpu; --device can be {others}" if others else "device: cpu, there is no other"
-    free = "unknown" if one["free_memory_mb"] is None else f"{one['free_memory_mb']:.0f} MB"
-    named = f"{one['device']}{one['name'] and ' '}{one['name']}"
-    told = one["verdict"] if one["verdict"] == "fits" else "weights are read from the disk block by block"
-    return f"device: {named}: {one['needed_memory_mb']:.0f} MB needed, {free} free: {told}"
-
-
-def _print_layers(found: dict[str, Any]) -> None:
-    rows = [
-        (
-            x["layer_name"],
-            _shape(x),
-            x["quant_type"],
-            f"{x['bits_per_weight']:.3f}",
-            _cosine(x["cosine_similarity"]),
-            x["decision"],
-        )
-        for x in found["layers"]
-    ]
-    print_table(("layer", "shape", "bits", "bits/weight", "weight cosine", "decision"), rows)
-    total, bits = sum(found["files"].values()), found["quantized_bits_per_weight"]
-    quantized = f", quantized layers {bits:.3f}" if bits is not None else ""
-    typer.echo(f"{len(rows)} layers, {found['parameters']:,} parameters, {total / 1e6:.2f} MB in {_files(found)}:")
-    typer.echo(f"  {found['file_bits_per_weight']:.3f} bits per parameter{quantized}")
-
-
-def _files(found: dict[str, Any]) -> str:
-    count = len(found["files"])
-    return f"{count} file" + "s" * (count != 1)
-
-
-def _shape(layer: dict[str, Any]) -> str:
-    return "x".join(map(str, layer["shape"])) or "scalar"
-
-
-def _cosine(value: float | None) -> str:
-    return "" if value is None else f"{value:.5f}"

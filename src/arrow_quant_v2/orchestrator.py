@@ -9,17 +9,14 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2 import __version__
-from arrow_quant_v2.allocation import Scope, refuse_unreachable
 from arrow_quant_v2.budget import give_back_memory, plan_budget
 from arrow_quant_v2.calibrated_run import (
     NOT_CALIBRATED,
     CalibratedPlans,
-    CalibratedRun,
     FittedRun,
     left_out,
     run_calibrated,
 )
-from arrow_quant_v2.calibration import chance
 from arrow_quant_v2.calibration.remembered import Memory
 from arrow_quant_v2.engines.devices import refuse_missing, telling_what_is_full
 from arrow_quant_v2.engines.local import in_background, ordered_map
@@ -34,19 +31,15 @@ from arrow_quant_v2.errors import (
 )
 from arrow_quant_v2.fallback import Bar
 from arrow_quant_v2.judging import Judge, hold_out
-from arrow_quant_v2.layer_widths import LayerWidth
 from arrow_quant_v2.layers import checksum_only, slices, source_checksum, stored_plan, work
-from arrow_quant_v2.losses import losses_of_weights, losses_on_stats, measured_losses
 from arrow_quant_v2.plan import (
-    Calibrated,
     asked_bits,
     calibrated_method,
-    likely_calibrated,
     plan_model,
     refuse_unused_names,
     wider_plan,
 )
-from arrow_quant_v2.preparation import data_identity, prepare, tied_tensors
+from arrow_quant_v2.preparation import data_identity, prepare
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
 from arrow_quant_v2.report.card import base_model_of
@@ -54,15 +47,14 @@ from arrow_quant_v2.report.facts import run_facts
 from arrow_quant_v2.report.stored import stored_findings
 from arrow_quant_v2.report.write import write_report
 from arrow_quant_v2.rounds import Pass, Rounds
+from arrow_quant_v2.sizing import Sizing, refuse_sizes_out_of_reach, refuse_too_large, widest, with_model
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary, values_hash
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
-from arrow_quant_v2.trials import Trials
 from arrow_quant_v2.tuned_run import TunedRun, tuned_plans
 from arrow_quant_v2.tuning import Tuner
 from arrow_quant_v2.weights_alone import Alone, settled
-from arrow_quant_v2.whole_plans import Spent, kept_plans, measured_plan, whole_plans
 from arrow_quant_v2.workfolder import WorkFolder, refuse_overlap
 
 if TYPE_CHECKING:
@@ -75,8 +67,8 @@ if TYPE_CHECKING:
     from arrow_quant_v2.calibration.stored_stats import KeptStats
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
     from arrow_quant_v2.fallback import Verdict
+    from arrow_quant_v2.layer_widths import LayerWidth
     from arrow_quant_v2.layers import Piece, Slice
-    from arrow_quant_v2.losses import Losses
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.preparation import Prepared, Provider
     from arrow_quant_v2.report.write import Written
@@ -138,11 +130,10 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
     started = time.monotonic()
     _refuse_unusable(job)
     refuse_unused_names(job.source.tensors, job.config)
-    plans = plan_model(job.source.tensors, job.config, widths=_widest(job))
+    plans = plan_model(job.source.tensors, job.config, widths=widest(job.source.tensors, job.config))
     if not plans:
         raise QuantizationError(f"{job.source.location}: holds no tensors; give a folder with a model's weights")
-    if job.config.has_target:
-        refuse_unreachable(_scope(job, _expected(job)))
+    refuse_sizes_out_of_reach(job.source, job.model, job.modality, job.config)
     budget = plan_budget(plans, job.config)
     description = Description(
         config=job.config, modality=job.modality, component=job.component, source_hash=source_hash(job.source.tensors)
@@ -158,7 +149,7 @@ def quantize_model(job: Job, report: Callable[[str, float], object] | None = Non
             shown = _with_widths(job, run, _shown(job, run, kept))
             done, verdict = _rounds(job, run, shown).until_met(partial(_one_pass, job, run, shown))
         assemble(folder, done.plans, description, job.model)
-        _refuse_too_large(job, folder)
+        refuse_too_large(folder.model, job.config, job.out)
         seconds = time.monotonic() - started
         shown = replace(shown, notes=(*shown.notes, *done.notes))
         written = _report(job, folder.model, seconds, shown, verdict)
@@ -333,7 +324,7 @@ def _fitted(job: Job, run: _Run, shown: _Shown, widths: Mapping[str, LayerWidth]
     fitted = _fitted_run(job, run, shown.method, widths)
     if shown.kept is not None:
         return run_on_stats(fitted, shown.kept)
-    return run_calibrated(_calibrated_run(fitted, shown.prepared))
+    return run_calibrated(with_model(fitted, shown.prepared))
 
 
 def _fitted_run(job: Job, run: _Run, method: Method, widths: Mapping[str, LayerWidth]) -> FittedRun:
@@ -350,111 +341,30 @@ def _fitted_run(job: Job, run: _Run, method: Method, widths: Mapping[str, LayerW
     )
 
 
-def _calibrated_run(fitted: FittedRun, prepared: Prepared | None) -> CalibratedRun:
-    if prepared is None:
-        raise QuantizationError("nothing is known of the layers' inputs; this is a bug, please report it")
-    return CalibratedRun(**vars(fitted), prepared=prepared)
-
-
-# Widths that follow from a size
-
-
 def _with_widths(job: Job, run: _Run, shown: _Shown) -> _Shown:
-    """The same with the width of each layer, where a size is asked for: as an earlier run chose it, or by measuring.
-
-    Several whole plans are made and judged where the model's outputs can be compared.
-    """
+    """The same with the width of each layer, where a size is asked for."""
     if not job.config.has_target:
         return shown
-    judge, notes = _judge_of_plans(job, shown.prepared)
-    spent = kept_plans(run.folder.allocation, partial(_spent, job, run, shown, compared=judge is not None))
-    if judge is not None and len(spent.plans) > 1:
-        spent = _trials(job, run, shown, judge).best(spent)
-    return replace(shown, widths=spent.plans[spent.best].widths, notes=(*shown.notes, *spent.notes, *notes))
-
-
-def _spent(job: Job, run: _Run, shown: _Shown, *, compared: bool) -> Spent:
-    """By measuring; several plans where their outputs can be compared."""
-    losses = _losses(job, run, shown)
-    scope = _scope(job, Calibrated(names=losses.seen, method=shown.method or "gptq"))
-    if not compared:
-        return Spent(plans=(measured_plan(scope, losses.layers),), notes=losses.notes)
-    return Spent(plans=whole_plans(scope, losses.layers, losses.own), notes=losses.notes)
-
-
-def _judge_of_plans(job: Job, prepared: Prepared | None) -> tuple[Judge | None, tuple[str, ...]]:
-    """Who compares outputs of whole plans; or nobody, and why."""
-    if prepared is None or job.config.whole_plans == 1:
-        return None, ()
-    if prepared.runnable.on_demand is not None:
-        return None, ("larger than memory: widths follow from what single layers lose, no whole plans were judged",)
-    try:
-        held_out = hold_out(prepared, job.config, job.provider, chance.CHOOSING)
-        return Judge(prepared.runnable, job.source, held_out), ()
-    except ValidationError as error:
-        return None, (f"widths follow from what single layers lose, no whole plans were judged: {error}",)
-
-
-def _trials(job: Job, run: _Run, shown: _Shown, judge: Judge) -> Trials:
-    """Plans are made as the run itself will do it; grids are tuned in the end."""
 
     def make(folder: WorkFolder, widths: Mapping[str, LayerWidth]) -> Sequence[LayerPlan]:
+        """As the run itself will do it; grids are tuned in the end."""
         return _one_pass(job, replace(run, folder=folder), replace(shown, tuner=None), widths).plans
 
-    return Trials(
+    sizing = Sizing(
         source=job.source,
-        folder=run.folder,
-        judge=judge,
-        progress=run.progress,
-        make=make,
-        fail_fast=job.config.fail_fast,
-    )
-
-
-def _losses(job: Job, run: _Run, shown: _Shown) -> Losses:
-    if shown.method is None:
-        return losses_of_weights(job.source, job.config)
-    fitted = _fitted_run(job, run, shown.method, {})
-    if shown.kept is not None:
-        return losses_on_stats(fitted, shown.kept)
-    return measured_losses(_calibrated_run(fitted, shown.prepared))
-
-
-def _expected(job: Job) -> Calibrated:
-    """What calibration will reach, before the model is opened; one that cannot be is told later."""
-    try:
-        tied = tied_tensors(job.model, job.config)
-    except (ConfigurationError, SourceError):
-        tied = {}
-    return likely_calibrated(job.source.tensors, job.config, job.modality, tied)
-
-
-def _scope(job: Job, calibrated: Calibrated) -> Scope:
-    return Scope(
-        tensors=job.source.tensors,
         config=job.config,
         modality=job.modality,
         component=job.component,
-        calibrated=calibrated,
+        folder=run.folder,
+        progress=run.progress,
+        make=make,
+        provider=job.provider,
+        fitted=None if shown.method is None else _fitted_run(job, run, shown.method, {}),
+        prepared=shown.prepared,
+        kept=shown.kept,
     )
-
-
-def _widest(job: Job) -> dict[str, LayerWidth]:
-    """What takes most memory, before widths are chosen."""
-    if not job.config.has_target:
-        return {}
-    return {info.name: LayerWidth(bits=8, because="") for info in job.source.tensors}
-
-
-def _refuse_too_large(job: Job, folder: WorkFolder) -> None:
-    """Keep the promise of a size: files are counted before they get their name."""
-    target = job.config.target_size
-    size = sum(path.stat().st_size for path in folder.model.rglob("*.parquet"))
-    if target is not None and size > target:
-        raise QuantizationError(
-            f"{job.out}: the weight files take {size} bytes, more than target_size, {target};"
-            f" ask for {2 * target - size}"
-        )
+    spent = sizing.spent()
+    return replace(shown, widths=spent.plans[spent.best].widths, notes=(*shown.notes, *spent.notes))
 
 
 def _identity(description: Description) -> dict[str, object]:

@@ -77,8 +77,17 @@ class Cell:
 def plans_at(model: Opened, settings: Settings) -> list[LayerPlan]:
     """The layers that are quantized, as calibration will find them."""
     config, infos = DiffusionQuantConfig(**settings), model.source.tensors
-    calibrated = likely_calibrated(infos, config, model.runnable.modality)
+    calibrated = likely_calibrated(infos, config, model.runnable.modality, tied(model))
     return [plan for plan in plan_model(infos, config, calibrated) if plan.spec is not None]
+
+
+def tied(model: Opened) -> dict[str, list[str]]:
+    """Tensor -> every name by which the model uses it: a table that is also a head is fitted to its inputs."""
+    uses: dict[int, list[str]] = {}
+    parameters = dict(model.runnable.module.named_parameters(remove_duplicate=False))
+    for place, parameter in parameters.items():
+        uses.setdefault(id(parameter), []).append(place)
+    return {name: uses[id(parameters[at])] for name, at in model.runnable.names.items() if at in parameters}
 
 
 def bits_of(model: Opened, settings: Settings) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from arrow_quant_v2.packed import TensorInfo
 
@@ -25,7 +26,8 @@ def model():
     shapes = {"embed.weight": (512, 256)} | {f"blocks.{n}.weight": (256, 256) for n in range(20)}
     shapes |= {"blocks.19.bias": (256,), "head.weight": (64, 256)}
     tensors = [TensorInfo(name=name, shape=shape, dtype="float32") for name, shape in shapes.items()]
-    return SimpleNamespace(source=SimpleNamespace(tensors=tensors), runnable=SimpleNamespace(modality="text"))
+    runnable = SimpleNamespace(modality="text", module=torch.nn.Module(), names={})
+    return SimpleNamespace(source=SimpleNamespace(tensors=tensors), runnable=runnable)
 
 
 @pytest.mark.parametrize("target", [2.5, 3.0, 4.5])
@@ -34,6 +36,17 @@ def test_rivals_fill_the_size_and_never_pass_it(bench, model, target) -> None:
     for way in ("uniform", "in order", "by name"):
         stored = bench.bits_of(model, bench.WAYS[way](model, base, target))
         assert target - 0.4 < stored <= target, way
+
+
+def test_a_table_that_is_also_a_head_is_fitted_to_its_inputs(bench, model) -> None:
+    base = {"bit_width": 4, "group_size": 64, "enable_calibration": True}
+    methods = {plan.tensor.name: plan.spec.method for plan in bench.plans_at(model, base)}
+    module = torch.nn.ModuleDict({"embed": torch.nn.Embedding(512, 256), "decoder": torch.nn.Linear(256, 512)})
+    module["decoder"].weight = module["embed"].weight
+    model.runnable.module, model.runnable.names = module, {"embed.weight": "embed.weight"}
+    tied = {plan.tensor.name: plan.spec.method for plan in bench.plans_at(model, base)}
+    assert (methods["embed.weight"], tied["embed.weight"]) == ("clip", "r2q")
+    assert methods | {"embed.weight": "r2q"} == tied
 
 
 def test_names_that_look_sensitive_come_first_where_they_fit(bench, model) -> None:

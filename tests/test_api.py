@@ -21,6 +21,7 @@ from arrow_quant_v2 import (
     QuantizationError,
     ValidationError,
 )
+from arrow_quant_v2 import api as api_room
 from arrow_quant_v2 import layers as layers_room
 from arrow_quant_v2.budget import resident_bytes
 from arrow_quant_v2.decisions import Decision
@@ -409,6 +410,17 @@ def test_a_keep_pattern_that_fits_nothing_is_warned_of(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     with pytest.warns(UserWarning, match="keep pattern 'lm_haed' fits no tensor of the model, so it keeps nothing"):
         quantize(model, tmp_path / "out", keep=["lm_haed", "layers.01.*"])
+
+
+def test_a_prompt_is_words_or_the_number_of_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr(api_room, "generate", lambda _folder, wish, _told: asked.append(wish.prompt))
+    monkeypatch.setattr(api_room, "generation_result", lambda _: {})
+    for prompt in ("seven", 7, None):
+        api.generate(tmp_path, prompt)
+    assert asked == ["seven", "7", None]
+    with pytest.raises(ConfigurationError, match=r"prompt is \['seven'\]; allowed: words, the number of a class"):
+        api.generate(tmp_path, ["seven"])
 
 
 @pytest.mark.parametrize("bar", [-0.1, 1.5, float("nan")])

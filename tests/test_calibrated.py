@@ -472,6 +472,8 @@ def test_the_doctor_says_why_nothing_will_be_calibrated(model: Path, tmp_path: P
     (tmp_path / "bare" / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
     assert said(tmp_path / "bare", modality="text") == f"{alone}: no config.json tells how to run it"
     assert said(model).startswith("14 r2q, calibrated on 4 samples of the model's own trajectory")
+    more = said(model, calibration_tokens=32_768)
+    assert more.startswith("14 r2q, calibrated on 4 samples or more, 32,768 tokens, of the model's own trajectory")
     unknown = save_folder(tmp_path / "unknown", small_module("BertForMaskedLM"), model_type="nobody", architectures=...)
     assert said(unknown, modality="text").startswith(f"{alone}: {unknown / 'config.json'}: transformers")
     with pytest.raises(SourceError, match="does not know this model"):

@@ -334,7 +334,7 @@ class ArrowQuantV2:
     def generate(
         self,
         quantized_path: PathLike,
-        prompt: str | None = None,
+        prompt: str | int | None = None,
         *,
         seed: int = 0,
         steps: int | None = None,
@@ -360,7 +360,7 @@ class ArrowQuantV2:
             StoreError: the model is damaged, or the result cannot be written.
         """
         wish = GenerationWish(
-            prompt=prompt,
+            prompt=_prompt(prompt),
             seed=seed,
             steps=steps,
             length=length,
@@ -468,6 +468,17 @@ def _wish(**asked: Any) -> Wish:
     judge = asked.pop("judge", None)
     folder = None if judge is None else Path(judge)
     return Wish(**asked, judge=folder, samples=None if samples is None else Path(samples))
+
+
+def _prompt(given: object) -> str | None:
+    """A prompt in words; the number of a class may be one.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
+        raise ConfigurationError(f"prompt is {given!r}; allowed: words, the number of a class, or None")
+    return None if given is None else str(given)
 
 
 def _more(config: DiffusionQuantConfig) -> str:

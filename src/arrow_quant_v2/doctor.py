@@ -113,7 +113,7 @@ def diagnose(
     return Diagnosis(
         plans=plans,
         modality=modality,
-        calibration=reason or _what_is_shown(config, calibrated),
+        calibration=reason or _what_is_shown(config, calibrated, modality),
         calibrated=frozenset(p.tensor.name for p in plans if p.spec is not None) & calibrated.names,
         source_bytes=sum(info.nbytes for info in source.tensors),
         predicted_bytes=predicted,
@@ -192,11 +192,14 @@ def _why_from_the_weights_alone(model: Model | None, modality: Modality, config:
     )
 
 
-def _what_is_shown(config: DiffusionQuantConfig, calibrated: Calibrated) -> str:
+def _what_is_shown(config: DiffusionQuantConfig, calibrated: Calibrated, modality: Modality) -> str:
+    """What layers are fitted to; short texts are more samples than are asked for."""
     if config.stats is not None:
         return f"{calibrated.method}, calibrated on stats {config.stats}"
     origin = config.calibration_data or "the model's own trajectory, or of random inputs where it has none"
-    return f"{calibrated.method}, calibrated on {config.calibration_samples} samples of {origin}"
+    text = modality in {"text", "code"} and config.calibration_tokens
+    more = f" or more, {config.calibration_tokens:,} tokens," if text else ""
+    return f"{calibrated.method}, calibrated on {config.calibration_samples} samples{more} of {origin}"
 
 
 def _merged_bytes(plans: tuple[LayerPlan, ...]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ HELD_OUT = (
     "Sorting a list twice gives the same list.",
 )
 BETWEEN = 0.1  # nats at 50 %: six seeds of eight sequences gave 0.15 to 0.43 at 2 bits, -0.055 to 0.001 at 4 and 8
-FIRST_BLOCK = ["*layer.[1-9].*", "*layer.1[0-9].*"]  # what is kept, so that calibration takes seconds
+FIRST_BLOCK = ["*layer.[1-9].*"]  # what is kept, so that calibration takes seconds
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,9 @@ def test_end_to_end_with_fallback(
     assert result["bits_per_weight"] < 4.2  # uniform int4 is 4.4
     fallen = [one for one in result["decisions"] if one["kind"] == "fallback"]
     assert len(fallen) == result["bit_widths"]["4"] == result["fallbacks_per_method"]["r2q"]
-    assert done.err.count("warning: ") == 1
-    assert f"is below {bar}; so {len(fallen)} layers: " in done.err
+    rounds = [int(count) for count in re.findall(rf"is below {bar}; so (\d+) layers?: ", done.err)]
+    assert done.err.count("warning: ") == len(rounds) >= 1
+    assert sum(rounds) == len(fallen)
     stored = {one["layer_name"]: one for one in json.loads(arrow_quant("inspect", out, "--json").out)["layers"]}
     assert {stored[one["layer_name"]]["bit_width"] for one in fallen} == {4}
     assert all(stored[one["layer_name"]]["decision"].startswith("fallback as int4 instead of int2") for one in fallen)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_models import minilm_states
+from runs_with_a_size import CALIBRATED, KILLED, SMALL
 from small_models import Run, content_of, layers, run_python, save_model
 from text_models import save_folder, small_module
 from torch import Tensor, nn
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from arrow_quant_v2.config import Modality
 
 api = ArrowQuantV2()
-CALIBRATED = {"ARROW_QUANT_ENABLE_CALIBRATION": "true"}
 MINILM = {"group_size": 64, "keep": ("*embeddings*", "pooler*"), "min_accuracy": 0.0}
 TEXTS = [
     f"The {one} {other} before the {last}."
@@ -219,21 +219,6 @@ def test_a_size_of_files_is_met_within_one_percent_and_foretold(
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = small_module("BertForMaskedLM", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
     return save_folder(tmp_path_factory.mktemp("bert"), module, mask_token_id=4)
-
-
-SMALL: dict[str, Any] = {
-    "target_bits": 4.0, "group_size": 16, "calibration_samples": 6, "calibration_tokens": 0, "threads": 2,
-    "enable_calibration": True, "min_accuracy": 0.0,
-}  # fmt: skip
-KILLED = """
-import json, os, re, signal, sys
-from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
-def report(message, _):
-    if re.match(sys.argv[4], message):
-        os.kill(os.getpid(), signal.SIGKILL)
-config = DiffusionQuantConfig(**json.loads(sys.argv[3]))
-ArrowQuantV2().quantize_diffusion_model(sys.argv[1], sys.argv[2], config, report)
-"""
 
 
 def test_a_killed_run_goes_on_with_the_same_widths(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and what no source file may hold."""
 
 import ast
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,3 +184,10 @@ def test_a_long_function_is_measured_without_its_docstring() -> None:
 
 def test_the_order_names_no_room_twice() -> None:
     assert len(set(ORDER)) == len(ORDER)
+
+
+def test_no_test_module_is_imported_by_another() -> None:
+    """It would be there twice: an operator of torch that is defined again destroys the one that calls still go to."""
+    imports = re.compile(r"^(?:from|import) test_\w+", re.MULTILINE)
+    found = {path.name: imports.findall(path.read_text()) for path in Path(__file__).parent.rglob("*.py")}
+    assert {name: lines for name, lines in found.items() if lines} == {}

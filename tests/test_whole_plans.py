@@ -9,8 +9,8 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from runs_with_a_size import CALIBRATED, KILLED, SMALL
 from small_models import content_of, run_python
-from test_allocation import CALIBRATED, KILLED, SMALL
 from text_models import save_folder, small_module
 
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig, orchestrator

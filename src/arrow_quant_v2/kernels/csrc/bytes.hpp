@@ -46,7 +46,7 @@ AQ_INLINE WordPart high_codes(WordPart x) { return (WordPart)_mm256_srli_epi16((
 template <int BITS>
 AQ_INLINE WordPart dots(WordPart codes, int mask, const int8_t* x) {
   constexpr int PLANES = 8 / BITS;
-  const auto plane = [&](int k) { return (codes >> BITS * k) & (mask * 0x01010101); };
+  const auto plane = [&](int k) { return (codes >> BITS * k) & (int)(mask * 0x01010101u); };
   WordPart sum{};
 #if defined(__AVX512VNNI__)
   for (int k = 0; k < PLANES; k++)

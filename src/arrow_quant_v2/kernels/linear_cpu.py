@@ -40,13 +40,14 @@ def groups_start_on_bytes(weight: Weight) -> bool:
 
 
 def by_tiles(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Give x W^T + bias of float32 x (count, columns), by torch's product with a tile of W at a time."""
+    """Give x W^T + bias of x (count, columns), in its dtype by torch's product of float32 by tiles of W."""
     y = x.new_empty((len(x), weight.rows))
-    step = max(1, TILE_VALUES // max(1, weight.columns))
+    inputs, step = x.float(), max(1, TILE_VALUES // max(1, weight.columns))
     for start in range(0, weight.rows, step):
         stop = min(start + step, weight.rows)
-        torch.mm(x, weight.values(start, stop).T, out=y[:, start:stop])
-    return y if bias is None else y.add_(bias.float())
+        sums = inputs @ weight.values(start, stop).T
+        y[:, start:stop] = sums if bias is None else sums.add_(bias[start:stop])
+    return y
 
 
 POINTER, SIZE, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -175,9 +176,9 @@ class Kernels:
         if count > MOST_IN_PIECES and direct and self.library.aq_multiplies_blocks():
             return self._blocks(x, count, operand, bias, *AS_IT_IS)
         if count > MOST_IN_PANELS or not direct or weight.group > MOST_IN_GROUP:
-            return by_tiles(x.reshape(count, -1).float(), weight, bias).reshape(*x.shape[:-1], -1)
+            return by_tiles(x.reshape(count, -1), weight, bias).reshape(*x.shape[:-1], -1)
         kernel = self.library.aq_linear if count <= MOST_DIRECT else self.library.aq_linear_tiled
-        return _call(kernel, x, count, operand, bias, torch.float32, self.threads())
+        return _call(kernel, x, count, operand, bias, self.threads())
 
     def dynamic(self, x: Tensor, count: int, operand: Operand, bias: Tensor | None) -> Tensor:
         """Multiply x rounded by run."""
@@ -186,8 +187,8 @@ class Kernels:
             return self._blocks(x, count, operand, bias, run, 0.0, 0)
         kernel = self._of_rounded(count, operand.weight)
         if kernel is None:
-            return self.exact(meaning.rounded_by_run(x, run), count, operand, bias)
-        return _call(kernel, x, count, operand, bias, torch.float32, run, 0.0, 0, self.threads())
+            return self.exact(meaning.rounded_by_run(x, run), count, operand, bias).to(x.dtype)
+        return _call(kernel, x, count, operand, bias, run, 0.0, 0, self.threads())
 
     def static(
         self, x: Tensor, count: int, operand: Operand, bias: Tensor | None, scale: float, zero_point: int
@@ -198,8 +199,8 @@ class Kernels:
             return self._blocks(x, count, operand, bias, run, scale, zero_point)
         kernel = self._of_rounded(count, operand.weight)
         if kernel is None or vanishes:
-            return self.exact(meaning.rounded_by_scale(x, scale, zero_point), count, operand, bias)
-        return _call(kernel, x, count, operand, bias, torch.float32, run, scale, zero_point, self.threads())
+            return self.exact(meaning.rounded_by_scale(x, scale, zero_point), count, operand, bias).to(x.dtype)
+        return _call(kernel, x, count, operand, bias, run, scale, zero_point, self.threads())
 
     def values(self, operand: Operand, dtype: torch.dtype) -> Tensor:
         """Dequantize."""
@@ -217,7 +218,7 @@ class Kernels:
         self, x: Tensor, count: int, operand: Operand, bias: Tensor | None, run: int, scale: float, zero_point: int
     ) -> Tensor:
         how = (run, scale, zero_point, self.threads())
-        return _call(self.library.aq_linear_blocks, x, count, operand, bias, x.dtype, *how)
+        return _call(self.library.aq_linear_blocks, x, count, operand, bias, *how)
 
     def _of_rounded(self, count: int, weight: Weight) -> Callable[..., None] | None:
         """The kernel for so many rows of x in 8 bits; None where x is rounded before."""
@@ -240,7 +241,7 @@ def _product(kernel: Callable[..., Tensor], x: Tensor, operand: Operand, bias: T
     count = x.numel() // max(1, weight.columns)
     if not count or not weight.rows:
         return _empty_product(x, weight, bias)
-    return kernel(x, count, operand, bias, *further).to(x.dtype)
+    return kernel(x, count, operand, bias, *further)
 
 
 def _empty_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -250,16 +251,10 @@ def _empty_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def _call(
-    kernel: Callable[..., None],
-    x: Tensor,
-    count: int,
-    operand: Operand,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    *further: Any,
+    kernel: Callable[..., None], x: Tensor, count: int, operand: Operand, bias: Tensor | None, *further: Any
 ) -> Tensor:
-    """Call a kernel that takes any number of rows of x, and gives a result of that dtype."""
-    y, inputs = torch.empty((*x.shape[:-1], operand.weight.rows), dtype=dtype), x.contiguous()
+    """Call a kernel that takes any number of rows of x."""
+    y, inputs = torch.empty((*x.shape[:-1], operand.weight.rows), dtype=x.dtype), x.contiguous()
     added = None if bias is None else bias.float().contiguous()
     kernel(
         *operand.told,

@@ -214,7 +214,7 @@ Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* ze
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 9; }
+AQ_EXPORT int aq_abi() { return 10; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -306,13 +306,13 @@ namespace {
 // Some rows of x at a time: `prepare` is asked for their inputs, and `kernel` for rows of W.
 template <class Ask, class Prepare, class Kernel>
 void some_at_a_time(Ask ask, int64_t most, Prepare prepare, Kernel kernel, int threads) {
-  const int64_t all = ask.count, row_bytes = ask.of.columns * (ask.dtype == FLOAT32 ? 4 : 2);
+  const int64_t all = ask.count, item = ask.dtype == FLOAT32 ? 4 : 2;
   const char* x = (const char*)ask.x;
-  float* y = ask.y;
+  char* y = (char*)ask.y;
   for (int64_t m = 0; m < all; m += most) {
     ask.count = std::min(most, all - m);
-    ask.x = x + m * row_bytes;
-    ask.y = y + m * ask.rows;
+    ask.x = x + m * ask.of.columns * item;
+    ask.y = y + m * ask.rows * item;
     prepare(ask);
     over_rows(ask, kernel, ask.rows, std::max<int64_t>(1, ask.of.columns / FAST_VALUES), threads);
   }
@@ -345,7 +345,7 @@ void multiply_whole_numbers(RoundedProduct ask, int threads) {
 
 AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                          const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
-                         int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
+                         int residual, const void* x, int dtype, int64_t count, const float* bias, void* y,
                          int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
@@ -357,7 +357,7 @@ AQ_EXPORT void aq_linear(const uint8_t* codes, const uint8_t* scales, const uint
 // Inputs are rounded by runs of so many columns; step is 0 where each has its own.
 AQ_EXPORT void aq_linear_rounded(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                  const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
-                                 int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
+                                 int residual, const void* x, int dtype, int64_t count, const float* bias, void* y,
                                  int64_t run, float step, int zero, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
@@ -397,7 +397,7 @@ int64_t lanes_for(int64_t count) {
 // For many rows of x.
 AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
-                               int residual, const void* x, int dtype, int64_t count, const float* bias, float* y,
+                               int residual, const void* x, int dtype, int64_t count, const float* bias, void* y,
                                int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
@@ -409,7 +409,7 @@ AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, cons
 AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                        const uint16_t* row_scales, int64_t rows, int64_t columns, int bits,
                                        int64_t group, int residual, const void* x, int dtype, int64_t count,
-                                       const float* bias, float* y, int64_t run, float step, int zero, int threads) {
+                                       const float* bias, void* y, int64_t run, float step, int zero, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
   const bool whole_words = group % TiledProduct::WORD_COLUMNS == 0 || of.groups == 1;
@@ -461,15 +461,15 @@ void multiply_whole_blocks(const BlockProduct& block, int64_t part, int64_t rows
 // 1 where this instruction set multiplies blocks of rows.
 AQ_EXPORT int aq_multiplies_blocks() { return chosen.load()->block_product != nullptr; }
 
-// For many rows of x, as they are where run is 0, else rounded to 8 bits; y has the dtype of x.
+// For many rows of x, as they are where run is 0, else rounded to 8 bits.
 AQ_EXPORT void aq_linear_blocks(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                                 const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                                 int residual, const void* x, int dtype, int64_t count, const float* bias, void* y,
                                 int64_t run, float step, int zero, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
-  BlockProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, nullptr},
+  BlockProduct ask{{{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y},
                     step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run ? run : of.group},
-                   run != 0, y, nullptr, BlockProduct::FEWEST_ROWS};
+                   run != 0, nullptr, BlockProduct::FEWEST_ROWS};
   shape_blocks(ask, threads);
   const int64_t work = (2 + ask.panels()) * columns * ask.rows_of_block / (2 * FAST_VALUES);  // to decode, and to meet
   const int64_t at_once = step_of(ask.blocks_of_rows(), work, threads), part = part_of(ask);
@@ -484,10 +484,9 @@ constexpr int64_t MOST_GROUPS_OF_A_CHUNK = 16, CHANNELS_OF_A_CHUNK = 8;
 
 }  // namespace
 
-Convolution::Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization, void* y)
+Convolution::Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization)
     : BlockProduct{}, ConvolutionSizes(sizes), equalization(equalization) {
   static_cast<Product&>(*this) = product;
-  result = y;
   rows_of_block = FEWEST_ROWS;
   phases = out_size = grid_size = 1;
   int64_t farthest = 0, last = 0;
@@ -543,14 +542,14 @@ void convolve_all(Convolution ask, int threads) {
 
 }  // namespace
 
-// Inputs as they are; y has the dtype of x.
+// Inputs as they are.
 AQ_EXPORT void aq_convolve(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
                            const uint16_t* row_scales, int64_t rows, int64_t columns, int bits, int64_t group,
                            int residual, const void* x, int dtype, const ConvolutionSizes* sizes,
                            const float* equalization, const float* bias, void* y, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
-  const Product product{of, residual != 0, rows, x, (Dtype)dtype, 0, nullptr, nullptr, bias, nullptr};
-  convolve_all(Convolution(product, *sizes, equalization, y), threads);
+  const Product product{of, residual != 0, rows, x, (Dtype)dtype, 0, nullptr, nullptr, bias, y};
+  convolve_all(Convolution(product, *sizes, equalization), threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

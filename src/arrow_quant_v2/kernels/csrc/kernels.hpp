@@ -87,7 +87,7 @@ struct Product {
   float* planes;       // (count, groups, blocks, 16 n)
   float* sums;         // (count, groups): of the inputs of a group
   const float* bias;   // (rows,) or null
-  float* y;            // (count, rows)
+  void* y;             // (count, rows), of the dtype of x
 
   int64_t codes_of_byte() const { return 8 / of.bits; }
   int64_t group_bytes() const { return (of.group * of.bits + 7) / 8; }
@@ -145,11 +145,10 @@ struct TiledProduct : RoundedProduct {
 //
 //   (pieces, panels, chunks of 32 columns, 16 pairs of columns, 16 rows of x, 2)
 //
-// and W decoded by blocks of rows. The result has the dtype of x.
+// and W decoded by blocks of rows.
 struct BlockProduct : RoundedProduct {
   static constexpr int64_t PANEL = 16, FEWEST_ROWS = 64;
   bool rounded;
-  void* result;  // (count, rows)
   uint16_t* inputs;
   int64_t rows_of_block;  // of W, that are decoded before they meet all panels,
   int64_t chunks_at_once = 16;  // and so many of their chunks
@@ -200,7 +199,7 @@ struct Convolution : BlockProduct, ConvolutionSizes {
   uint16_t* weight;           // (blocks at once, blocks of chunks, pieces, tiles, chunks of a block, 16, 32)
   int64_t first_block, blocks_at_once;
 
-  Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization, void* y);
+  Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization);
   int64_t planes_size() const { return (channels * phases + 1) * plane_size; }
   int64_t groups_of_positions() const { return (count + POSITIONS - 1) / POSITIONS; }
 };

@@ -19,6 +19,7 @@
 
 #include "kernels.hpp"
 #include "levels.hpp"
+#include "results.hpp"
 #include "stored.hpp"
 #include "words.hpp"
 
@@ -167,7 +168,7 @@ static void product_of(const Product& ask, int64_t first, int64_t last) {
       sums.add(levels, g, row + g * bytes, blocks, Inputs{ask.planes + g * places, ask.of.groups * places});
     }
     for (int m = 0; m < COUNT; m++)
-      ask.y[m * ask.rows + r] = sums.total(m, levels, ask) + (ask.bias ? ask.bias[r] : 0.0f);
+      write_sums(ask, m * ask.rows + r, Quad{sums.total(m, levels, ask) + (ask.bias ? ask.bias[r] : 0.0f)}, 1);
   }
 }
 

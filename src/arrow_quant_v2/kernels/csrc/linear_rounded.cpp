@@ -19,6 +19,7 @@
 #include "bytes.hpp"
 #include "kernels.hpp"
 #include "levels.hpp"
+#include "results.hpp"
 #include "rounding.hpp"
 #include "stored.hpp"
 
@@ -291,7 +292,8 @@ static void rounded_of(const RoundedProduct& ask, int64_t first, int64_t last) {
     float total[COUNT];
     for (int m = 0; m < COUNT; m++) total[m] = sums.total(m) + based(ask, levels, m);
     const float further = ask.inputs() > ask.count ? ask.step * ask.correction() * total[COUNT - 1] : 0.0f;
-    for (int m = 0; m < ask.count; m++) ask.y[m * ask.rows + r] = total[m] + further + (ask.bias ? ask.bias[r] : 0.0f);
+    for (int m = 0; m < ask.count; m++)
+      write_sums(ask, m * ask.rows + r, Quad{total[m] + further + (ask.bias ? ask.bias[r] : 0.0f)}, 1);
   }
 }
 

@@ -140,9 +140,9 @@ static inline void multiply(const Meeting& of) {
 }
 
 static inline void store_as(const BlockProduct& ask, int64_t at, __m512 x, __mmask16 some) {
-  if (ask.dtype == FLOAT32) return _mm512_mask_storeu_ps((float*)ask.result + at, some, x);
+  if (ask.dtype == FLOAT32) return _mm512_mask_storeu_ps((float*)ask.y + at, some, x);
   const __m256i halves = ask.dtype == BFLOAT16 ? (__m256i)_mm512_cvtneps_pbh(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-  _mm256_mask_storeu_epi16((uint16_t*)ask.result + at, some, halves);
+  _mm256_mask_storeu_epi16((uint16_t*)ask.y + at, some, halves);
 }
 
 // Sixteen rows of W and a panel: sums that lie by rows of W, written by rows of x; `more` is what each row of W gets besides.

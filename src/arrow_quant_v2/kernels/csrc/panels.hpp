@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels.hpp"
+#include "results.hpp"
 #include "words.hpp"
 
 namespace AQ_ISA {
@@ -49,10 +50,8 @@ static inline void write_panel(const TiledProduct& ask, const float* sums, int64
       for (int k = 0; k < some; k++) added[k] = (more ? more[r + k] : 0.0f) + (ask.bias ? ask.bias[row + r + k] : 0.0f);
       for (int k = 0; k < 4; k++) v[k] = load_quad(sums + (r + k) * ask.lanes + i);
       turn(v);
-      for (int k = 0; k < std::min<int64_t>(4, lanes - i); k++) {
-        const Quad sum = v[k] + added;
-        std::memcpy(ask.y + (first + i + k) * ask.rows + row + r, &sum, some * sizeof(float));
-      }
+      for (int k = 0; k < std::min<int64_t>(4, lanes - i); k++)
+        write_sums(ask, (first + i + k) * ask.rows + row + r, v[k] + added, some);
     }
 }
 

@@ -414,6 +414,20 @@ def test_a_whole_model_is_calibrated_and_goes_on_where_it_was_stopped(folder: Pa
     assert content_of(tmp_path / "stopped") == content_of(tmp_path / "whole")
 
 
+def test_experts_that_are_computed_from_copies_of_their_weights_are_calibrated_all_the_same(tmp_path: Path) -> None:
+    block = made(lambda: experts("batched_mm"))
+    config = settings_of(modality="text")
+
+    def shown(_: nn.Module) -> Iterator[tuple[Any, float]]:
+        yield from ((correlated(1, 96, 64, seed=seed), seed / 6.0) for seed in range(6))
+
+    ArrowQuantV2().quantize_diffusion_model(block, tmp_path / "out", config, calibration=shown)
+    said = said_of(tmp_path / "out", "experts")
+    assert len(said) == 2
+    assert all("calibrated on 6 samples" in one and "not calibrated" not in one for one in said)
+    assert block.experts.config._experts_implementation == "batched_mm"  # what the user gave stays as it is
+
+
 def test_weights_that_are_read_on_demand_give_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

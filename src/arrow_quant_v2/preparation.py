@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     Provider = Callable[[nn.Module], Iterable[tuple[Any, float]]]
 
+EXPERTS_SEEN = {None, "eager", "grouped_mm"}  # ways of transformers to compute experts, in which a watch sees them
 BLOCK_BY_BLOCK = "larger than memory: weights are read from disk block by block"
 
 
@@ -144,6 +145,22 @@ def open_runnable(
         SourceError: it cannot be opened as one that runs.
         QuantizationError: diffusers is not installed.
     """
+    runnable = _opened(model, module, modality, config)
+    _let_experts_be_seen(runnable.module)
+    return runnable
+
+
+def _let_experts_be_seen(module: nn.Module) -> None:
+    """Transformers has ways of computing experts that gather copies of their weights; the usual one gives the same."""
+    for part in module.modules():
+        described: Any = getattr(part, "config", None)
+        if getattr(described, "_experts_implementation", None) not in EXPERTS_SEEN:
+            described._experts_implementation = "grouped_mm"  # noqa: SLF001 - transformers' name
+
+
+def _opened(
+    model: Model | None, module: nn.Module | None, modality: Modality, config: DiffusionQuantConfig
+) -> Runnable:
     if module is not None:
         return _live(module, modality, config)
     if model is None:

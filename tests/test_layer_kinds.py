@@ -25,7 +25,7 @@ from arrow_quant_v2.one_tensor import dequantize_tensor, quantize_tensor
 from arrow_quant_v2.packed import Layout, TensorInfo
 from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
 from arrow_quant_v2.quantizers.calibrated import Freedom, Weight, loss_of
-from arrow_quant_v2.quantizers.parts import fit_in_parts, lost_in_parts
+from arrow_quant_v2.quantizers.parts import fit_in_parts, judged_parts, lost_of
 from arrow_quant_v2.sequential import Fitting, fit_in_sequence, sight_of
 from arrow_quant_v2.store import StoredModel
 from arrow_quant_v2.time_groups import TimeGroups
@@ -310,7 +310,7 @@ def test_some_of_a_weight_tells_what_all_of_it_would_lose(name: str) -> None:
         sight, told = sight_of(stats), {}
         for bits in (2, 4):
             weight = asked_for(layer, parameters[layer], bits)
-            told[bits] = lost_in_parts(weight, sight, Freedom(refits=0))[0]
+            told[bits] = lost_of(judged_parts(weight, sight, Freedom(refits=0)))[0]
             (fitted,) = fit_in_parts([weight], sight, Freedom(refits=0))
             lost = outputs_lost(fitted.left, sight) / outputs_lost(weight.values, sight)
             assert told[bits] == pytest.approx(lost, rel=0.5)
@@ -447,7 +447,17 @@ def test_a_size_is_kept_and_bits_are_spent_by_what_outputs_lose(folder: Path, tm
     assert result["bits_per_weight"] <= bits
     said = said_of(tmp_path / "sized", pattern)
     assert len(said) == count
-    assert all("told from its own outputs" in one and "calibrated on 6 samples" in one for one in said)
+    assert all("told from" not in one and "calibrated on 6 samples" in one for one in said)  # from the model's outputs
+
+
+def test_bits_are_spent_alike_where_weights_are_read_on_demand(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api, sized = ArrowQuantV2(), settings_of(bit_width=4, target_bits=3.2, whole_plans=1)
+    api.quantize_diffusion_model(folder, tmp_path / "memory", sized, calibration=token_calls)
+    monkeypatch.setattr(preparation, "available_bytes", lambda: 0)
+    api.quantize_diffusion_model(folder, tmp_path / "disk", sized, calibration=token_calls)
+    assert content_of(tmp_path / "disk") == content_of(tmp_path / "memory")
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -19,6 +19,7 @@ from arrow_quant_v2.calibrated_run import placed, weight_of
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.calibration.observe import observe_block, strata
 from arrow_quant_v2.calibration.sensitivity import Change, Felt, sensitivity
+from arrow_quant_v2.calibration.weight_gradient import Piece, Pieces
 from arrow_quant_v2.errors import InterruptedRunError, QuantizationError
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.packed import WIDTHS
@@ -26,7 +27,7 @@ from arrow_quant_v2.plan import Calibrated, plans_by_width
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.quantizers import quantizer
 from arrow_quant_v2.quantizers.calibrated import Weight, fit_together, spaced
-from arrow_quant_v2.quantizers.parts import lost_in_parts
+from arrow_quant_v2.quantizers.parts import judged_parts, lost_of
 from arrow_quant_v2.sequential import sight_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.packed import Bits
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.quantizers.calibrated import Fitted, Sight
+    from arrow_quant_v2.quantizers.parts import Judged
     from arrow_quant_v2.sources.base import Source
 
     ByWidth: TypeAlias = Mapping[Width, Mapping[str, LayerPlan]]
@@ -136,10 +138,10 @@ def _open(plans: ByWidth) -> set[str]:
 
 def _seen_in_a_walk(
     run: CalibratedRun, table: _Table, names: Mapping[str, str], calls: Sequence[Sample], progress: Progress
-) -> dict[str, Change]:
+) -> dict[str, Change | Pieces]:
     """Note what is seen of each input, block by block; the errors of some rows, by the module's own names."""
     runnable, parts = run.prepared.runnable, strata(calls, run.prepared.groups)
-    changes: dict[str, Change] = {}
+    changes: dict[str, Change | Pieces] = {}
     watched, scratch = runnable.parameters(names), run.folder.scratch / "losses"
     with walking(runnable.module, calls, watched, scratch, runnable.clock) as walk:
         for number, block in enumerate(walk.blocks):
@@ -157,7 +159,11 @@ def _seen_in_a_walk(
 
 
 def _felt(
-    run: CalibratedRun, changes: Mapping[str, Change], tables: list[str], calls: Sequence[Sample], progress: Progress
+    run: CalibratedRun,
+    changes: Mapping[str, Change | Pieces],
+    tables: list[str],
+    calls: Sequence[Sample],
+    progress: Progress,
 ) -> tuple[Felt, tuple[str, ...]]:
     """What the outputs feel; where gradients tell nothing, nothing, and a note that says so."""
     parts, runnable = strata(calls, run.prepared.groups), run.prepared.runnable
@@ -194,22 +200,17 @@ class _Table:
         self.weights: dict[str, dict[Bits, float]] = {}
         self.equalized: dict[str, tuple[str, ...]] = {}
 
-    def note_inputs(self, layers: Sequence[str], stats: InputStats) -> dict[str, Change]:
-        """Quantize some rows of layers that share an input at each width, and note what their outputs lose.
-
-        Of those whose rows have inputs of their own, or belong to inputs, no changes are known.
-        """
+    def note_inputs(self, layers: Sequence[str], stats: InputStats) -> dict[str, Change | Pieces]:
+        """Quantize some rows of layers that share an input at each width, and note what their outputs lose."""
         sight = sight_of(stats)
         asked = {layer: self._at_each_width(layer, stats.absmax.device) for layer in layers}
         if not sight.plain:
-            for layer, weights in asked.items():
-                self._note_parts(layer, weights, sight)
-            return {}
+            return {layer: self._note_parts(layer, weights, sight) for layer, weights in asked.items()}
         some = [(layer, bits, _some_rows(one)) for layer, weights in asked.items() for bits, one in weights.items()]
         fitted = self._fitted([weight for _, _, weight in some], sight)
         if any(one.basis.equalization is not None for one in fitted):  # it is one basis for all of them
             self.equalized |= dict.fromkeys(layers, tuple(layers))
-        changes = {}
+        changes: dict[str, Change | Pieces] = {}
         for layer in layers:
             values = next(weight.values for name, _, weight in some if name == layer)
             left = dict.fromkeys(WIDTHS, torch.zeros_like(values))  # at a width that keeps it
@@ -227,13 +228,16 @@ class _Table:
             if plan.layout is not None and plan.spec is not None
         }
 
-    def _note_parts(self, layer: str, weights: Mapping[Bits, Weight], sight: Sight) -> None:
+    def _note_parts(self, layer: str, weights: Mapping[Bits, Weight], sight: Sight) -> Pieces:
         """Each part for its own inputs."""
         freedom = replace(self._run.freedom, refits=0)
-        found = {bits: lost_in_parts(weight, sight, freedom) for bits, weight in weights.items()}
-        kept = (0.0, 0.0)  # at a width that keeps it
-        self.inputs[layer] = {bits: found.get(bits, kept)[0] for bits in WIDTHS}
-        self.weights[layer] = {bits: found.get(bits, kept)[1] for bits in WIDTHS}
+        judged = {bits: judged_parts(weight, sight, freedom) for bits, weight in weights.items()}
+        lost = {bits: lost_of(judged.get(bits, ())) for bits in WIDTHS}  # nothing at a width that keeps it
+        self.inputs[layer] = {bits: lost[bits][0] for bits in WIDTHS}
+        self.weights[layer] = {bits: lost[bits][1] for bits in WIDTHS}
+        pieces = (tuple(_piece(one, sight) for one in judged.get(bits, ())) for bits in WIDTHS)
+        columns = next(iter(weights.values())).values.shape[1]
+        return Pieces(columns=columns, ways=tuple(pieces))
 
     def _fitted(self, weights: Sequence[Weight], sight: Sight) -> list[Fitted]:
         freedom = replace(self._run.freedom, refits=0)
@@ -302,6 +306,17 @@ class _Table:
     def _own_weights(self, name: str) -> dict[Bits, float]:
         """Of a table, whose outputs are its rows, nothing but the outputs of the model is known yet."""
         return self.weights.get(name) or _weight_errors(self._run.source, self._plans, name)
+
+
+def _piece(judged: Judged, sight: Sight) -> Piece:
+    """Its outputs are along the columns where rows belong to inputs."""
+    return Piece(
+        rows=judged.rows,
+        columns=judged.columns,
+        errors=judged.left,
+        apart=1 if sight.transposed else 0,
+        stands=judged.stands,
+    )
 
 
 def _some_rows(weight: Weight) -> Weight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.calibration.sensitivity import Change, Felt, first_tensor, sensitivity
 from arrow_quant_v2.calibration.transformers_model import open_transformers
+from arrow_quant_v2.calibration.weight_gradient import Piece, Pieces
 from arrow_quant_v2.sources.folder import open_model
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def samples(count: int, length: int = 6, words: int = 7) -> list[Sample]:
     return [Sample(arguments=(one,), timestep=0.0) for one in ids]
 
 
-def told(runnable: Runnable, shown: Sequence[Sample], changes: Mapping[str, Change], **more: Any) -> Felt:
+def told(runnable: Runnable, shown: Sequence[Sample], changes: Mapping[str, Change | Pieces], **more: Any) -> Felt:
     return sensitivity(runnable, shown, [1.0] * len(shown), changes, **more)
 
 
@@ -90,6 +92,88 @@ def test_what_is_told_is_what_happens(mixed: Runnable, name: str) -> None:
     found = told(mixed, samples(80), {name: whole(parameter, 1e-3)}).changes[name]
     assert float(found[0]) == pytest.approx(measured(mixed, samples(20), name, 5, 1e-3), rel=0.4)
     assert (found / found[0]).tolist() == pytest.approx([1.0, 4.0, 16.0], rel=1e-5)
+
+
+class Parted(nn.Module):
+    """Weights whose rows have inputs of their own, or belong to inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 16)
+        self.grouped = nn.Conv1d(16, 16, 3, padding=1, groups=2)
+        self.spread = nn.ConvTranspose1d(16, 12, 3, padding=1)
+        self.turned = nn.Parameter(torch.randn(12, 16) / 3.0)
+        self.experts = nn.Parameter(torch.randn(3, 16, 16) / 4.0)
+        self.stack = nn.Parameter(torch.randn(2, 16, 16) / 4.0)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.spread(self.grouped(self.table(ids).mT).tanh()).mT.flatten(0, 1)
+        x = torch.addmm(torch.zeros(16), x, self.turned).add_(0.1)
+        x = x.tanh() + torch.cat([nn.functional.linear(x[number::2], self.experts[2 * number]) for number in range(2)])
+        ends = torch.tensor([len(x) // 3, len(x)], dtype=torch.int32)
+        return self.out(x.relu() + torch._grouped_mm(x, self.stack.mT, offs=ends))
+
+
+@pytest.fixture
+def parted() -> Runnable:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        module = Parted().eval().requires_grad_(requires_grad=False)
+    return Runnable(module=module, modality="text", names={})
+
+
+def in_pieces(matrix: Tensor, scale: float, *, apart: int, some: int, of: int) -> Pieces:
+    """All rows and columns of `some` of the `of` parts that the rows are, each way twice as large as the one before."""
+    errors, size = scale * draw(*matrix.shape), len(matrix) // of
+    pieces = [
+        Piece(
+            rows=size * part + torch.arange(size),
+            columns=torch.arange(matrix.shape[1]),
+            errors=errors[size * part : size * (part + 1)],
+            apart=apart,
+        )
+        for part in range(some)
+    ]
+    twice = [replace(piece, errors=2.0 * piece.errors) for piece in pieces]
+    return Pieces(columns=matrix.shape[1], ways=(tuple(pieces), tuple(twice)))
+
+
+PARTED = {  # rows of the matrix that each of them is, the axis of its outputs, and how many parts its rows are
+    "grouped.weight": (16, 0, 2),
+    "spread.weight": (16, 1, 1),
+    "turned": (12, 1, 1),
+    "experts": (48, 0, 3),
+    "stack": (32, 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_what_is_told_of_parts_is_what_happens(parted: Runnable, name: str) -> None:
+    rows, apart, of = PARTED[name]
+    matrix = dict(parted.module.named_parameters())[name].reshape(rows, -1)
+    pieces = in_pieces(matrix, 1e-3, apart=apart, some=of, of=of)
+    found = told(parted, samples(80), {name: pieces}).changes[name]
+    assert float(found[0]) == pytest.approx(measured(parted, samples(20), name, 5, 1e-3), rel=0.4)
+    assert float(found[1] / found[0]) == pytest.approx(4.0, rel=1e-5)
+
+
+def test_each_part_of_a_weight_is_told_alone(parted: Runnable) -> None:
+    matrix = parted.module.experts.reshape(48, -1)
+    felt = [
+        told(parted, samples(8), {"experts": in_pieces(matrix, 1e-3, apart=0, some=some, of=3)}).changes["experts"]
+        for some in (1, 2, 3)
+    ]
+    assert float(felt[0][0]) == pytest.approx(float(felt[1][0]))  # nobody asks the second expert
+    assert float(felt[2][0]) > 1.2 * float(felt[1][0])
+
+
+def test_parts_are_told_beside_what_is_not_in_parts(parted: Runnable) -> None:
+    matrix, out = parted.module.turned, parted.module.out.weight
+    changes = {"turned": in_pieces(matrix, 1e-3, apart=1, some=1, of=1), "out.weight": whole(out, 1e-3)}
+    both = told(parted, samples(4), changes).changes
+    for name, change in changes.items():
+        assert both[name].tolist() == pytest.approx(told(parted, samples(4), {name: change}).changes[name].tolist())
 
 
 def test_a_table_is_felt_by_column(mixed: Runnable) -> None:

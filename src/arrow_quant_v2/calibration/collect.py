@@ -119,7 +119,7 @@ class Watch(TorchFunctionMode):
     def _part_of(self, weight: Tensor) -> tuple[str, Rows] | tuple[None, None]:
         """The parameter that has these rows, and which ones they are."""
         for name, parameter in self._parameters.items():
-            part = _rows_in(parameter, weight)
+            part = rows_in(parameter, weight)
             if part is not None:
                 return name, part
         return None, None
@@ -142,7 +142,7 @@ class Watch(TorchFunctionMode):
         return number
 
 
-def _rows_in(parameter: Tensor, weight: Tensor) -> Rows | None:
+def rows_in(parameter: Tensor, weight: Tensor) -> Rows | None:
     """Which rows of a parameter lie where this weight does; None: it is no part of it."""
     one = weight.shape[1:]
     if parameter.is_meta or not (weight.is_contiguous() and parameter.is_contiguous() and weight.numel()):

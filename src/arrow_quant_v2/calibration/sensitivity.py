@@ -7,6 +7,8 @@ different rows of a weight have nothing to do with each other, so their squares 
     |dy|^2 ~ E sum_rows (sum_t g_t,row (dW_row . x_t))^2
 
 which sees what a row's error does to all tokens together, and needs few calls of the model. y is divided by its norm.
+The sum over tokens is also dW_row . G_row, G the gradient with respect to the weight: so it is told where rows have
+inputs of their own (experts, groups), and with columns for rows where rows belong to inputs.
 Where y are logits of tokens, the direction is that of the logarithm of a probability, for a word that is drawn by
 those probabilities: then it is twice the divergence (KL, in nats) of what the model says of a hidden token.
 Knows nothing of where changes come from.
@@ -27,8 +29,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from arrow_quant_v2.calibration.blocks import candidates, matrices
-from arrow_quant_v2.calibration.collect import Watch
-from arrow_quant_v2.calibration.products import CONVOLUTIONS
+from arrow_quant_v2.calibration.collect import Watch, rows_in
+from arrow_quant_v2.calibration.products import CONVOLUTIONS, KINDS, operands
+from arrow_quant_v2.calibration.weight_gradient import Again, Pieces, SumsOfPieces, with_gradient
 from arrow_quant_v2.engines.one_core import each_on_one_core
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ def sensitivity(
     runnable: Runnable,
     samples: Sequence[Sample],
     weights: Sequence[float],
-    changes: Mapping[str, Change],
+    changes: Mapping[str, Change | Pieces],
     *,
     tables: Sequence[str] = (),
     seed: int = 0,
@@ -164,11 +167,13 @@ def _are_tokens(value: object, output: Tensor) -> bool:
 class Gradients(Watch):
     """Sees the gradient of what each product with the parameters named gives, and of what is looked up in them."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], changes: Mapping[str, Change | Pieces]) -> None:
         """Watch for these parameters, by the names that the products shall have."""
         super().__init__(parameters, keep=False)
-        self._changes = changes
+        self._changes = {name: change for name, change in changes.items() if isinstance(change, Change)}
+        self._pieces = {name: change for name, change in changes.items() if isinstance(change, Pieces)}
         self._sums: dict[str, Tensor] = {}  # (ways, n): sum over tokens of g (dW x)
+        self._sums_of: dict[str, SumsOfPieces] = {}  # the same of each piece of each way
         self._tables: dict[str, Tensor] = {}
 
     def felt(self) -> Felt:
@@ -177,6 +182,7 @@ class Gradients(Watch):
         for name, sums in self._sums.items():
             whole, probed = len(self._parameters[name]), len(self._changes[name].rows)
             changes[name] = sums.square().sum(dim=1) * (whole / probed)
+        changes |= {name: sums.costs() for name, sums in self._sums_of.items()}
         return Felt(changes=changes, tables=self._tables)
 
     def __torch_function__(
@@ -194,7 +200,32 @@ class Gradients(Watch):
             name = self.log[-1][0]
             if name in self._changes and name not in self.parted:
                 return self._multiplied(name, result, func, args, given)
+        if len(self.log) > before and func in KINDS and self.log[-1][0] in self._pieces:
+            return self._in_pieces(self.log[-1][0], result, func, args, given)
         return result
+
+    def _in_pieces(
+        self, name: str, result: Tensor, func: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any]
+    ) -> Tensor:
+        """The result, behind which the gradient of the weight is taken, and let go of at once."""
+        x = next(operands(func, args, given)).given
+        found = ((one, self._first_row(name, one)) for one in (*args, *given.values()) if isinstance(one, Tensor))
+        weight, first = next((one, row) for one, row in found if row is not None)
+        turned = not weight.is_contiguous()
+
+        def add(gradient: Tensor) -> None:
+            sums = self._sums_of.setdefault(name, SumsOfPieces(self._pieces[name]))
+            sums.add(gradient.mT if turned else gradient, first)
+
+        return with_gradient(Again.of(func, args, given, x=x, weight=weight), x, weight, result, add)
+
+    def _first_row(self, name: str, weight: Tensor) -> int | None:
+        """Where in the parameter this weight begins, as it lies in memory; None: it is another one."""
+        stored = weight if weight.is_contiguous() or weight.ndim < 2 else weight.mT  # noqa: PLR2004 - a matrix
+        if self._name_of(stored) == name:
+            return 0
+        part = rows_in(self._parameters[name], stored)
+        return None if part is None else part[0]
 
     def _multiplied(
         self, name: str, result: Tensor, func: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any]

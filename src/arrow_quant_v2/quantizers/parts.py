@@ -37,8 +37,12 @@ OWN, SHARED, ALONE = "to inputs of their own", "to the inputs of all", "by their
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """Some rows of a weight, what they are fitted by, and how a decision calls that; seen: tokens of their own."""
+    """Some rows of a weight, what they are fitted by, and how a decision calls that; seen: tokens of their own.
 
+    `first` is the number of the first one among all rows of the weight.
+    """
+
+    first: int
     weight: Weight
     sight: Sight
     by: str
@@ -57,38 +61,74 @@ def fit_in_parts(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
     return [(_by_rows if sight.transposed else _by_columns)(weight, sight, freedom) for weight in weights]
 
 
-def lost_in_parts(weight: Weight, sight: Sight, freedom: Freedom) -> tuple[float, float]:
-    """tr(dW H dW^T) / tr(W H W^T) and |dW|^2 / |W|^2, told by some of the weight.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """Some rows and columns of a part, quantized: what they became, and what was wanted.
 
-    That are some rows of the parts that saw most tokens, or some groups of columns where rows belong to inputs.
+    rows     (r,) int64 among all rows of the weight, columns (c,) int64, left = dW (r, c)
+    outputs  tr(dW H dW^T) and tr(W H W^T)
+    sizes    |dW|^2 and |W|^2
+    stands   for how many times as many outputs of the whole weight these stand, parts counted by their tokens
+    """
+
+    rows: Tensor
+    columns: Tensor
+    left: Tensor
+    outputs: tuple[float, float]
+    sizes: tuple[float, float]
+    stands: float
+
+
+def judged_parts(weight: Weight, sight: Sight, freedom: Freedom) -> list[Judged]:
+    """Some rows of the parts that saw most tokens, or some groups of columns where rows belong to inputs.
 
     Raises:
         QuantizationError: an H has no Cholesky factor.
     """
-    found = list((_lost_columns if sight.transposed else _lost_rows)(weight, sight, freedom))
-    lost, whole = (sum(loss_of(one[place], one[2]) for one in found) for place in (0, 1))
-    changed, size = (sum(float(one[place].square().sum()) for one in found) for place in (0, 1))
+    parts = list(_parts(weight, sight))
+    judges = _judges(parts)
+    seen = sum(part.seen * len(part.weight.values) for part in judges)
+    others = sum(part.seen * len(part.weight.values) for part in parts) / seen if seen else 1.0
+    if sight.transposed:
+        return [_judged_columns(part, others) for part in judges]
+    basis = _basis(parts, weight, sight, replace(freedom, equalize=False))
+    return [_judged_rows(part, basis, sight, freedom.refits, others) for part in judges]
+
+
+def lost_of(judged: Sequence[Judged]) -> tuple[float, float]:
+    """tr(dW H dW^T) / tr(W H W^T) and |dW|^2 / |W|^2."""
+    lost, whole = (sum(one.outputs[place] for one in judged) for place in (0, 1))
+    changed, size = (sum(one.sizes[place] for one in judged) for place in (0, 1))
     return lost / whole if whole else 0.0, changed / size if size else 0.0
 
 
-def _lost_rows(weight: Weight, sight: Sight, freedom: Freedom) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """dW, W and H of some rows of each judge."""
-    parts = list(_parts(weight, sight))
-    basis = _basis(parts, weight, sight, replace(freedom, equalize=False))
-    for part in _judges(parts):
-        some = replace(part, weight=part.weight.some(JUDGED_ROWS))
-        yield _better(some, basis, sight, freedom.refits)[0].left, some.weight.aim, part.sight.hessian
+def _judged_rows(part: _Part, basis: Basis, sight: Sight, refits: int, others: float) -> Judged:
+    some = replace(part, weight=part.weight.some(JUDGED_ROWS))
+    left, aim = _better(some, basis, sight, refits)[0].left, some.weight.aim
+    return Judged(
+        rows=part.first + spaced(len(part.weight.values), JUDGED_ROWS),
+        columns=torch.arange(aim.shape[1]),
+        left=left,
+        outputs=(loss_of(left, part.sight.hessian), loss_of(aim, part.sight.hessian)),
+        sizes=(float(left.square().sum()), float(aim.square().sum())),
+        stands=others * len(part.weight.values) / len(aim),
+    )
 
 
-def _lost_columns(weight: Weight, sight: Sight, _: Freedom) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """dW, W and H of some groups of columns of each part, as rows."""
-    group, columns = weight.layout.group, weight.values.shape[1]
+def _judged_columns(part: _Part, others: float) -> Judged:
+    group, columns = part.weight.layout.group, part.weight.values.shape[1]
     starts = group * spaced(max(1, columns // group), max(1, JUDGED_COLUMNS // group))
     chosen = (starts[:, None] + torch.arange(min(group, columns))).flatten()
-    for part in _judges(list(_parts(weight, sight))):
-        aim = part.weight.aim.cpu()[:, chosen]
-        left = aim - values_of(_rows(part, aim), weight.spec, len(chosen))
-        yield left.mT, aim.mT, part.sight.hessian.cpu()
+    aim, hessian = part.weight.aim.cpu()[:, chosen], part.sight.hessian.cpu()
+    left = aim - values_of(_rows(part, aim), part.weight.spec, len(chosen))
+    return Judged(
+        rows=part.first + torch.arange(len(aim)),
+        columns=chosen,
+        left=left,
+        outputs=(loss_of(left.mT, hessian), loss_of(aim.mT, hessian)),
+        sizes=(float(left.square().sum()), float(aim.square().sum())),
+        stands=others * columns / len(chosen),
+    )
 
 
 def _rows(part: _Part, aim: Tensor) -> QuantizedRows:
@@ -129,7 +169,7 @@ def _by_rows(weight: Weight, sight: Sight, _: Freedom) -> Fitted:
 def _parts(weight: Weight, sight: Sight) -> Iterator[_Part]:
     """All rows of the weight, in their order: parts that saw tokens, and what lies between them."""
     if not sight.parts:
-        yield _Part(weight=weight, sight=sight, by=OWN, seen=sight.count)
+        yield _Part(first=0, weight=weight, sight=sight, by=OWN, seen=sight.count)
         return
     start = 0
     for (first, stop), own in sorted(sight.parts.items()):
@@ -151,11 +191,11 @@ def _part(weight: Weight, start: int, stop: int, own: Sight | None, shared: Sigh
         wanted=None if weight.wanted is None else weight.wanted[rows],
     )
     if own is None or not own.hessian.diagonal().any():
-        return _Part(weight=some, sight=_blind(shared, some), by=ALONE, seen=0)
+        return _Part(first=start, weight=some, sight=_blind(shared, some), by=ALONE, seen=0)
     few = FEW * own.count < len(own.hessian)
     if few and shared.transposed:
-        return _Part(weight=some, sight=_blind(shared, some), by=ALONE, seen=own.count)
-    return _Part(weight=some, sight=own, by=SHARED if few else OWN, seen=own.count)
+        return _Part(first=start, weight=some, sight=_blind(shared, some), by=ALONE, seen=own.count)
+    return _Part(first=start, weight=some, sight=own, by=SHARED if few else OWN, seen=own.count)
 
 
 def _blind(sight: Sight, weight: Weight) -> Sight:

@@ -49,9 +49,9 @@ $(PEERS)/.ready: bench/peers/requirements.txt bench/peers/requirements-no-deps.t
 
 bench: $(READY) $(PEERS)/.ready
 	mkdir -p $(OUT)
-	$(BIN)/python bench/kernels.py --weights $(OUT)/weights.safetensors
+	$(BIN)/python bench/rounding.py --weights $(OUT)/weights.safetensors
 	$(PEERS)/bin/python bench/peers/quantize.py --weights $(OUT)/weights.safetensors --json $(OUT)/peers.json
-	$(BIN)/python bench/kernels.py --peers $(OUT)/peers.json --json $(OUT)/kernels.json
+	$(BIN)/python bench/rounding.py --peers $(OUT)/peers.json --json $(OUT)/rounding.json
 	$(BIN)/python bench/load.py --json $(OUT)/load.json
 	$(BIN)/python bench/linear.py --json $(OUT)/linear.json
 	$(BIN)/python bench/convolution.py --json $(OUT)/convolution.json

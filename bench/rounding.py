@@ -1,8 +1,8 @@
 """Speed of the kernels on CPU, beside the memory bandwidth of the same moments, the torch reference and the peers.
 
-python bench/kernels.py [--json FILE] [--threads 2] [--rounds 7]
-python bench/kernels.py --weights FILE.safetensors     only writes the weights, for bench/peers/quantize.py
-python bench/kernels.py --peers FILE.json              adds what bench/peers/quantize.py measured
+python bench/rounding.py [--json FILE] [--threads 2] [--rounds 7]
+python bench/rounding.py --weights FILE.safetensors     only writes the weights, for bench/peers/quantize.py
+python bench/rounding.py --peers FILE.json              adds what bench/peers/quantize.py measured
 """
 
 from __future__ import annotations

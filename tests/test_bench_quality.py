@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -114,3 +115,13 @@ def test_peers_go_on_behind_the_cell_that_a_process_died_in(peers, monkeypatch, 
 
     assert [row["failure"] for row in peers.cells("gguf", ask)] == said
     assert started == [4, 2]  # nothing was left to do
+
+
+def test_a_weight_that_a_peer_passed_over_in_a_whole_model_counts_as_left(peers) -> None:
+    found = peers.Rounded(restored={})
+    found.take("rounded", torch.rand(2, 8), torch.zeros(2, 8), 2.5)
+    head = torch.rand(4, 8)
+    found.take("head", head, head.clone(), 2.5)
+    assert (list(found.restored), found.refused) == (["rounded"], 1)
+    assert found.bits == 2.5 * 16 + 16 * 32
+    assert found.failure == "ValueError: head was left as it was, without a word"

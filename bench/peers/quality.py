@@ -24,7 +24,7 @@ import torch
 from memory import PeakMemory
 from quantize import raised
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 REFUSALS = (
@@ -194,6 +194,14 @@ class Rounded:
         self.refused += 1
         self.failure = self.failure or said(error)
 
+    def take(self, name: str, weight: Tensor, restored: Tensor, bits: float) -> None:
+        """One weight of a model that was quantized as a whole: what did not change there was not quantized."""
+        if torch.equal(weight, restored):
+            self.refuse(weight, ValueError(f"{name} was left as it was, without a word"))
+            return
+        self.restored[name] = restored
+        self.bits += round(bits * weight.numel())
+
 
 def said(error: Exception) -> str:
     """A peer's own words, in one line."""
@@ -237,15 +245,16 @@ def one(task: Task, weight: Tensor, given: dict[str, Tensor], found: Rounded, na
 def whole(task: Task, folder: Path) -> Rounded:
     """The model as the peer quantizes it by itself, shown the same texts."""
     module, described = import_module(task.setting.module), json.loads((folder / "model.json").read_text())
-    with safe_open(folder / "weights.safetensors", "pt") as weights:
-        names = {described["places"][name]: name for name in weights.keys()}  # noqa: SIM118 - no dictionary
-        numbers = sum(weights.get_tensor(name).numel() for name in names.values())
+    weights = load_file(folder / "weights.safetensors")
+    names = {described["places"][name]: name for name in weights}
     if described["folder"] is None:
         raise ValueError("a module of its own in no folder of transformers or diffusers")
     started = time.perf_counter()
     restored, bits = module.quantize_model(described, names, task.bits, **task.setting.options)
-    own = {name: restored[place].detach().float().flatten(1).contiguous() for place, name in names.items()}
-    return Rounded(restored=own, bits=round(bits * numbers), seconds=time.perf_counter() - started)
+    found = Rounded(restored={}, seconds=time.perf_counter() - started)
+    for place, name in names.items():
+        found.take(name, weights[name], restored[place].detach().float().flatten(1).contiguous(), bits)
+    return found
 
 
 def cell(task: Task, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """AutoRound: its rounding without tuning of one weight, and a whole model by itself. Knows nothing of clocks."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def quantize_model(
     model: Any = str(folder)
     tokenizer, calls = None, same_length(described["calls"])
     if calls:
-        model = auto_class(folder).from_pretrained(folder, dtype=torch.float32)
+        model = with_places(folder, names)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     run = AutoRound(
         model,
@@ -50,7 +49,7 @@ def quantize_model(
         enable_torch_compile=False,
     )
     quantized, _ = run.quantize()
-    own = dict(quantized.named_parameters())
+    own = dict(quantized.named_parameters(remove_duplicate=False))
     return {place: own[place] for place in names}, bits_of_weight(bits, group_size)
 
 
@@ -62,7 +61,10 @@ def same_length(rows: Iterable[list[int]]) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in cut]
 
 
-def auto_class(folder: Path) -> Any:
-    """The class of transformers that has the head that the model was trained with."""
-    (named,) = json.loads((folder / "config.json").read_text())["architectures"]
-    return AutoModelForMaskedLM if named.endswith("ForMaskedLM") else AutoModel
+def with_places(folder: Path, names: Iterable[str]) -> Any:
+    """The model with all of these parameters: without a head where none is compared, since that renames the others."""
+    for kind in (AutoModel, AutoModelForMaskedLM):
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        if set(names) <= {place for place, _ in model.named_parameters(remove_duplicate=False)}:
+            return model
+    raise ValueError(f"{folder.name}: no class of transformers has all of its weights")

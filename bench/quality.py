@@ -208,7 +208,7 @@ def our_config(model: Opened, weights: Mapping[str, Tensor], settings: dict[str,
     given = model.subject.calibration
     data = {"calibration_data": str(given)} if isinstance(given, Path) else {}
     keep = tuple(info.name for info in model.source.tensors if info.name not in weights)
-    return DiffusionQuantConfig(min_accuracy=0.0, keep=keep, threads=THREADS, **settings, **data)
+    return DiffusionQuantConfig(min_accuracy=0.0, keep=keep, threads=torch.get_num_threads(), **settings, **data)
 
 
 def our_weights(out: Path, names: list[str]) -> tuple[dict[str, Tensor], int]:
@@ -271,13 +271,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench/out/quality/run"))
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--threads", type=int, default=THREADS, help="fewer where several runs share a machine")
     parser.add_argument("--write", action="store_true", help="only write the weights, for bench/peers/quality.py")
     parser.add_argument("--peers", type=Path, help="what bench/peers/quality.py measured")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose tables are made again")
     given = parser.parse_args()
-    quiet()
+    quiet(given.threads)
     if given.write:
         write_weights(given.models, given.folder)
         return
@@ -294,10 +295,10 @@ def main() -> None:
         page.write_text(filled(page.read_text(encoding="utf-8"), cells), encoding="utf-8")
 
 
-def quiet() -> None:
-    """No bars, no warnings, two threads."""
+def quiet(threads: int) -> None:
+    """No bars, no warnings, so many threads."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()

@@ -1,9 +1,10 @@
 """Seconds of one denoising step from packed weights, beside the original in float32 and bfloat16 in the same run.
 
-    python bench/speed.py [--folder bench/out/speed] [--peers FILE] [--json FILE]
+    python bench/speed.py [--folder bench/out/speed] [--peers FILE] [--json FILE] [--into PAGE]
 
 AntiBERTy's step is one call on a sequence that is all [MASK]; the terrain UNet's is one call on noise. The models and
 their inputs are written to the folder first, where bench/peers/speed.py finds them; its figures are shown with --peers.
+Loading and the memory until the first step is done are measured in processes of their own, one for each candidate.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from measure import machine, show, write_json
 from safetensors.torch import load_file, save_file
+from speed_table import filled
 from transformers import BertForMaskedLM
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from real_models import ANTIBODIES, CLS, MASK, SEP, antiberty_folder, terrain_file
 from terrain_unet import TerrainUNet, load_terrain, save_terrain, trajectory
+
+sys.path.append(str(Path(__file__).parent / "peers"))
+
+from first_step import first_step, in_own_process
 
 import arrow_quant_v2 as aq
 
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 GROUP = 64
+TRAINED_WITH = "training_args.bin"  # beside AntiBERTy's weights
 
 
 def write_models(folder: Path) -> None:
@@ -93,23 +100,47 @@ def in_bfloat16(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return output(model, inputs)
 
 
-def steps_of(folder: Path, name: str) -> dict[str, Callable[[], Tensor]]:
-    """What is timed: a name and one step."""
+Step: TypeAlias = "Callable[[], Tensor]"
+
+
+def candidates(folder: Path, name: str) -> dict[str, Callable[[], Step]]:
+    """What is timed: a name, and what loads the model and gives one step."""
     inputs = load_file(folder / f"{name}.inputs.safetensors")
-    original, half = ORIGINALS[name](folder / name), ORIGINALS[name](folder / name).bfloat16()
-    steps = {
-        "original float32": lambda: output(original, inputs),
-        "original bfloat16": lambda: in_bfloat16(half, inputs),
+
+    def original() -> nn.Module:
+        return ORIGINALS[name](folder / name)
+
+    found: dict[str, Callable[[], Step]] = {
+        "original float32": lambda: partial(output, original(), inputs),
+        "original bfloat16": lambda: partial(in_bfloat16, original().bfloat16(), inputs),
     }
     for bits in (8, 4, 2):
-        steps[f"INT{bits}"] = partial(output, packed(folder, name, bits, None), inputs)
+        found[f"INT{bits}"] = partial(exact, folder, name, bits, inputs)
         for label, activations in (("bfloat16", None), ("bfloat16, int8 inputs", "dynamic")):
-            model = packed(folder, name, bits, activations).bfloat16()
-            steps[f"INT{bits}, {label}"] = partial(in_bfloat16, model, inputs)
-    return steps
+            found[f"INT{bits}, {label}"] = partial(narrow, folder, name, bits, inputs, activations)
+    return found
 
 
-def measure(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, dict[str, float]]:
+def exact(folder: Path, name: str, bits: int, inputs: dict[str, Tensor]) -> Step:
+    """One step of ours in float32."""
+    return partial(output, packed(folder, name, bits, None), inputs)
+
+
+def narrow(folder: Path, name: str, bits: int, inputs: dict[str, Tensor], activations: str | None) -> Step:
+    """One step of ours in bfloat16."""
+    return partial(in_bfloat16, packed(folder, name, bits, activations).bfloat16(), inputs)
+
+
+def beginning(folder: Path, name: str, label: str) -> dict[str, Any]:
+    """Seconds to load, memory until the first step is done, and the size of the weights."""
+    found = in_own_process(__file__, ["--folder", str(folder), "--first", name, label])
+    width = label.split(",", maxsplit=1)[0].lower()
+    place = folder / (name if label.startswith("original") else f"{name}-{width}")
+    weights = [file for kind in ("*.parquet", "*.safetensors", "*.bin") for file in place.glob(kind)]
+    return found | {"file_mb": sum(file.stat().st_size for file in weights if file.name != TRAINED_WITH) / 1e6}
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, Any]]:
     """Medians of steps that are taken in turns, and how far their results are from float32's."""
     exact = steps["original float32"]()
     errors = {name: float((step() - exact).var() / exact.var()) for name, step in steps.items()}
@@ -122,12 +153,12 @@ def measure(steps: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, di
     return {name: {"seconds": statistics.median(times[name]), "error": errors[name]} for name in steps}
 
 
-def fastest(found: dict[str, dict[str, float]]) -> float:
+def fastest(found: dict[str, dict[str, Any]]) -> float:
     """Seconds of the original in its faster dtype."""
     return min(found[f"original {dtype}"]["seconds"] for dtype in ("float32", "bfloat16"))
 
 
-def rows_of(name: str, found: dict[str, dict[str, float]], peers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def rows_of(name: str, found: dict[str, dict[str, Any]], peers: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Every step beside the original; a peer's speed is its own ratio to float32 in its own process."""
     best, fp32 = fastest(found), found["original float32"]["seconds"]
     rows = [
@@ -160,6 +191,8 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="what bench/peers/speed.py measured")
     parser.add_argument("--write", action="store_true", help="only write the models, for bench/peers/speed.py")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose table is made again")
+    parser.add_argument("--first", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
@@ -168,16 +201,26 @@ def main() -> None:
         write_models(given.folder)
     if given.write:
         return
+    if given.first:
+        name, label = given.first
+        print(json.dumps(first_step(candidates(given.folder, name)[label])))
+        return
     print(machine())
     peers = json.loads(given.peers.read_text()) if given.peers else []
     figures: dict[str, Any] = {"machine": machine(), "peers": peers}
     columns = ("one step", "ms", "of the fastest original", "of float32", "error (variance ratio)")
     for name in given.models:
-        found = measure(steps_of(given.folder, name), given.rounds)
+        steps = {label: load() for label, load in candidates(given.folder, name).items()}
+        found = measure(steps, given.rounds)
+        del steps
+        for label in found:
+            found[label] |= beginning(given.folder, name, label)
         show(f"{name}: speed as a multiple", columns, rows_of(name, found, peers))
         figures[name] = found
     if given.json:
         write_json(given.json, figures)
+    for page in given.into:
+        page.write_text(filled(page.read_text(encoding="utf-8"), figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

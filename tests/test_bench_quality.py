@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -125,3 +126,49 @@ def test_a_weight_that_a_peer_passed_over_in_a_whole_model_counts_as_left(peers)
     assert (list(found.restored), found.refused) == (["rounded"], 1)
     assert found.bits == 2.5 * 16 + 16 * 32
     assert found.failure == "ValueError: head was left as it was, without a word"
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH)])
+    return importlib.import_module("speed_table")
+
+
+def step(seconds, **more):
+    return {"seconds": seconds, "error": 0.25, "load_seconds": 0.5, "peak_mb": 40.4, "file_mb": 9.96} | more
+
+
+def peer(**more):
+    return {"model": "m", "peer": "p (1.0)", "bits": 4, "dtype": "float32", "failure": None} | more
+
+
+def test_a_step_stands_beside_float32_of_its_own_process(speed) -> None:
+    own = {"original float32": step(0.2), "INT4": step(0.1)}
+    rows = list(speed.rows_of("m", {"m": own, "peers": [peer(**step(0.4, fp32_seconds=0.3)), peer(model="other")]}))
+    assert rows == [
+        ("original float32", "200.0", "1.00", ".25", "0.50", "40", "10.0"),
+        ("ArrowQuant, INT4", "100.0", "2.00", ".25", "0.50", "40", "10.0"),
+        ("p (1.0), INT4, float32", "400.0", "0.75", ".25", "0.50", "40", "10.0"),
+    ]
+
+
+def test_a_peer_that_makes_no_step_or_cannot_be_loaded_says_why(speed) -> None:
+    figures = {"m": {"original float32": step(0.2)}, "peers": [peer(failure="no\nkernel")]}
+    assert list(speed.rows_of("m", figures))[1] == ("p (1.0), INT4, float32", "no kernel", *[""] * 5)
+    assert speed.beginning({"load_failure": "cannot be pickled"}) == ("cannot be pickled", "")
+
+
+def test_the_part_of_a_page_about_speed_is_made_again_between_its_marks(speed, tmp_path) -> None:
+    figures = {"machine": {"cpu": "C", "threads": 2, "torch": "2"}, "m": {"original float32": step(0.2)}, "peers": []}
+    (tmp_path / "speed.json").write_text(json.dumps(figures))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- speed -->\nold\n<!-- end of speed -->\nbehind\n")
+    speed.main([str(tmp_path / "speed.json"), "--into", str(page)])
+    made = page.read_text()
+    assert "| m, one step |" in made
+    assert "`make bench`, 2 threads of C, PyTorch 2." in made
+    assert "old" not in made
+    assert made.startswith("before\n")
+    assert made.endswith("<!-- end of speed -->\nbehind\n")
+    assert speed.filled(made, figures) == made
+    assert speed.filled("no marks", figures) == "no marks"

@@ -172,3 +172,22 @@ def test_the_part_of_a_page_about_speed_is_made_again_between_its_marks(speed, t
     assert made.endswith("<!-- end of speed -->\nbehind\n")
     assert speed.filled(made, figures) == made
     assert speed.filled("no marks", figures) == "no marks"
+
+
+@pytest.fixture
+def recognised(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCH), str(BENCH.parent / "examples" / "train")])
+    return importlib.import_module("recognised")
+
+
+def test_words_that_are_known_are_counted_among_all(recognised) -> None:
+    assert recognised.counted(["in", "xq", "in"], frozenset({"in"})) == (2, 3)
+
+
+def test_shares_are_percent_of_what_each_width_made(recognised) -> None:
+    every = {"image": {"original": (200, 200), "INT2": (99, 198)}}
+    assert recognised.rows_of(every) == [("image: digits seen, %", "100", "50", "200")]
+    page = "a\n<!-- recognised -->\nold\n<!-- end of recognised -->\nb\n"
+    assert "| image: digits seen, % | 100 | 50 | 200 |" in recognised.filled(page, every)
+    assert "old" not in recognised.filled(page, every)
+    assert recognised.filled("no marks", every) == "no marks"

@@ -263,7 +263,8 @@ def cells_of(names: Iterable[str], peers: Sequence[dict[str, Any]], folder: Path
             with notes.open("a") as file:
                 file.write(json.dumps(asdict(cell)) + "\n")
             CONSOLE.print(f"{name} INT{cell.bits} {cell.label}: {shown(cell)}, {cell.seconds:.0f} s", highlight=False)
-    return cells
+    order = list(SUBJECTS)  # whichever run was first to note a model
+    return sorted(cells, key=lambda cell: order.index(cell.model))
 
 
 def main() -> None:

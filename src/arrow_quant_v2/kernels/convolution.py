@@ -34,6 +34,13 @@ class How(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
+    @classmethod
+    def of(
+        cls, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+    ) -> How:
+        """The same of any sequences, as operators of torch are given them."""
+        return cls(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
+
     def out(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the result, of inputs of these sizes, axis by axis."""
         axes = zip(sizes, *self[:4], strict=True)
@@ -69,7 +76,7 @@ def convolution(
         QuantizationError: a width, shape or dtype does not fit.
     """
     of_weight = (codes, scales, zero_points, row_scales, bias, bits, group_size, grid)
-    how = How(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
+    how = How.of(kernel, stride, padding, dilation, groups)
     weight = asked(x, *of_weight, how, equalization)
     return with_values(equalized(x, equalization), weight.values(), bias, how).to(x.dtype)
 
@@ -114,9 +121,32 @@ def check_inputs(x: Tensor, weight: linear.Weight, bias: Tensor | None, how: How
     Raises:
         QuantizationError: a shape or dtype does not fit.
     """
+    check_sizes(x.dtype, x.shape, weight.rows, weight.columns, how)
+    check_added(x, weight, bias, equalization)
+
+
+def check_added(x: Tensor, weight: linear.Weight, bias: Tensor | None, equalization: Tensor | None) -> None:
+    """Refuse a bias or an equalization that x, or the weight, cannot meet.
+
+    Raises:
+        QuantizationError: a shape or dtype does not fit.
+    """
+    if bias is not None and (bias.shape != weight.codes.shape[:1] or not bias.is_floating_point()):
+        raise QuantizationError(f"convolution: bias is {bias.dtype} {tuple(bias.shape)}; there are {weight.rows} rows")
+    if equalization is not None and (equalization.shape != x.shape[1:2] or equalization.dtype != torch.float32):
+        found = f"equalization is {equalization.dtype} {tuple(equalization.shape)}"
+        raise QuantizationError(f"convolution: {found}; float32, one for each of {x.shape[1]} channels")
+
+
+def check_sizes(dtype: torch.dtype, shape: torch.Size, rows: int, columns: int, how: How) -> None:
+    """Refuse inputs of a dtype and a shape that a weight (rows, columns) cannot meet so.
+
+    Raises:
+        QuantizationError: a shape or dtype does not fit.
+    """
     axes, kernel = len(how.kernel), how.kernel
-    if not 1 <= axes <= MOST_AXES or x.dim() != axes + 2 or x.dtype not in ops.FLOATS:
-        found = f"x is {x.dtype} {tuple(x.shape)}, the kernel {kernel}"
+    if not 1 <= axes <= MOST_AXES or len(shape) != axes + 2 or dtype not in ops.FLOATS:
+        found = f"x is {dtype} {tuple(shape)}, the kernel {kernel}"
         raise QuantizationError(
             f"convolution: {found}; float32, bfloat16 or float16 (batch, channels, one size per axis)"
         )
@@ -127,26 +157,21 @@ def check_inputs(x: Tensor, weight: linear.Weight, bias: Tensor | None, how: How
             )
     if min(how.stride) < 1 or min(how.dilation) < 1 or min(how.padding) < 0 or how.groups < 1:
         raise QuantizationError(f"convolution: {how}; only padding may be 0, and nothing may be below")
-    if min(how.out(x.shape[2:])) < 1:
-        raise QuantizationError(f"convolution: of {tuple(x.shape[2:])} nothing is left for a kernel of {kernel}")
-    if x.shape[1] * prod(kernel) != weight.columns * how.groups or weight.rows % how.groups:
-        found = f"x has {x.shape[1]} channels in {how.groups} groups, the weight {weight.rows} rows of {weight.columns}"
+    if min(how.out(shape[2:])) < 1:
+        raise QuantizationError(f"convolution: of {tuple(shape[2:])} nothing is left for a kernel of {kernel}")
+    if shape[1] * prod(kernel) != columns * how.groups or rows % how.groups:
+        found = f"x has {shape[1]} channels in {how.groups} groups, the weight {rows} rows of {columns}"
         raise QuantizationError(f"convolution: {found}; columns are channels / groups * {prod(kernel)}")
-    if bias is not None and (bias.shape != weight.codes.shape[:1] or not bias.is_floating_point()):
-        raise QuantizationError(f"convolution: bias is {bias.dtype} {tuple(bias.shape)}; there are {weight.rows} rows")
-    if equalization is not None and (equalization.shape != x.shape[1:2] or equalization.dtype != torch.float32):
-        found = f"equalization is {equalization.dtype} {tuple(equalization.shape)}"
-        raise QuantizationError(f"convolution: {found}; float32, one for each of {x.shape[1]} channels")
 
 
 def _shapes(x: Tensor, codes: Tensor, *further: Any) -> Tensor:
-    how = How(*further[7:12])
+    how = How.of(*further[7:12])
     return x.new_empty((x.shape[0], codes.shape[0], *how.out(x.shape[2:])))
 
 
 def _remember(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[1:5], inputs[14])
-    ctx.shape, ctx.format, ctx.how = inputs[0].shape, inputs[6:9], How(*inputs[9:14])
+    ctx.shape, ctx.format, ctx.how = inputs[0].shape, inputs[6:9], How.of(*inputs[9:14])
     ctx.bias_dtype = None if inputs[5] is None else inputs[5].dtype
 
 

@@ -1,4 +1,4 @@
-"""Convolutions with packed weights on the CPU: by our C++ kernel where there is a matrix unit, else by torch's."""
+"""Convolutions with packed weights on the CPU: by our C++ kernel, those of groups of channels by torch's."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
     kernel = Kernel(library, threads)
 
     def convolution_cpp(x: Tensor, *given: Any) -> Tensor:
-        of_weight, moved, groups, optional = given[:8], map(tuple, given[8:12]), given[12], given[13:]
-        how, divisors = How._make([*moved, groups]), optional[0] if optional else None
+        of_weight, how, optional = given[:8], How.of(*given[8:13]), given[13:]
+        divisors = optional[0] if optional else None
         weight = meaning.asked(x, *of_weight, how, divisors)
         return kernel(x, Operand.of(weight), weight.bias, how, divisors)
 
@@ -51,8 +51,12 @@ def straight(x: Tensor, operand: Operand, bias: Tensor | None, how: How, equaliz
     Raises:
         QuantizationError: x, the bias or the equalization does not fit the weight.
     """
-    meaning.check_inputs(x, operand.weight, bias, how, equalization)
+    _check_sizes(x.dtype, x.shape, operand.weight.rows, operand.weight.columns, how)
+    meaning.check_added(x, operand.weight, bias, equalization)
     return STRAIGHT[meaning.convolution](x, operand, bias, how, equalization)
+
+
+_check_sizes = lru_cache(maxsize=1024)(meaning.check_sizes)  # what passed once passes again
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,9 @@ class Kernel:
         """(batch, channels, *in) to (batch, rows, *out)."""
         weight = operand.weight
         sizes = sizes_of(x.shape, how)
-        fits = how.groups == 1 and linear_cpu.groups_start_on_bytes(weight) and self.library.aq_multiplies_blocks()
-        if not fits or not x.numel() or not weight.rows:
-            values = linear_cpu.values(_dequantize(weight.grid), operand, x.dtype)
-            return meaning.with_values(meaning.equalized(x, equalization), values, bias, how).to(x.dtype)
+        fits = linear_cpu.groups_start_on_bytes(weight) or not self.library.aq_multiplies_blocks()
+        if how.groups > 1 or not fits or not x.numel() or not weight.rows:
+            return self._by_torch(x, operand, bias, how, equalization)
         y = torch.empty((x.shape[0], weight.rows, *sizes.out), dtype=x.dtype)
         inputs, added = x.contiguous(), None if bias is None else bias.float().contiguous()
         scales = None if equalization is None else equalization.contiguous()
@@ -79,6 +82,14 @@ class Kernel:
         given = (inputs.data_ptr(), DTYPES[x.dtype], sizes.numbers, *optional, y.data_ptr())
         self.library.aq_convolve(*operand.told, *given, self.threads())
         return y
+
+    def _by_torch(
+        self, x: Tensor, operand: Operand, bias: Tensor | None, how: How, equalization: Tensor | None
+    ) -> Tensor:
+        """In float32 where no matrix unit multiplies bfloat16: there torch takes a hundred times as long in 16 bits."""
+        dtype = x.dtype if self.library.aq_multiplies_blocks() else torch.float32
+        values = linear_cpu.values(_dequantize(operand.weight.grid), operand, dtype)
+        return meaning.with_values(meaning.equalized(x, equalization).to(dtype), values, bias, how).to(x.dtype)
 
 
 def _dequantize(grid: str) -> Callable[..., Tensor]:

@@ -15,6 +15,7 @@
 #include "kernels.hpp"
 #include "matrix_unit.hpp"
 #include "pieces.hpp"
+#include "planes.hpp"
 #include "stored.hpp"
 
 #if defined(__AMX_BF16__)
@@ -42,43 +43,17 @@ struct PaddedRow {
       for (float& value : floats) value /= ask.equalization[channel];
     to_pieces(floats.data(), (int64_t)floats.size() / CHUNK, hi.data(), lo.data());
   }
-
-  // To the phases of a row of the grid, whose planes lie `apart`.
-  void scatter(int64_t number, uint16_t* to, int64_t apart) const {
-    const int64_t stride = ask.stride[2], padding = ask.padding[2];
-    const uint16_t* from = piece(number);
-    if (stride == 1) {
-      std::memcpy(to + padding, from, 2 * ask.in[2]);
-      return;
-    }
-    int64_t at = padding / stride, phase = padding % stride;
-    for (int64_t x = 0; x < ask.in[2]; x++) {
-      to[phase * apart + at] = from[x];
-      if (++phase == stride) {
-        phase = 0;
-        at++;
-      }
-    }
-  }
 };
 
 static void fill_channel(const Convolution& ask, int64_t channel, PaddedRow& row) {
   uint16_t* planes = ask.planes + channel * ask.phases * ask.plane_size;
   for (int64_t piece = 0; piece < ask.pieces(); piece++)
     std::fill_n(planes + piece * ask.planes_size(), (size_t)(ask.phases * ask.plane_size), (uint16_t)0);
-  for (int64_t b = 0; b < ask.batch; b++)
-    for (int64_t z = 0; z < ask.in[0]; z++) {
-      const int64_t padded_z = z + ask.padding[0], slice = ((b * ask.channels + channel) * ask.in[0] + z) * ask.in[1];
-      const int64_t of_z = b * ask.grid_size + padded_z / ask.stride[0] * ask.ahead[0];
-      for (int64_t y = 0; y < ask.in[1]; y++) {
-        const int64_t padded_y = y + ask.padding[1];
-        const int64_t phase = (padded_z % ask.stride[0] * ask.stride[1] + padded_y % ask.stride[1]) * ask.stride[2];
-        const int64_t at = phase * ask.plane_size + of_z + padded_y / ask.stride[1] * ask.ahead[1];
-        row.read((slice + y) * ask.in[2], channel);
-        for (int64_t piece = 0; piece < ask.pieces(); piece++)
-          row.scatter(piece, planes + piece * ask.planes_size() + at, ask.plane_size);
-      }
-    }
+  each_row(ask, channel, [&](int64_t start, int64_t at) {
+    row.read(start, channel);
+    for (int64_t piece = 0; piece < ask.pieces(); piece++)
+      scatter(ask, row.piece(piece), planes + piece * ask.planes_size() + at);
+  });
 }
 
 void fill_planes(const Convolution& ask, int64_t first, int64_t last) {
@@ -111,31 +86,10 @@ void decode_blocks(const Convolution& ask, int64_t first, int64_t last) {
   (ask.pieces() == 1 ? decode_some<1> : decode_some<2>)(ask, first, last);
 }
 
-// Where each place of the kernel lies in the planes of a channel.
-static std::vector<int64_t> shifts_of_kernel(const Convolution& ask) {
-  std::vector<int64_t> shifts{0};
-  int64_t phases = ask.phases;
-  for (int axis = 0; axis < Convolution::AXES; axis++) {
-    phases /= ask.stride[axis];
-    std::vector<int64_t> further;
-    for (const int64_t before : shifts)
-      for (int64_t k = 0; k < ask.kernel[axis]; k++) {
-        const int64_t distance = k * ask.dilation[axis], phase = distance % ask.stride[axis] * phases;
-        further.push_back(before + phase * ask.plane_size + distance / ask.stride[axis] * ask.ahead[axis]);
-      }
-    shifts = further;
-  }
-  return shifts;
-}
-
 // For each column, in the order of decoded chunks, where in the planes its value for position 0 lies.
 static std::vector<int64_t> shifts_of_columns(const Convolution& ask) {
-  const int64_t of_channel = ask.phases * ask.plane_size, zeros = ask.channels * of_channel;
-  const std::vector<int64_t> of_kernel = shifts_of_kernel(ask);
-  std::vector<int64_t> in_order(ask.chunks() * CHUNK, zeros);
-  auto to = in_order.begin();
-  for (int64_t channel = 0; channel < ask.channels; channel++)
-    for (const int64_t shift : of_kernel) *to++ = channel * of_channel + shift;
+  std::vector<int64_t> in_order = shifts_in_order(ask);
+  in_order.resize(ask.chunks() * CHUNK, ask.channels * ask.phases * ask.plane_size);  // that of zeros
   const int64_t woven = chunks_woven(ask), together = woven * CHUNK;
   if (woven == 1) return in_order;
   std::vector<int64_t> order = in_order;
@@ -178,47 +132,13 @@ struct Written {
   int64_t item, at;
 };
 
-// Goes through the positions, from one on.
-struct Cursor {
-  const Convolution& ask;
-  int64_t item, z, y, x;
-  std::vector<Written> written;
-
-  Cursor(const Convolution& ask, int64_t position)
-      : ask(ask),
-        item(position / ask.grid_size),
-        z(position / ask.ahead[0] % ask.grid[0]),
-        y(position / ask.ahead[1] % ask.grid[1]),
-        x(position % ask.grid[2]) {}
-
-  void next() {
-    written.clear();
-    for (int64_t i = 0, n; i < ask.POSITIONS; i += n) {
-      const bool inside = x < ask.out[2];
-      n = std::min((inside ? ask.out[2] : ask.grid[2]) - x, ask.POSITIONS - i);
-      if (inside && y < ask.out[1] && z < ask.out[0] && item < ask.batch) write(i, n);
-      advance(n);
-    }
+static void join(const std::vector<Run>& runs, std::vector<Written>& written) {
+  written.clear();
+  for (const Run& run : runs) {
+    if (written.empty() || written.back().item != run.item) written.push_back({0, run.item, run.at});
+    written.back().positions |= (uint32_t)(((1ull << run.count) - 1) << run.first);
   }
-
- private:
-  void write(int64_t first, int64_t n) {
-    if (written.empty() || written.back().item != item)
-      written.push_back({0, item, (z * ask.out[1] + y) * ask.out[2] + x});
-    written.back().positions |= (uint32_t)(((1ull << n) - 1) << first);
-  }
-
-  void advance(int64_t n) {
-    x += n;
-    if (x < ask.grid[2]) return;
-    x = 0;
-    if (++y < ask.grid[1]) return;
-    y = 0;
-    if (++z < ask.grid[0]) return;
-    z = 0;
-    item++;
-  }
-};
+}
 
 // Some of 16 values, behind each other.
 static void write_some(const Convolution& ask, int64_t at, __m512 values, uint32_t positions) {
@@ -235,7 +155,7 @@ static void write_row(const Convolution& ask, int64_t row, __m512 first, __m512 
 }
 
 // Sums of a tile of W and the two panels.
-static void write_sums(const Convolution& ask, const float* of_first, const float* of_second, int64_t row,
+static void write_tiles(const Convolution& ask, const float* of_first, const float* of_second, int64_t row,
                        const std::vector<Written>& places) {
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -271,13 +191,15 @@ static void convolve_groups(const Convolution& ask, int64_t first, int64_t last)
   Panels inputs(ask);
   const int64_t tiles = ask.blocks_at_once * ask.rows_of_block / SIDE;
   Aligned<float> sums(2 * tiles * SUMS);
-  Cursor cursor(ask, first * ask.POSITIONS);
+  Cursor cursor(ask, first * POSITIONS);
+  std::vector<Written> written;
   for (int64_t g = first; g < last; g++) {
-    meet_positions<PIECES>(ask, inputs, g * ask.POSITIONS, sums.data());
-    cursor.next();
+    meet_positions<PIECES>(ask, inputs, g * POSITIONS, sums.data());
+    cursor.next(POSITIONS);
+    join(cursor.runs, written);
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = ask.first_block * ask.rows_of_block + t * SIDE;
-      if (row < ask.rows) write_sums(ask, sums.data() + t * SUMS, sums.data() + (tiles + t) * SUMS, row, cursor.written);
+      if (row < ask.rows) write_tiles(ask, sums.data() + t * SUMS, sums.data() + (tiles + t) * SUMS, row, written);
     }
   }
 }

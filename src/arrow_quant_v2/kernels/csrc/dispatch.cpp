@@ -481,16 +481,19 @@ namespace {
 
 constexpr int64_t DECODED_AT_ONCE = 1 << 20;  // values of W, that a cache keeps while positions are gone through
 constexpr int64_t MOST_GROUPS_OF_A_CHUNK = 16, CHANNELS_OF_A_CHUNK = 8;
+constexpr int64_t GROUPS_OF_A_THREAD = 8;  // below, rows of W are shared out, too
 
 }  // namespace
 
-Convolution::Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization)
-    : BlockProduct{}, ConvolutionSizes(sizes), equalization(equalization) {
+Convolution::Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization,
+                         int64_t positions, bool in_floats)
+    : BlockProduct{}, ConvolutionSizes(sizes), in_floats(in_floats), positions(positions), equalization(equalization) {
   static_cast<Product&>(*this) = product;
-  rows_of_block = FEWEST_ROWS;
+  rows_of_block = in_floats ? FEWEST_ROWS_OF_FLOATS : FEWEST_ROWS;
+  halves = in_floats ? 2 : pieces();
   phases = out_size = grid_size = 1;
   int64_t farthest = 0, last = 0;
-  bool as_it_lies = dtype == BFLOAT16 && !equalization && batch == 1 && of.columns % 32 == 0;
+  bool as_it_lies = dtype == (in_floats ? FLOAT32 : BFLOAT16) && !equalization && batch == 1;
   for (int axis = AXES - 1; axis >= 0; axis--) {
     const int64_t padded = in[axis] + 2 * padding[axis], reach = dilation[axis] * (kernel[axis] - 1);
     out[axis] = (padded - reach - 1) / stride[axis] + 1;
@@ -504,8 +507,8 @@ Convolution::Convolution(const Product& product, const ConvolutionSizes& sizes, 
     as_it_lies = as_it_lies && stride[axis] == 1 && padding[axis] == 0;
   }
   count = (batch - 1) * grid_size + last + 1;  // up to the last position that is written
-  const int64_t seen = groups_of_positions() * POSITIONS + farthest, whole = batch * grid_size;
-  in_place = as_it_lies && seen <= whole;
+  const int64_t seen = groups_of_positions() * positions + farthest, whole = batch * grid_size;
+  in_place = as_it_lies && (in_floats ? count >= positions : seen <= whole && of.columns % 32 == 0);
   const int64_t lines = (std::max(seen, whole) + 31) / 32;
   plane_size = in_place ? grid_size : (lines | 1) * 32;  // an odd number of lines: planes do not meet in the cache
 }
@@ -514,7 +517,7 @@ namespace {
 
 // Blocks of rows that fit, at least one.
 int64_t blocks_kept(const Convolution& ask) {
-  const int64_t of_block = ask.pieces() * ask.rows_of_block * ask.chunks() * 32;
+  const int64_t of_block = ask.halves * ask.rows_of_block * ask.chunks() * 32;
   return std::clamp<int64_t>(DECODED_AT_ONCE / of_block, 1, ask.blocks_of_rows());
 }
 
@@ -528,15 +531,18 @@ void prepare_part(const Convolution& ask, int64_t part, int64_t) {
 
 void convolve_all(Convolution ask, int threads) {
   const int64_t kept = blocks_kept(ask), groups = ask.groups_of_positions();
-  Uninitialized planes(ask.in_place ? 0 : ask.pieces() * ask.planes_size());
-  Uninitialized weight(ask.pieces() * kept * ask.rows_of_block * (ask.chunks() + 15) / 16 * 16 * 32);
+  Uninitialized planes(ask.in_place ? 0 : ask.halves * ask.planes_size());
+  Uninitialized weight(ask.halves * kept * ask.rows_of_block * (ask.chunks() + 15) / 16 * 16 * 32);
   ask.planes = ask.in_place ? (uint16_t*)ask.x : planes.data();
   ask.weight = weight.data();
-  const int64_t at_once = std::clamp<int64_t>(groups / (2 * threads), 1, MOST_GROUPS_OF_A_CHUNK);
   int64_t of_channels = ask.in_place ? 0 : (ask.channels + CHANNELS_OF_A_CHUNK) / CHANNELS_OF_A_CHUNK;
   for (ask.first_block = 0; ask.first_block < ask.blocks_of_rows(); ask.first_block += kept, of_channels = 0) {
     ask.blocks_at_once = std::min(kept, ask.blocks_of_rows() - ask.first_block);
-    over_both(ask, prepare_part, ask.blocks_at_once + of_channels, chosen.load()->convolve, groups, at_once, threads);
+    const int64_t wanted = ask.in_floats ? GROUPS_OF_A_THREAD * threads / groups : 1;
+    ask.parts_of_rows = std::clamp<int64_t>(wanted, 1, ask.blocks_at_once);
+    const int64_t parts = groups * ask.parts_of_rows;
+    const int64_t at_once = std::clamp<int64_t>(parts / (2 * threads), 1, MOST_GROUPS_OF_A_CHUNK);
+    over_both(ask, prepare_part, ask.blocks_at_once + of_channels, chosen.load()->convolve, parts, at_once, threads);
   }
 }
 
@@ -549,7 +555,8 @@ AQ_EXPORT void aq_convolve(const uint8_t* codes, const uint8_t* scales, const ui
                            const float* equalization, const float* bias, void* y, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product product{of, residual != 0, rows, x, (Dtype)dtype, 0, nullptr, nullptr, bias, y};
-  convolve_all(Convolution(product, *sizes, equalization), threads);
+  const KernelTable* table = chosen.load();
+  convolve_all(Convolution(product, *sizes, equalization, table->positions, !table->block_product), threads);
 }
 
 AQ_EXPORT void aq_pack(const uint8_t* codes, uint8_t* packed, int64_t rows, int64_t columns, int bits, int threads) {

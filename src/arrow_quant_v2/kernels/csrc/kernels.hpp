@@ -147,7 +147,7 @@ struct TiledProduct : RoundedProduct {
 //
 // and W decoded by blocks of rows.
 struct BlockProduct : RoundedProduct {
-  static constexpr int64_t PANEL = 16, FEWEST_ROWS = 64;
+  static constexpr int64_t PANEL = 16, FEWEST_ROWS = 64, FEWEST_ROWS_OF_FLOATS = 16;
   bool rounded;
   uint16_t* inputs;
   int64_t rows_of_block;  // of W, that are decoded before they meet all panels,
@@ -186,22 +186,30 @@ struct ConvolutionSizes {
 // A convolution of x as the same product: a column of W is a channel at one place of the kernel, a row of "x" what the
 // kernel sees from one position.
 //
-// x lies in `planes` of bfloat16, padded: where the kernel moves by s, a channel has a plane for each place within a step
+// x lies in `planes`, padded: where the kernel moves by s, a channel has a plane for each place within a step
 // (a phase), and all planes have one grid of positions. From any position, what a column meets lies in its plane by the
 // same distance ahead. Positions of a batch follow each other; those over an edge are computed too, and not written.
+//
+// With a matrix unit values are pieces of bfloat16, as above; else they are floats, and weights lie as
+//
+//   (blocks at once, rows of a block / rows of a tile, columns, rows of a tile)
 struct Convolution : BlockProduct, ConvolutionSizes {
-  static constexpr int64_t POSITIONS = 2 * PANEL;  // that meet W together
+  bool in_floats;
+  int64_t positions;  // that meet W together
+  int64_t halves;     // units of 16 bits that a value takes
   int64_t out[AXES], grid[AXES], ahead[AXES];  // sizes of the result and of a plane; from one place to the next, of an axis
   int64_t phases, out_size, grid_size, plane_size;
   const float* equalization;  // (channels,), by which x is divided, or null
   bool in_place;              // x is its own planes
-  uint16_t* planes;           // (pieces, channels * phases and one of zeros, plane_size)
-  uint16_t* weight;           // (blocks at once, blocks of chunks, pieces, tiles, chunks of a block, 16, 32)
+  uint16_t* planes;           // (pieces, channels * phases and one of zeros, plane_size), or floats
+  uint16_t* weight;           // (blocks at once, blocks of chunks, pieces, tiles, chunks of a block, 16, 32), or floats
   int64_t first_block, blocks_at_once;
+  int64_t parts_of_rows;  // of those blocks, that meet a group of positions one by one
 
-  Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization);
+  Convolution(const Product& product, const ConvolutionSizes& sizes, const float* equalization, int64_t positions,
+              bool in_floats);
   int64_t planes_size() const { return (channels * phases + 1) * plane_size; }
-  int64_t groups_of_positions() const { return (count + POSITIONS - 1) / POSITIONS; }
+  int64_t groups_of_positions() const { return (count + positions - 1) / positions; }
 };
 
 struct Repack {
@@ -237,7 +245,8 @@ struct KernelTable {
   void (*block_product)(const BlockProduct&, int64_t first, int64_t last);  // blocks of rows of W
   void (*fill_rounded_blocks)(const WholeBlockProduct&, int64_t first, int64_t last);
   void (*rounded_block_product)(const WholeBlockProduct&, int64_t first, int64_t last);
+  int64_t positions;                                                       // of a convolution, that meet W together
   void (*fill_planes)(const Convolution&, int64_t first, int64_t last);    // channels, and then the plane of zeros
   void (*decode_blocks)(const Convolution&, int64_t first, int64_t last);  // of those that are kept at once
-  void (*convolve)(const Convolution&, int64_t first, int64_t last);       // groups of positions
+  void (*convolve)(const Convolution&, int64_t first, int64_t last);       // groups of positions, part by part of rows
 };

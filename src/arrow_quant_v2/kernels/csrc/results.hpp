@@ -26,11 +26,17 @@ AQ_INLINE QuadHalves to_float16(Quad x) {
   return halves;
 }
 
+// A copy of a size that is known is one instruction.
+template <class Value, class Four>
+AQ_INLINE void copy_some(Value* to, Four from, int64_t some) {
+  if (some == 4) return (void)std::memcpy(to, &from, sizeof from);
+  for (int k = 0; k < some; k++) to[k] = from[k];
+}
+
 // The first `some` of four sums, to the places from `at` on.
-AQ_INLINE void write_sums(const Product& ask, int64_t at, Quad sums, int64_t some = 4) {
-  if (ask.dtype == FLOAT32) return (void)std::memcpy((float*)ask.y + at, &sums, some * sizeof(float));
-  const QuadHalves halves = ask.dtype == BFLOAT16 ? to_bfloat16(sums) : to_float16(sums);
-  std::memcpy((uint16_t*)ask.y + at, &halves, some * sizeof(uint16_t));
+AQ_INLINE void write_sums(const Product& ask, int64_t at, Quad sums, int64_t some) {
+  if (ask.dtype == FLOAT32) return copy_some((float*)ask.y + at, sums, some);
+  copy_some((uint16_t*)ask.y + at, ask.dtype == BFLOAT16 ? to_bfloat16(sums) : to_float16(sums), some);
 }
 
 }  // namespace AQ_ISA

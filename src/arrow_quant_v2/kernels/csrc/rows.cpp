@@ -15,6 +15,7 @@
 
 #include "kernels.hpp"
 #include "lanes.hpp"
+#include "planes.hpp"
 #include "stored.hpp"
 
 namespace AQ_ISA {
@@ -650,22 +651,19 @@ void fill_blocks(const BlockProduct& ask, int64_t first, int64_t last);  // line
 void block_product(const BlockProduct& ask, int64_t first, int64_t last);
 void fill_rounded_blocks(const WholeBlockProduct& ask, int64_t first, int64_t last);  // linear_rounded_blocks.cpp
 void rounded_block_product(const WholeBlockProduct& ask, int64_t first, int64_t last);
-void fill_planes(const Convolution& ask, int64_t first, int64_t last);  // convolution_blocks.cpp
-void decode_blocks(const Convolution& ask, int64_t first, int64_t last);
-void convolve(const Convolution& ask, int64_t first, int64_t last);
 #else
 constexpr void (*fill_blocks)(const BlockProduct&, int64_t, int64_t) = nullptr;
 constexpr void (*block_product)(const BlockProduct&, int64_t, int64_t) = nullptr;
 constexpr void (*fill_rounded_blocks)(const WholeBlockProduct&, int64_t, int64_t) = nullptr;
 constexpr void (*rounded_block_product)(const WholeBlockProduct&, int64_t, int64_t) = nullptr;
-constexpr void (*fill_planes)(const Convolution&, int64_t, int64_t) = nullptr;
-constexpr void (*decode_blocks)(const Convolution&, int64_t, int64_t) = nullptr;
-constexpr void (*convolve)(const Convolution&, int64_t, int64_t) = nullptr;
 #endif
+void fill_planes(const Convolution& ask, int64_t first, int64_t last);  // convolution_blocks.cpp, convolution_tiles.cpp
+void decode_blocks(const Convolution& ask, int64_t first, int64_t last);
+void convolve(const Convolution& ask, int64_t first, int64_t last);
 const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
                            dequantize_r2q, quantize_columns_r2q, hadamard, pieces, split, product,
                            round_inputs, rounded_product, WIDTH, fill_panels, tiled_product,
                            tiles_bytes, fill_rounded_panels, rounded_tiled_product, fill_blocks, block_product,
-                           fill_rounded_blocks, rounded_block_product, fill_planes, decode_blocks, convolve};
+                           fill_rounded_blocks, rounded_block_product, POSITIONS, fill_planes, decode_blocks, convolve};
 
 }  // namespace AQ_ISA

@@ -83,7 +83,8 @@ def packed(folder: Path, name: str, bits: int, activations: Any) -> nn.Module:
             bit_width=bits, group_size=GROUP, method="clip", enable_calibration=False, min_accuracy=0.0
         )
         aq.ArrowQuantV2().quantize_diffusion_model(folder / name, out, config)
-    into = TerrainUNet() if name == "terrain" else None
+    with torch.device("meta"):  # weights of its own would be thrown away
+        into = TerrainUNet() if name == "terrain" else None
     return aq.load(out, activations=activations, into=into)
 
 

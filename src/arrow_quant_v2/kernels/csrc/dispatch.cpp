@@ -6,6 +6,7 @@
 // depend on how many there are.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -169,6 +170,29 @@ void over_rows(const Ask& ask, Kernel kernel, int64_t rows, int64_t columns, int
   in_threads(share, (int)useful);
 }
 
+// For some cycles less than nothing, so that a thread beside this one on the same core gets more of it.
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+constexpr int PAUSES = 1 << 12;  // some 50 us
+constexpr std::chrono::microseconds NAP{20};
+
+// Never by giving the core up to whoever wants it: that is for as long as another process likes, some milliseconds. One
+// that naps is the next one to run, and leaves its core to the thread that is waited for until then.
+void wait_for(const std::atomic<int64_t>& done, int64_t all) {
+  for (int pauses = 0; done < all; pauses++) {
+    if (pauses < PAUSES)
+      pause();
+    else
+      std::this_thread::sleep_for(NAP);
+  }
+}
+
 // Two kinds of rows by the same threads, the second once all of the first are done: starting threads twice costs more
 // than waiting here.
 template <class Ask, class One, class Other>
@@ -176,7 +200,7 @@ void over_both(const Ask& ask, One one, int64_t ones, Other other, int64_t other
   std::atomic<int64_t> next{0}, done{0}, next_other{0};
   auto share = [&] {
     for (int64_t i = next++; i < ones; i = next++, done++) one(ask, i, i + 1);
-    while (done < ones) std::this_thread::yield();
+    wait_for(done, ones);
     for (int64_t i = next_other.fetch_add(step); i < others; i = next_other.fetch_add(step))
       other(ask, i, std::min(i + step, others));
   };

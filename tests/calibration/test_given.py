@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -80,6 +82,23 @@ def test_texts_are_cut_to_what_the_model_can_read(encoder: Runnable, jsonl: Call
     assert ids_of(call)[-1] == 3
 
 
+def test_few_texts_are_shown_a_few_times_however_many_tokens_are_asked_for(
+    masked: Runnable, jsonl: Callable[..., Path]
+) -> None:
+    given = from_file(masked, jsonl(*TEXTS), 8, seed=0, tokens=32_768)
+    assert len(given.calls) == 2 * 32
+    (note,) = given.notes
+    assert "2 sequences of" in note
+    assert "shown 64 times in all, which is less than the 32,768 tokens asked for" in note
+
+
+def test_more_samples_than_that_are_shown_where_they_are_asked_for(
+    masked: Runnable, jsonl: Callable[..., Path]
+) -> None:
+    assert len(from_file(masked, jsonl(*TEXTS), 70, seed=0, tokens=32_768).calls) == 70
+    assert from_file(masked, jsonl(*TEXTS), 8, seed=0, tokens=40).notes == ()
+
+
 def test_the_same_seed_masks_the_same(masked: Runnable, jsonl: Callable[..., Path]) -> None:
     path = jsonl(*TEXTS)
     first, again, other = (from_file(masked, path, 8, seed=seed).calls for seed in (1, 1, 2))
@@ -139,6 +158,22 @@ def test_an_input_may_name_its_argument(masked: Runnable, jsonl: Callable[..., P
     assert masked.module(**call.keywords).logits.shape == (1, 2, 40)
 
 
+def test_an_input_may_have_further_arguments(jsonl: Callable[..., Path]) -> None:
+    rows = [INPUT | {"encoder_hidden_states": given} for given in (3, [[[0.5, 1], [2, 3]]])]
+    whole, states = (
+        call.keywords["encoder_hidden_states"] for call in from_file(image_model(), jsonl(*rows), 4, 0).calls
+    )
+    assert torch.equal(whole, torch.tensor([3]))  # type: ignore[arg-type]
+    assert torch.equal(states, torch.tensor([[[0.5, 1.0], [2.0, 3.0]]]))  # type: ignore[arg-type]
+
+
+def test_columns_of_a_parquet_file_may_be_further_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([INPUT | {"encoder_hidden_states": [label]} for label in (3, 5)]), file)
+    calls = from_file(image_model(), file, 4, seed=0).calls
+    assert [call.keywords["encoder_hidden_states"].tolist() for call in calls] == [[3], [5]]  # type: ignore[attr-defined]
+
+
 def test_prompts_are_handed_on(jsonl: Callable[..., Path]) -> None:
     given = from_file(image_model(), jsonl({"prompt": "a whale"}, {"text": "the sea"}), 4, seed=0)
     assert (given.calls, given.prompts) == ((), ("a whale", "the sea"))
@@ -162,6 +197,11 @@ def test_prompts_and_inputs_are_not_mixed(jsonl: Callable[..., Path]) -> None:
         ({"data": [0.5] * 11 + [math.nan]}, "a number that float32 cannot hold"),
         ({"data": [0.5] * 11 + [10**400]}, "a number that float32 cannot hold"),
         ({"timestep": math.inf}, "a number that float32 cannot hold"),
+        ({"label": 3}, "label is no argument of the model's forward; allowed are sample, timestep, enc"),
+        ({"sample": [1]}, "sample is given twice"),
+        ({"class_labels": "dog"}, "class_labels is dog; a number is needed"),
+        ({"class_labels": [[1], [2, 3]]}, "class_labels is .*; a number is needed, or lists of them of one length"),
+        ({"class_labels": math.nan}, "class_labels holds a number that is not finite"),
         ({"inputs": "latents"}, "latents is no argument of the model's forward; allowed are sample, timestep, enc"),
     ],
     ids=lambda entry: str(entry)[:30],

@@ -107,9 +107,10 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def _parquet_rows(path: Path) -> Rows:
     try:
         with pq.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in KEYS]
+            names = file.schema_arrow.names
+            columns = names if "data" in names else [name for name in names if name in KEYS]
             if not columns:
-                found = ", ".join(file.schema_arrow.names)
+                found = ", ".join(names)
                 raise ConfigurationError(f"{path}: has the columns {found}; one of {', '.join(KEYS[:5])} is needed")
             number = 0
             for batch in file.iter_batches(batch_size=BATCH, columns=columns):

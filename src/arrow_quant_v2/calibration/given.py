@@ -34,8 +34,12 @@ ROWS = (".jsonl", ".parquet", ".txt")
 TEXTS, TOKENS = ("text", "prompt"), ("input_ids", "tokens")
 LONGEST = 2048  # tokens of a text that are looked at, as in Quant-dLLM (arXiv 2510.03274)
 TIMESTEP = "timestep"
+MOST_USES = (
+    32  # times at which a sequence is shown for the sake of tokens: it teaches less each time, and takes as long
+)
 SHORTEST = 8  # tokens of a sequence: so many rows of texts are read, where tokens are asked for
 SURROGATE = re.compile("[\ud800-\udfff]")  # what JSON can write and no tokenizer can read
+OF_AN_INPUT = {"data", "shape", TIMESTEP, "inputs"}
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -54,13 +58,16 @@ def from_file(
     """`count` calls from a file, of texts as many more as it takes to show `tokens` tokens; fewer where it holds fewer.
 
     `.jsonl` and `.parquet` rows hold one of: `text`; `input_ids` or `tokens`; `prompt`; or an input as it is: `data`, a
-    flat list of numbers, with its `shape` (the batch axis included), its `timestep`, and in `inputs` the name of the
-    forward's argument (else the first). `.txt` holds a text a line. `.safetensors` holds tensors named like arguments,
-    with the samples along the first axis, and the vector `timestep`. `.npy` holds the first argument, or token ids.
+    flat list of numbers, with its `shape` (the batch axis included), its `timestep`, in `inputs` the name of the
+    forward's argument (else the first), and further arguments by their names, as numbers or lists of them: 3 is the
+    vector of one that `class_labels` are for a batch of one. `.txt` holds a text a line. `.safetensors` holds tensors
+    named like arguments, with the samples along the first axis, and the vector `timestep`. `.npy` holds the first
+    argument, or token ids.
 
     Of a masked text model, sequences are masked at times stratified over (0, 1], and used again where there are fewer
-    of them than `count`; those that hold mask tokens are shown as they are. Of other text models all are shown as they
-    are, at time 0. Texts are cut to `length` tokens, else to the model's context, at most 2,048.
+    of them than `count`, or, at most 32 times, than hold `tokens`; those with mask tokens are shown as they are. Of
+    other text models all are shown as they are, at time 0. Texts are cut to `length` tokens, else to the model's
+    context, at most 2,048.
 
     Raises:
         ConfigurationError: the file cannot be read, is not for this model, or over 10% of its rows are bad.
@@ -82,9 +89,21 @@ def from_file(
     sequences = [row for row in found if isinstance(row, torch.Tensor)]
     if prompts and calls:
         raise ConfigurationError(f"{path}: holds prompts and inputs; give one kind in a file")
-    calls, wanted = calls[:count], max(count - len(calls), enough(sequences, tokens))
+    calls, asked, most = calls[:count], enough(sequences, tokens), MOST_USES * len(sequences)
+    wanted = max(count - len(calls), min(asked, most))
     more = sequence_calls(runnable, sequences, wanted, seed) if sequences else ()
+    if runnable.mask_token is not None and wanted < asked:
+        notes = (*notes, few_tokens(path, sequences, wanted, tokens))
     return Given(calls=(*calls, *more), prompts=prompts, notes=notes)
+
+
+def few_tokens(path: Path, sequences: Sequence[torch.Tensor], shown_times: int, tokens: int) -> str:
+    """That a file holds too little text for what was asked."""
+    held = sum(map(len, sequences))
+    return (
+        f"{path.name}: {len(sequences)} sequences of {held:,} tokens are shown {shown_times:,} times in all, which is"
+        f" less than the {tokens:,} tokens asked for (calibration_tokens); more texts calibrate better"
+    )
 
 
 def enough(sequences: Sequence[torch.Tensor], tokens: int) -> int:
@@ -195,10 +214,25 @@ def _input(runnable: Runnable, row: Row, where: str) -> Sample:
     if name == "input_ids":
         raise SourceError(f"{where}: data is for input_ids; give token ids as a row {{'input_ids': [...]}}")
     values = torch.tensor(data, dtype=torch.float32).reshape(shape)
+    further = {key: _tensor(key, entry, where) for key, entry in row.items() if key not in OF_AN_INPUT}
+    if name in further:
+        raise SourceError(f"{where}: {name} is given twice, as data and by its name")
     try:
-        return _call(runnable, {name: values}, float(timestep), where)
+        return _call(runnable, {**further, name: values}, float(timestep), where)
     except ConfigurationError as error:
         raise SourceError(str(error)) from error
+
+
+def _tensor(name: str, entry: object, where: str) -> torch.Tensor:
+    """Of a number, (1,), or of lists of them that lie evenly: whole numbers stay whole, others are float32."""
+    try:
+        found = torch.tensor(entry if isinstance(entry, list) else [entry])
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = f"{where}: {name} is {str(entry)[:40]}; a number is needed, or lists of them of one length"
+        raise SourceError(reason) from error
+    if not found.isfinite().all():
+        raise SourceError(f"{where}: {name} holds a number that is not finite")
+    return found
 
 
 def _call(runnable: Runnable, arguments: dict[str, torch.Tensor], timestep: float, where: str) -> Sample:

@@ -103,6 +103,7 @@ def test_a_full_disk_is_one_error_and_a_later_run_finishes(
     assert not (tmp_path / "out").exists()
     left = {path.name for path in tmp_path.iterdir()} - {"model", "whole"}
     assert left == ({"out.partial"} if room > 10_000 else set())  # without a finished layer there is nothing to keep
+    assert ("out.partial, and the same settings go on with it" in message) == (room > 10_000)
     assert not (tmp_path / "out.partial" / "model").exists()  # what was half-written makes room
     api.quantize_diffusion_model(model, tmp_path / "out")
     assert content_of(tmp_path / "out") == whole

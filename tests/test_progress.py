@@ -74,6 +74,18 @@ def test_what_is_left_of_work_that_is_done_several_times_follows_from_the_time_t
     ]
 
 
+def test_another_round_begins_at_nothing_and_not_in_the_middle() -> None:
+    heard: list[float] = []
+    told = Progress(lambda _, fraction: heard.append(fraction), total=100)
+    for _ in range(2):
+        told.begin(80)
+        for _ in range(2):
+            told.tell("a layer")
+            told.advance(40, "a layer")
+        told.tell("all layers")
+    assert heard == [0.0, 0.5, 1.0, 0.0, 0.5, 1.0]
+
+
 def test_a_long_layer_is_heard_of_every_five_seconds(clock: Clock) -> None:
     heard: list[str] = []
     told = Progress(lambda message, _: heard.append(message), total=1000)

@@ -35,7 +35,12 @@ class Progress:
         self.times = times
 
     def begin(self, total: int) -> None:
-        """The whole work, once it is known better; the time until now says nothing about speed."""
+        """The whole work, once it is known better; the time until now says nothing about speed.
+
+        Where all work that was known is done, this is another round, and begins at nothing.
+        """
+        if self._done >= self._total:
+            self._done = 0
         self._total = self._done + total * self.times
         self._fresh = 0
         self._started = time.monotonic()

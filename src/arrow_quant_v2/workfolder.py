@@ -172,17 +172,20 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None:
-            self._tidy(error)
+        kept = error is not None and self._tidy(error)
         self.close()
+        if kept and isinstance(error, StoreError):
+            raise StoreError(f"{error}; what is finished lies in {self.folder}, and the same settings go on with it")
 
-    def _tidy(self, error: BaseException) -> None:
-        """Keep finished layers for the next run, unless the same settings can never finish it."""
+    def _tidy(self, error: BaseException) -> bool:
+        """Keep finished layers for the next run, unless the same settings can never finish it; True: they are kept."""
         shutil.rmtree(self.model, ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
         hopeless = isinstance(error, QuantizationError) or not (self._finished() or self.allocation.exists())
-        if hopeless and not self._old.exists():
+        kept = not hopeless or self._old.exists()
+        if not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
+        return kept
 
     def _finished(self) -> bool:
         """Whether any layer is finished."""

@@ -140,7 +140,7 @@ def test_a_temporary_file_of_a_killed_run_is_overwritten(target) -> None:
 def test_a_full_disk_is_one_clear_error(target, columns) -> None:
     target.with_name("part.parquet.tmp").symlink_to("/dev/full")
     with pytest.raises(
-        StoreError, match=r"part\.parquet cannot be written: .*No space left on device.*nothing was left"
+        StoreError, match=r"part\.parquet cannot be written: .*No space left on device.*nothing of it was left"
     ):
         write_part(target, [record(packed(shape=(64, columns)))], METADATA)
     assert left(target.parent) == []

@@ -156,6 +156,6 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, ValueError, TypeError, OverflowError) as problem:
         raise StoreError(
-            f"{os.fspath(path)} cannot be written: {problem}; nothing was left behind:"
+            f"{os.fspath(path)} cannot be written: {problem}; nothing of it was left behind:"
             " give it room and permission, and run again"
         ) from problem

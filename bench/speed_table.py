@@ -23,8 +23,8 @@ ABOUT = """## One step beside peers
 
 `make bench`, {threads} threads of {cpu}, PyTorch {torch}. Steps were taken in turns with the original's,
 those of a peer in a process of its own, from which its ratio to float32 is. Error is the variance of what
-differs from float32, as a part of its variance, and ours here of weights that were rounded without calibration: how close
-models can be is the table further below. Loading and memory are those of another process, which
+differs from float32, as a part of its variance, and ours here of weights that were rounded without
+calibration: how close models can be is the table further below. Loading and memory are those of another process, which
 has imported its libraries, and does one step: from the original's files, from ours by `load`, which checks
 them, and from what `torch.save` wrote of a peer's model, since no two have a format in common. Where a peer has no
 figures there stands its own error.

@@ -21,6 +21,7 @@ DEFAULTS = {
     "group_size": 128,
     "enable_time_aware": True,
     "enable_spatial": True,
+    "activation_smoothing": False,
     "min_accuracy": 0.85,
     "calibration_samples": 128,
     "calibration_tokens": 32_768,
@@ -372,7 +373,7 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
     config = config.replace(layer_bit_widths={"lm_head": 8})
     assert config.to_yaml(tmp_path / "c.yaml") == (
         "bit_width: 2\nmodality: null\nnum_time_groups: 5\ngroup_size: null\nenable_time_aware: true\n"
-        "enable_spatial: true\nmin_accuracy: 0.7\ncalibration_samples: 32\n"
+        "enable_spatial: true\nactivation_smoothing: false\nmin_accuracy: 0.7\ncalibration_samples: 32\n"
         "calibration_tokens: 32768\ndeployment_profile: edge\n"
         "fallback: layer\nfail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\n"
         "stats: null\nmask_token: null\nenable_rotation: true\ngrid_refits: 2\nerror_correction: 0.5\n"

@@ -71,7 +71,7 @@ class Scope:
 
     def stored(self, plan: LayerPlan) -> int:
         """The most that a layer takes, parameters included: those that may be equalized are taken to be."""
-        may_be = self.config.enable_spatial and self.modality in {"image", "audio"}
+        may_be = self.config.equalizes(self.modality)
         if plan.layout is None or plan.spec is None or plan.tensor.name not in self.calibrated.names:
             return plan.stored_bytes
         return plan.stored_bytes + (equalization_bytes(plan.layout.channels) if may_be and plan.spec.equalize else 0)

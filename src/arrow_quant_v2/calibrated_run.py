@@ -74,7 +74,8 @@ class FittedRun:
         """What the fit may try."""
         return Freedom(
             rotate=self.config.enable_rotation,
-            equalize=self.config.enable_spatial and self.modality in {"image", "audio"},
+            equalize=self.config.equalizes(self.modality),
+            smooth=self.config.activation_smoothing,
             refits=self.config.grid_refits,
         )
 

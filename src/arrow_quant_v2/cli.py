@@ -79,6 +79,10 @@ Tune = Annotated[int | None, typer.Option(help="steps of tuning codes and scales
 Seed = Annotated[int | None, typer.Option(help="of every random choice of calibration")]
 Device = Annotated[str | None, typer.Option(help="where the model runs and layers are fitted: cpu or cuda")]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points")]
+Smooth = Annotated[
+    bool | None,
+    typer.Option("--smooth", help="equalize channels for inputs in 8 bits, too: load(..., activations='static')"),
+]
 Component = Annotated[str | None, typer.Option(help="the part of a pipeline to quantize; its denoiser by default")]
 MinAccuracy = Annotated[
     float | None,
@@ -164,6 +168,7 @@ def quantize(
     mask_token: MaskToken = None,
     plans: Plans = None,
     tune: Tune = None,
+    smooth: Smooth = None,
     seed: Seed = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a quantized model that lies there")] = False,
@@ -196,6 +201,7 @@ def quantize(
         mask_token=mask_token,
         whole_plans=plans,
         tuning_steps=tune,
+        activation_smoothing=smooth,
         seed=seed,
         device=device,
     )
@@ -288,6 +294,7 @@ def doctor(
     samples: Samples = None,
     plans: Plans = None,
     tune: Tune = None,
+    smooth: Smooth = None,
     device: Device = None,
     disk: Annotated[Path, typer.Option(help="a folder on the disk that the output will go to")] = Path(),
     as_json: AsJson = False,
@@ -315,6 +322,7 @@ def doctor(
         calibration_samples=samples,
         whole_plans=plans,
         tuning_steps=tune,
+        activation_smoothing=smooth,
         device=device,
     )
     with _interruptible():

@@ -83,6 +83,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     group_size            input columns that share a scale; None or "row": a whole output row
     enable_time_aware     scales per time group
     enable_spatial        equalize channels before rounding
+    activation_smoothing  equalize them so that inputs, too, lose less in 8 bits: those rounded by stored ranges
     min_accuracy          the cosine below which a result is refused or retried in more bits
     calibration_samples   samples that calibration looks at
     calibration_tokens    of text that calibration looks at, at least: short sequences are more than calibration_samples
@@ -134,6 +135,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     enable_time_aware: bool = Field(default=True, description="True or False")
     enable_spatial: bool = Field(default=True, description="True or False")
+    activation_smoothing: bool = Field(default=False, description="True or False")
     min_accuracy: float = Field(default=0.85, ge=0, le=1, description="a number from 0 to 1")
     calibration_samples: int = Field(default=128, ge=1, le=1_000_000, description="a whole number from 1 to 1000000")
     calibration_tokens: int = Field(default=32_768, ge=0, le=10**9, description="a whole number from 0 to 1000000000")
@@ -210,6 +212,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         _refuse_contradiction(config)
         _refuse_two_sizes(config, settings)
         _refuse_tuning_unseen(config)
+        _refuse_smoothing_alone(config)
         return config
 
     @classmethod
@@ -268,6 +271,10 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     def has_target(self) -> bool:
         """Whether widths are chosen for a size, not for all layers alike."""
         return self.target_bits is not None or self.target_size is not None
+
+    def equalizes(self, modality: Modality) -> bool:
+        """Whether input channels of calibrated layers are equalized where that serves best."""
+        return self.activation_smoothing or (self.enable_spatial and modality in {"image", "audio"})
 
     @property
     def overrules(self) -> Overrules:
@@ -408,6 +415,22 @@ def _refuse_tuning_unseen(config: "DiffusionQuantConfig") -> None:
             raise ConfigurationError(
                 f"tuning_steps is {config.tuning_steps} and {name} is {_repr.repr(getattr(config, name))}, so the model"
                 " is not run; leave one of them out"
+            )
+
+
+def _refuse_smoothing_alone(config: "DiffusionQuantConfig") -> None:
+    """Refuse to smooth inputs where channels are not equalized, or nothing holds the ranges of inputs."""
+    for name, without in (
+        ("enable_spatial", not config.enable_spatial),
+        ("enable_time_aware", not config.enable_time_aware),
+        ("enable_calibration", not config.enable_calibration),
+        ("method", config.method in {"clip", "rtn"}),
+    ):
+        if without and config.activation_smoothing:
+            raise ConfigurationError(
+                f"activation_smoothing is True and {name} is {_repr.repr(getattr(config, name))}, which contradict each"
+                " other: inputs are smoothed by equalizing their channels, and rounded by ranges that calibration saw;"
+                " leave one of them out"
             )
 
 

@@ -101,9 +101,7 @@ def diagnose(
     possible = _reach(scope)
     plans = scope.plans(forethought(scope) if possible else {})
     budget = plan_budget(plans, config)
-    fitting = calibration_bytes(
-        plans, calibrated.names, equalized=config.enable_spatial and modality in {"image", "audio"}
-    )
+    fitting = calibration_bytes(plans, calibrated.names, equalized=config.equalizes(modality))
     judging = judging_bytes(plans, calibrated, config, budget.workers) if config.stats is None else 0
     peak = max(budget.peak_bytes, fitting + judging)
     predicted = predicted_weight_bytes(plans, modality, config, component, calibrated.names)

@@ -144,6 +144,7 @@ def calibrated_records(layer: CalibratedLayer, checksum: int, modality: Modality
             output_error=list(layer.output_error),
             modality=modality,
             time_aware_quant=_time_aware(layer),
+            spatial_quant={"activation_smoothing": True} if layer.smoothed else None,
             activation_stats={name: list(values) for name, values in layer.spread.items()},
         )
 

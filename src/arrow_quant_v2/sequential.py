@@ -20,6 +20,7 @@ from arrow_quant_v2.fallback import Bar, warn_of_fallback
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.quantizers.calibrated import Sight, Weight, outputs_of_parts
 from arrow_quant_v2.quantizers.correction import corrected
+from arrow_quant_v2.quantizers.smoothing import Ranges
 from arrow_quant_v2.quantizers.time_aware import TimeAwareQuantizer
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class CalibratedLayer:
 
     output_error  ||dW x||^2 / ||W x||^2 over inputs x of each time group, W as it is after it was corrected
     activations   8-bit parameters of its inputs in each time group; None: time-aware quantization is off
+    smoothed      they are those of its inputs as they are once their channels are equalized
     spread        mean, std, min and max of its inputs in each time group
     """
 
@@ -58,6 +60,7 @@ class CalibratedLayer:
     output_error: tuple[float, ...]
     activations: tuple[TimeGroupParameters, ...] | None
     spread: Mapping[str, Sequence[float]]
+    smoothed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -268,9 +271,16 @@ def sight_of(stats: InputStats) -> Sight:
         hessian=stats.second.matrix,
         count=stats.count,
         absmax=stats.absmax.amax(dim=0),
+        ranges=_ranges(stats),
         parts={part: sight_of(own) for part, own in stats.parts.items()} if apart else {},
         transposed=stats.transposed,
     )
+
+
+def _ranges(stats: InputStats) -> Ranges:
+    spread, where = stats.spread(), stats.absmax.device
+    low, high = (torch.tensor(spread[side], dtype=torch.float32, device=where) for side in ("min", "max"))
+    return Ranges(absmax=stats.absmax, low=low, high=high, count=stats.count)
 
 
 def _outputs(made: Made, stats: InputStats, sight: Sight) -> Outputs:
@@ -292,10 +302,13 @@ def _weight(plan: LayerPlan, ask: Fitting, device: torch.device) -> Weight:
 
 
 def _layer(fit: _Fit, stats: InputStats, ask: Fitting) -> CalibratedLayer:
-    spread, trouble = stats.spread(), fit.trouble
+    trouble, basis = fit.trouble, fit.fitted.basis
+    smoothed = ask.freedom.smooth and fit.weight.is_linear and basis.equalization is not None
+    inputs = _ranges(stats).in_basis(basis) if smoothed else _ranges(stats)
     ranges: tuple[TimeGroupParameters, ...] | None = None
     try:
-        ranges = TimeAwareQuantizer(ask.groups).parameters(spread["min"], spread["max"]) if ask.time_aware else None
+        if ask.time_aware:
+            ranges = TimeAwareQuantizer(ask.groups).parameters(inputs.low.tolist(), inputs.high.tolist())
     except QuantizationError as error:
         if ask.bar.fail_fast:
             raise
@@ -310,7 +323,8 @@ def _layer(fit: _Fit, stats: InputStats, ask: Fitting) -> CalibratedLayer:
         decision=decision,
         output_error=fit.outputs.errors,
         activations=ranges,
-        spread=spread,
+        spread=stats.spread(),
+        smoothed=smoothed,
     )
 
 

@@ -17,6 +17,7 @@ from arrow_quant_v2.quantizers.basis import Basis, rotation_block
 from arrow_quant_v2.quantizers.gptq import ROWS, gptq
 from arrow_quant_v2.quantizers.gptq_factor import factorize, suitable_damping
 from arrow_quant_v2.quantizers.result import joined, not_finite, weight_error
+from arrow_quant_v2.quantizers.smoothing import rounding_loss
 from arrow_quant_v2.quantizers.spatial import ALPHAS, SpatialQuantizer
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from arrow_quant_v2.config import LayerSpec
     from arrow_quant_v2.packed import Layout, PackedTensor, TensorInfo, WeightError
     from arrow_quant_v2.quantizers.gptq_factor import Factor
+    from arrow_quant_v2.quantizers.smoothing import Ranges
 
+MATRIX = 2  # axes
 SMALL_HESSIAN = 256 * 2**20  # bytes up to which H and its factor are in memory for every basis
 AT_ONCE = 16 * ROWS  # rows of a weight that have all its copies at once: a head of a vocabulary is large
 TRIED_ROWS = 256  # of all weights of an input together: enough to tell which basis is better
@@ -37,6 +40,7 @@ TRIED_ROWS = 256  # of all weights of an input together: enough to tell which ba
 class Sight:
     """What the fit needs of the stats of one input: H, how many tokens are in it, and absmax of each channel.
 
+    ranges      where the inputs lie in each time group; None: not known
     parts       the same of rows of the weight that have inputs of their own, by the first one and that after the last
     transposed  rows of the weight belong to inputs, not to outputs
     """
@@ -44,6 +48,7 @@ class Sight:
     hessian: Tensor
     count: int
     absmax: Tensor
+    ranges: Ranges | None = None
     parts: Mapping[tuple[int, int], Sight] = field(default_factory=dict)
     transposed: bool = False
 
@@ -55,10 +60,14 @@ class Sight:
 
 @dataclass(frozen=True, kw_only=True)
 class Freedom:
-    """What the fit may try: turned channels, equalized channels, and refits of each group's grid."""
+    """What the fit may try: turned channels, equalized channels, and refits of each group's grid.
+
+    smooth  a basis counts by what the outputs lose when inputs are rounded to 8 bits as well
+    """
 
     rotate: bool = True
     equalize: bool = False
+    smooth: bool = False
     refits: int = 2
 
 
@@ -79,6 +88,11 @@ class Weight:
     def aim(self) -> Tensor:
         """What the column loop comes near to."""
         return self.values if self.wanted is None else self.wanted
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it belongs to a linear layer, whose inputs may be rounded too."""
+        return len(self.info.shape) == MATRIX
 
     def some(self, count: int) -> Weight:
         """At most `count` of its rows, evenly spaced."""
@@ -116,13 +130,13 @@ def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
     Raises:
         QuantizationError: H has no Cholesky factor, or a weight is not finite.
     """
-    best = _best(weights, sight, every_basis(weights, sight, freedom))
+    best = _best(weights, sight, every_basis(weights, sight, freedom), smooth=freedom.smooth)
     if len(weights) == 1:
         return [best.fitted(weights[0], freedom.refits)]  # its rows are shared out instead
     return each_on_one_core(lambda weight: best.fitted(weight, freedom.refits), weights)
 
 
-def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis]) -> InBasis:
+def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis], *, smooth: bool) -> InBasis:
     """The input seen in the basis that loses least; the first one where several do.
 
     Where H is large, one basis is looked at after the other, and the best one made once more.
@@ -134,15 +148,15 @@ def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis]) -> In
     if sight.hessian.nbytes <= SMALL_HESSIAN:
         seen = each_on_one_core(lambda basis: InBasis(basis, sight, groups), bases)
         pairs = [(one, weight) for one in seen for weight in tried]
-        losses = each_on_one_core(lambda pair: pair[0].loss(pair[1]), pairs)
+        losses = each_on_one_core(lambda pair: pair[0].loss(pair[1], smooth=smooth), pairs)
         totals = [sum(losses[at : at + len(tried)]) for at in range(0, len(losses), len(tried))]
         return seen[totals.index(min(totals))]
-    totals = [_total_loss(InBasis(basis, sight, groups), tried) for basis in bases]
+    totals = [_total_loss(InBasis(basis, sight, groups), tried, smooth=smooth) for basis in bases]
     return InBasis(bases[totals.index(min(totals))], sight, groups)
 
 
-def _total_loss(seen: InBasis, weights: Sequence[Weight]) -> float:
-    return sum(each_on_one_core(seen.loss, weights))
+def _total_loss(seen: InBasis, weights: Sequence[Weight], *, smooth: bool) -> float:
+    return sum(each_on_one_core(lambda weight: seen.loss(weight, smooth=smooth), weights))
 
 
 def every_basis(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Basis]:
@@ -152,7 +166,8 @@ def every_basis(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> li
     block = rotation_block(channels) if freedom.rotate else None
     if block is not None:
         found.append(Basis(channels=channels, rotation=block))
-    if freedom.equalize and all(weight.spec.equalize for weight in weights):
+    unsure = freedom.smooth and sight.ranges is not None and not sight.ranges.tell_channels
+    if freedom.equalize and not unsure and all(weight.spec.equalize for weight in weights):
         spatial = SpatialQuantizer(sight.absmax)
         unfolded = [weight.aim.reshape(len(weight.aim), channels, -1) for weight in weights]
         found += [spatial.basis(unfolded, alpha) for alpha in ALPHAS]
@@ -163,14 +178,17 @@ class InBasis:
     """An input seen in one basis, with H's factor for each size of groups."""
 
     def __init__(self, basis: Basis, sight: Sight, groups: Sequence[int]) -> None:
-        self.basis = basis
+        self.basis, self.sight = basis, sight
         self.hessian = basis.moment(sight.hessian)
         damping = suitable_damping(len(self.hessian), sight.count)
         self.factors: dict[int, Factor] = {group: factorize(self.hessian, group, damping) for group in groups}
 
-    def loss(self, weight: Weight) -> float:
-        """tr(dW H dW^T), without refits."""
-        return loss_of(self.basis.weight(self.fitted(weight, 0).left), self.hessian)
+    def loss(self, weight: Weight, *, smooth: bool = False) -> float:
+        """tr(dW H dW^T), without refits; to `smooth`, also what inputs of a linear layer cost that are rounded."""
+        lost, ranges = loss_of(self.basis.weight(self.fitted(weight, 0).left), self.hessian), self.sight.ranges
+        if smooth and ranges is not None and weight.is_linear:
+            lost += rounding_loss(weight.aim, ranges, self.basis)
+        return lost
 
     def fitted(self, weight: Weight, refits: int) -> Fitted:
         """The weight by its spec."""

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from arrow_quant_v2.runtime.modules import Activations
+    from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.store.reader import StoredModel
-    from arrow_quant_v2.store.record import Payload, Structure
+    from arrow_quant_v2.store.record import Payload
 
 NAMED = 5  # names in a message
 ACTIVATIONS = (None, "dynamic", "static")
@@ -188,7 +189,7 @@ class _Filling:
         self._module, self._stored, self._device, self._dtype = module, stored, device, dtype
         self.packed: list[str] = []
         self._decisions: list[Decision] = []
-        self._timed: list[tuple[QuantizedLinear, Structure | None]] = []
+        self._timed: list[tuple[QuantizedLinear, LayerEntry]] = []
 
     def put(self, name: str, places: Sequence[str], payload: tuple[Payload, ...]) -> None:
         """One tensor of the file in each of its places."""
@@ -209,7 +210,7 @@ class _Filling:
         if leaf == "weight" and can_run_packed(owner):
             layer = run_packed(owner, packed)
             if isinstance(layer, QuantizedLinear):
-                self._timed.append((layer, self._stored.chunks(packed.name)[0].time_aware_quant))
+                self._timed.append((layer, self._stored.chunks(packed.name)[0]))
         elif leaf in owner._modules or not _takes_packed(owner, leaf, packed):  # noqa: SLF001
             return owner._modules.get(leaf) is packed  # noqa: SLF001 - the same layer by another name
         else:
@@ -261,8 +262,8 @@ class _Filling:
     def time(self, activations: Activations | None, mask_token: int | None) -> Clock | None:
         """Tell linear layers how their inputs are rounded, and which clock they look at."""
         clocks: dict[TimeGroups, Clock] = {}
-        for layer, structure in self._timed:
-            groups, ranges, biases = _time_groups(structure)
+        for layer, entry in self._timed:
+            groups, ranges, biases = _time_groups(entry)
             layer.activations = activations
             if activations == "static" and ranges is None:
                 layer.activations = None
@@ -294,14 +295,17 @@ def _kept(payload: tuple[Payload, ...], shape: tuple[int, ...]) -> Tensor:
     return values.view(dtype).reshape(shape)
 
 
-def _time_groups(structure: Structure | None) -> tuple[TimeGroups | None, StaticRanges | None, Tensor | None]:
+def _time_groups(entry: LayerEntry) -> tuple[TimeGroups | None, StaticRanges | None, Tensor | None]:
     """The time groups of a layer, the ranges of its inputs and the corrections of its outputs in them."""
-    found = (structure or {}).get("time_group_params") or []
-    if not found or not (structure or {}).get("enabled"):
+    structure = entry.time_aware_quant or {}
+    found = structure.get("time_group_params") or []
+    if not found or not structure.get("enabled"):
         return None, None, None
     edges = (*(one["time_range"]["start"] for one in found), found[-1]["time_range"]["end"])
     ranges = StaticRanges(
-        scales=tuple(one["scale"] for one in found), zero_points=tuple(round(one["zero_point"]) for one in found)
+        scales=tuple(one["scale"] for one in found),
+        zero_points=tuple(round(one["zero_point"]) for one in found),
+        smoothed=entry.is_smoothed,
     )
     biases = [one["bias_correction"] for one in found]
     corrections = torch.tensor(biases) if all(bias is not None for bias in biases) else None

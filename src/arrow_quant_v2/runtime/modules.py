@@ -31,10 +31,13 @@ class StaticRanges:
     """8-bit parameters of a layer's inputs, of each time group: x ~ scale (code - zero_point), code 0 to 255.
 
     Where the time is not known, `whole` has those of the range that covers all groups.
+
+    smoothed  they are those of inputs whose channels are equalized
     """
 
     scales: tuple[float, ...]
     zero_points: tuple[int, ...]
+    smoothed: bool = False
 
     def of(self, group: int | None) -> tuple[float, int]:
         """Scale and zero point of a group."""
@@ -110,13 +113,17 @@ class QuantizedLinear(PackedLayer, nn.Linear):
         if self.activations == "dynamic":
             return weight.product(x, self.bias, linear.linear_dynamic)
         if self.activations == "static" and self.ranges is not None:
-            return self._static(x, *self.ranges.of(None if self.clock is None else self.clock.now()))
+            group = None if self.clock is None else self.clock.now()
+            return self._static(x, *self.ranges.of(group), smoothed=self.ranges.smoothed)
         return weight.product(x, self.bias)
 
-    def _static(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
-        """Ranges are those of x itself, so x is rounded before its channels are turned; its gradient is not."""
+    def _static(self, x: Tensor, scale: float, zero_point: int, *, smoothed: bool) -> Tensor:
+        """Ranges are those of x itself, so x is rounded before its channels are turned; its gradient is not.
+
+        Smoothed ones are those of x / s, which the product itself makes of x.
+        """
         weight: PackedWeight = self.weight
-        if weight.rotation is None and weight.equalization is None:
+        if smoothed or not weight.has_basis:
             return weight.product(x, self.bias, linear.linear_static, scale, zero_point)
         rounded = linear.rounded_by_scale(x.detach(), scale, zero_point)
         return weight.product(rounded + (x - x.detach()), self.bias).to(x.dtype)

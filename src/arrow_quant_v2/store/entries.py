@@ -88,6 +88,11 @@ class LayerEntry:
         )
 
     @property
+    def is_smoothed(self) -> bool:
+        """Whether activation parameters are those of inputs whose channels are equalized."""
+        return self.equalization is not None and bool((self.spatial_quant or {}).get("activation_smoothing"))
+
+    @property
     def rows(self) -> int:
         """Rows of the whole layer; elements where it is not quantized."""
         return self.num_params if self.layout is None else self.layout.rows

@@ -184,6 +184,7 @@ def _fitting(
         finished=keeper.finished,
         keep=keeper.keep,
         holding=run.prepared.runnable.holding,
+        importance=run.prepared.importance,
         strength=run.config.error_correction,
         bar=Bar.of(run.config),
         asked=run.asked,

@@ -98,6 +98,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     calibration_data      a file of texts, token ids, prompts or inputs; None: the model's own trajectory
     stats                 a folder that calibrate wrote, to fit layers by; the model is not run
     mask_token            id of the token that hides another one; None: the tokenizer or config.json tells
+    enable_importance     tokens count by how much the model's outputs feel what becomes of them; False: all alike
     enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
     grid_refits           how often the grid of a group is fitted again to the codes it got
     error_correction      how much of what quantized layers did to its inputs a weight makes up for, 0 (none) to 1
@@ -151,6 +152,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         default=None, description="the path of a folder that calibrate wrote, or None"
     )
     mask_token: int | None = Field(default=None, ge=0, description="the id of a token, 0 or more, or None")
+    enable_importance: bool = Field(default=True, description="True or False")
     enable_rotation: bool = Field(default=True, description="True or False")
     grid_refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
     error_correction: float = Field(default=0.5, ge=0, le=1, description="a number from 0 to 1")

@@ -39,7 +39,7 @@ from arrow_quant_v2.plan import (
     refuse_unused_names,
     wider_plan,
 )
-from arrow_quant_v2.preparation import data_identity, prepare
+from arrow_quant_v2.preparation import data_identity, prepare, with_importance
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import CONFIG, Description, assemble, has_own_file, source_hash
 from arrow_quant_v2.report.card import base_model_of
@@ -264,6 +264,7 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
         note = f"not calibrated, quantized from the weights alone: {error}"
         warnings.warn(note, stacklevel=3)
         return _Shown(reason=str(error), notes=(note,))
+    prepared, beside = with_importance(prepared, job.config, tell=run.progress.tell)
     judge, notes = _judge(job, prepared)
     tuner, remarks = _tuner(job, prepared)
     samples = prepared.samples
@@ -274,7 +275,7 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
         "time_groups": [list(edges) for edges in prepared.groups.ranges()],
         "method": method,
     }
-    notes = (*prepared.notes, *samples.notes, *notes, *remarks)
+    notes = (*prepared.notes, *samples.notes, *beside, *notes, *remarks)
     return _Shown(prepared=prepared, judge=judge, tuner=tuner, method=method, summary=summary, notes=notes)
 
 

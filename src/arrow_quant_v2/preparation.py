@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 
 from arrow_quant_v2.budget import available_bytes, running_bytes
 from arrow_quant_v2.calibration.balance import balanced
+from arrow_quant_v2.calibration.importance import ALIKE, importance
 from arrow_quant_v2.calibration.on_device import move_to
 from arrow_quant_v2.calibration.pipelines import open_pipeline
 from arrow_quant_v2.calibration.remembered import NO_MEMORY, Memory
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from arrow_quant_v2.calibration.importance import Importance
     from arrow_quant_v2.calibration.sample import Samples
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.sources.base import Source
@@ -48,12 +50,16 @@ BLOCK_BY_BLOCK = "larger than memory: weights are read from disk block by block"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """A model ready to be walked through, what it will be shown, and where such samples are kept."""
+    """A model ready to be walked through, what it will be shown, and where such samples are kept.
+
+    importance  how much each row of each layer's inputs counts
+    """
 
     runnable: Runnable
     samples: Samples
     groups: TimeGroups
     memory: Memory = NO_MEMORY
+    importance: Importance = ALIKE
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -102,6 +108,31 @@ def prepare(
     _warn(samples)
     groups = _groups(runnable, samples, config)
     return Prepared(runnable=runnable, samples=samples, groups=groups, memory=memory)
+
+
+def with_importance(
+    prepared: Prepared, config: DiffusionQuantConfig, *, tell: Callable[[str], object]
+) -> tuple[Prepared, tuple[str, ...]]:
+    """The same once it is known how much rows of inputs count, where that is asked for; or why it cannot be told."""
+    if not config.enable_importance:
+        return prepared, ()
+    if prepared.runnable.on_demand is not None:
+        return prepared, ("larger than memory: all tokens count alike",)
+    calls = prepared.samples.calls
+    try:
+        found = importance(
+            prepared.runnable,
+            calls,
+            seed=config.seed,
+            tell=lambda done: tell(f"{done}/{len(calls)} samples looked at for what outputs feel"),
+        )
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError too, but the model has gradients
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        note = f"all tokens count alike, because gradients tell nothing: {error}"
+        warnings.warn(note, stacklevel=3)
+        return prepared, (note,)
+    return replace(prepared, importance=found), ()
 
 
 def _warn(samples: Samples) -> None:

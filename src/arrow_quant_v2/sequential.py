@@ -13,6 +13,7 @@ import torch
 
 from arrow_quant_v2.attempts import fit_somehow, refuse_wild
 from arrow_quant_v2.calibration.drift import Drift, Originals
+from arrow_quant_v2.calibration.importance import ALIKE
 from arrow_quant_v2.calibration.observe import observe, strata
 from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import BarMissedError, QuantizationError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.attempts import Made
     from arrow_quant_v2.calibration.blocks import Walk
+    from arrow_quant_v2.calibration.importance import Importance
     from arrow_quant_v2.calibration.observe import Strata
     from arrow_quant_v2.calibration.stats import InputStats
     from arrow_quant_v2.decisions import Decision, Kind
@@ -71,6 +73,7 @@ class Fitting:
     finished  a plan -> the weight that an earlier run made of it, or None
     keep      takes each layer as it is done
     holding   keeps a part's weights in memory
+    importance  how much each row of each input counts
     strength  how much of the drift of its inputs a weight makes up for, 0 to 1
     bar       what the outputs of each layer must reach
     asked     a plan -> the width that was asked of this layer at first
@@ -87,6 +90,7 @@ class Fitting:
     finished: Callable[[LayerPlan], torch.Tensor | None]
     keep: Callable[[CalibratedLayer], None]
     holding: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
+    importance: Importance = ALIKE
     strength: float = 0.0
     bar: Bar = NO_BAR
     asked: Callable[[LayerPlan], int] = lambda plan: 0 if plan.spec is None else plan.spec.bits
@@ -103,7 +107,7 @@ def fit_in_sequence(walk: Walk, ask: Fitting) -> None:
     Raises:
         QuantizationError: a weight or an input is not finite, or the model cannot be called with a sample.
     """
-    parts = strata(walk.samples, ask.groups)
+    parts = replace(strata(walk.samples, ask.groups), importance=ask.importance)
     for number, block in enumerate(walk.blocks):
         with ask.holding(block.module):
             _fit_block(walk, number, parts, ask)

@@ -15,9 +15,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from text_models import opened, save_folder, small_module
 
+from arrow_quant_v2.calibration.backwards import first_tensor
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.sample import Sample
-from arrow_quant_v2.calibration.sensitivity import Change, Felt, first_tensor, sensitivity
+from arrow_quant_v2.calibration.sensitivity import Change, Felt, sensitivity
 from arrow_quant_v2.calibration.transformers_model import open_transformers
 from arrow_quant_v2.calibration.weight_gradient import Piece, Pieces
 from arrow_quant_v2.sources.folder import open_model

@@ -207,7 +207,8 @@ def seen(product: Product, seed: int) -> Seen:
     if product.place is None:
         rows = x.reshape(-1, x.shape[-1])
         channels = rows
-        rows = rows if len(rows) <= MOST_ROWS else rows[_choice(len(rows), seed).to(rows.device)]
+        chosen = kept_rows(len(rows), seed)
+        rows = rows if chosen is None else rows[chosen.to(rows.device)]
     else:
         batched = x if x.ndim == len(product.place.kernel) + 2 else x[None]
         channels = batched.transpose(0, 1).flatten(1).mT
@@ -221,8 +222,10 @@ def seen(product: Product, seed: int) -> Seen:
     )
 
 
-def _choice(count: int, seed: int) -> Tensor:
-    """MOST_ROWS of `count` rows, in ascending order."""
+def kept_rows(count: int, seed: int) -> Tensor | None:
+    """Which of `count` rows the stats see: MOST_ROWS of them, in ascending order; None: all."""
+    if count <= MOST_ROWS:
+        return None
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[:MOST_ROWS].sort().values
 
@@ -238,5 +241,6 @@ def _unfolded(x: Tensor, place: Place, seed: int) -> Tensor:
     shape = (x.shape[0], *x.shape[2 : 2 + axes])  # batch and places
     patches = x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
     total = torch.Size(shape).numel()
-    chosen = torch.arange(total) if total <= MOST_ROWS else _choice(total, seed)
+    chosen = kept_rows(total, seed)
+    chosen = torch.arange(total) if chosen is None else chosen
     return patches[torch.unravel_index(chosen.to(x.device), shape)].flatten(1)

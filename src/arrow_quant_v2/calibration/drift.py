@@ -66,7 +66,7 @@ class Drift:
         Inputs that are not of the same tokens have no drift: a sample may reach other experts than it did.
         """
         pairs = [
-            (one.rows, other.rows, weight)
+            (one.rows, other.rows, weight if one.say is None else weight * one.say[:, None])
             for mine, theirs, weight in zip(here, there, weights, strict=True)
             if len(mine) == len(theirs)
             for one, other in zip(mine, theirs, strict=True)
@@ -86,8 +86,11 @@ class Drift:
         each_on_one_core(add, tiles(x.shape[1]))
 
 
-def _drifted(rows: Tensor, original: Tensor, weight: float) -> Tensor:
-    """The rows w (x' - x); 0 where x' is further from x than 0 is: then they are hardly the same token."""
+def _drifted(rows: Tensor, original: Tensor, weight: float | Tensor) -> Tensor:
+    """The rows w (x' - x), w that of all or of each.
+
+    0 where x' is further from x than 0 is: then they are hardly the same token.
+    """
     drift = original - rows
     far = drift.square().sum(dim=1) > rows.square().sum(dim=1)
     return drift.mul_(weight).masked_fill_(far[:, None], 0.0)

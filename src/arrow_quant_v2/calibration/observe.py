@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from arrow_quant_v2.calibration.collect import MOST_ROWS, seen
+from arrow_quant_v2.calibration.importance import ALIKE
 from arrow_quant_v2.calibration.stats import InputStats
 from arrow_quant_v2.engines.one_core import each_on_one_core
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
+
     from arrow_quant_v2.calibration.blocks import Walk
     from arrow_quant_v2.calibration.drift import Drift
+    from arrow_quant_v2.calibration.importance import Importance
     from arrow_quant_v2.calibration.sample import Sample
     from arrow_quant_v2.calibration.stats import Seen
     from arrow_quant_v2.time_groups import TimeGroups
@@ -24,11 +28,12 @@ ROOM = 512 * 2**20  # bytes of them at most, where all inputs of a block are see
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Strata:
-    """The time group of every sample, and the weight that gives every group the same say."""
+    """The time group of every sample, the weight that gives every group the same say, and what each row's is beside."""
 
     groups: tuple[int, ...]
     weights: tuple[float, ...]
     count: int
+    importance: Importance = ALIKE
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -67,11 +72,12 @@ def observe(
     stats: InputStats | None = None
     for start in range(0, len(parts.groups), SAMPLES_AT_ONCE):
         numbers = range(start, min(start + SAMPLES_AT_ONCE, len(parts.groups)))
-        found = each_on_one_core(lambda number: _seen(walk, block, layers, number), numbers)
+        found = each_on_one_core(lambda number: _seen(walk, block, layers, number, parts.importance), numbers)
         stats = _added(stats, layers, dict(zip(numbers, found, strict=True)), parts)
         if drift is not None:
+            there = [walk.beside(number) for number in numbers]
             with drift.originals.in_place():
-                beside = each_on_one_core(lambda number: _seen(walk, block, layers, number, beside=True), numbers)
+                beside = each_on_one_core(lambda number: _seen(walk, block, layers, number), there)
             drift.add(found, beside, [parts.weights[number] for number in numbers])
     return stats if stats is not None and stats.second.matrix.diagonal().any() else None
 
@@ -131,7 +137,13 @@ def _added(
     return stats
 
 
-def _seen(walk: Walk, block: int, layers: tuple[str, ...], number: int, *, beside: bool = False) -> list[Seen]:
+def _seen(walk: Walk, block: int, layers: tuple[str, ...], number: int, importance: Importance = ALIKE) -> list[Seen]:
     """Nothing of products without tokens: experts that a sample does not need are given such."""
-    products = walk.watch(block, layers, walk.beside(number) if beside else number).products
-    return [seen(product, seed=number) for product in products if product.inputs.numel()]
+    sample = number % len(walk.samples)
+    products = walk.watch(block, layers, number).products
+    found = [seen(product, seed=sample) for product in products if product.inputs.numel()]
+    return found if len(found) != 1 else [_counted(found[0], importance.of(layers, sample, len(found[0].rows)))]
+
+
+def _counted(one: Seen, say: Tensor | None) -> Seen:
+    return one if say is None else replace(one, say=say.to(one.rows.device))

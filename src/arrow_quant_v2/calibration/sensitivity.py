@@ -1,48 +1,36 @@
 """How much a model's output changes when weights change a little, told by gradients while the model runs.
 
-For an output y of the model and a random direction r, E (r . dy)^2 = |dy|^2. To first order r . dy is the sum of
-g_t . (dW x_t) over tokens t, where g_t is the gradient of r . y with respect to what the layer gives for x_t. Errors of
-different rows of a weight have nothing to do with each other, so their squares add up:
+To first order what changes in direction r (see calibration/backwards.py), r . dy, is the sum of g_t . (dW x_t) over
+tokens t, where g_t is the gradient of r . y with respect to what the layer gives for x_t. Errors of different rows of a
+weight have nothing to do with each other, so their squares add up:
 
     |dy|^2 ~ E sum_rows (sum_t g_t,row (dW_row . x_t))^2
 
-which sees what a row's error does to all tokens together, and needs few calls of the model. y is divided by its norm.
+which sees what a row's error does to all tokens together, and needs few calls of the model.
 The sum over tokens is also dW_row . G_row, G the gradient with respect to the weight: so it is told where rows have
 inputs of their own (experts, groups), and with columns for rows where rows belong to inputs.
-Where y are logits of tokens, the direction is that of the logarithm of a probability, for a word that is drawn by
-those probabilities: then it is twice the divergence (KL, in nats) of what the model says of a hidden token.
 Knows nothing of where changes come from.
 """
 
 from __future__ import annotations
 
-import math
-import threading
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
-from arrow_quant_v2.calibration.blocks import candidates, matrices
+from arrow_quant_v2.calibration.backwards import backwards, in_the_graph
 from arrow_quant_v2.calibration.collect import Watch, rows_in
 from arrow_quant_v2.calibration.products import CONVOLUTIONS, KINDS, operands
 from arrow_quant_v2.calibration.weight_gradient import Again, Pieces, SumsOfPieces, with_gradient
-from arrow_quant_v2.engines.one_core import each_on_one_core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import nn
+    from collections.abc import Callable, Mapping, Sequence
 
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.sample import Sample
-
-AT_ONCE = 4  # samples whose gradients are in memory together; part of the result, so it never follows the machine
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,72 +84,19 @@ def sensitivity(
     """
     parameters = runnable.parameters(dict.fromkeys((*changes, *tables)))
     total = Felt()
-    now = _Now()
-
-    def one_call(number: int) -> Felt:
-        return _of_one(runnable, Gradients(parameters, changes), samples[number], seed + number, now)
-
-    with _block_by_block(runnable, now):
-        for start in range(0, len(samples), AT_ONCE):
-            numbers = range(start, min(start + AT_ONCE, len(samples)))
-            found = each_on_one_core(
-                lambda n: _of_one(runnable, Gradients(parameters, changes), samples[n], seed + n, now), numbers
-            )
-            for number, one in zip(numbers, found, strict=True):
-                total.add(one, weights[number] / len(samples))
-            tell(numbers.stop)
+    seen = backwards(
+        runnable,
+        samples,
+        lambda: Gradients(parameters, changes),
+        seed=seed,
+        block_by_block=runnable.on_demand is not None,
+        tell=tell,
+    )
+    for weight, gradients in zip(weights, seen, strict=True):
+        total.add(gradients.felt(), weight / len(samples))
     if not (total.changes or total.tables):
         raise RuntimeError("no output depends on a weight that is asked about, or the model runs without gradients")
     return total
-
-
-class _Now(threading.local):
-    """What watches the call that this thread makes."""
-
-    gradients: Gradients | None = None
-
-
-def _of_one(runnable: Runnable, gradients: Gradients, sample: Sample, seed: int, now: _Now) -> Felt:
-    """What is felt in one call of the model."""
-    now.gradients = gradients
-    with torch.enable_grad(), gradients:
-        output = first_tensor(runnable.module(*sample.arguments, **sample.keywords))
-        if output.requires_grad:
-            told = _told(output, runnable, sample, torch.Generator().manual_seed(seed))
-            torch.autograd.backward(told)
-    return gradients.felt()
-
-
-def first_tensor(outputs: object) -> Tensor:
-    """What a model's answer is, however it wraps it: the first tensor of floats in it.
-
-    Raises:
-        RuntimeError: there is none, so nothing can be told by gradients.
-    """
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    raise RuntimeError("it gives no tensor of floating-point numbers")
-
-
-def _told(output: Tensor, runnable: Runnable, sample: Sample, draw: torch.Generator) -> Tensor:
-    """The scalar whose gradient is taken, divided so that each call of the model has the same say."""
-    given = (*sample.arguments, *sample.keywords.values())
-    ids = next((value for value in given if _are_tokens(value, output)), None)
-    if runnable.mask_token is None or not isinstance(ids, Tensor):
-        direction = torch.randn(output.shape, generator=draw)
-        size = float(output.detach().norm()) or 1.0
-        return (direction * output).sum() / size
-    hidden = ids == runnable.mask_token
-    logits = output[hidden] if hidden.any() else output.flatten(0, -2)
-    words = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)
-    told: Tensor = logits.log_softmax(-1).gather(-1, words).sum() / math.sqrt(len(logits))
-    return told
-
-
-def _are_tokens(value: object, output: Tensor) -> bool:
-    """Whether these are ids of the tokens of which the output tells the probabilities."""
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.shape == output.shape[:-1]
 
 
 class Gradients(Watch):
@@ -242,14 +177,14 @@ class Gradients(Watch):
             sums = (errors * rows).sum(dim=-1, dtype=torch.float64)
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
-        return _in_the_graph(result, add)
+        return in_the_graph(result, add)
 
     def _looked_up(self, name: str, result: Tensor) -> Tensor:
         def add(gradient: Tensor) -> None:
             squares = gradient.detach().flatten(0, -2).square().sum(dim=0, dtype=torch.float64)
             self._tables[name] = self._tables[name] + squares if name in self._tables else squares
 
-        return _in_the_graph(result, add)
+        return in_the_graph(result, add)
 
 
 def _with_weight(func: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any], weight: Tensor) -> Tensor:
@@ -260,37 +195,3 @@ def _with_weight(func: Callable[..., Any], args: Sequence[Any], given: Mapping[s
     rest = {key: value for key, value in given.items() if key not in named}
     result: Tensor = func(named["input"].detach(), weight, None, *args[3:], **rest)
     return result
-
-
-def _in_the_graph(result: Tensor, add: Callable[[Tensor], None]) -> Tensor:
-    """The result, whose gradient `add` is given; a copy where nothing before it has a gradient."""
-    if not result.requires_grad:
-        result = result.detach().requires_grad_().clone()
-    result.register_hook(add)
-    return result
-
-
-@contextmanager
-def _block_by_block(runnable: Runnable, now: _Now) -> Iterator[None]:
-    """Where weights are read on demand, only what goes into each part is remembered: it runs again for its gradient."""
-    with ExitStack() as undo:
-        if runnable.on_demand is not None:
-            for part in dict(candidates(runnable.module, matrices(runnable.module))).values():
-                undo.callback(setattr, part, "forward", part.forward)
-                part.forward = _remembered(part, now)
-        yield
-
-
-def _remembered(part: nn.Module, now: _Now) -> Callable[..., Any]:
-    forward = part.forward
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[object]]:
-        """The first run is watched anyway; the second one happens inside torch, where nothing is unless it is said."""
-        return nullcontext(), now.gradients or nullcontext()
-
-    def again(*arguments: Any, **keywords: Any) -> Any:
-        return checkpoint(
-            forward, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **keywords
-        )
-
-    return again

@@ -36,6 +36,7 @@ class Seen:
     absmax   (channels,) float32: largest magnitude in each input channel
     part     the rows of the weight that it meets; None: all of them
     transposed  rows of the weight belong to inputs
+    say      (tokens,) float32: how much each of the rows counts in H; None: all alike
     """
 
     rows: Tensor
@@ -43,6 +44,12 @@ class Seen:
     absmax: Tensor
     part: tuple[int, int] | None = None
     transposed: bool = False
+    say: Tensor | None = None
+
+    def counted(self, weight: float) -> Tensor:
+        """The rows as they go into H, where those of this call have that weight."""
+        rows = self.rows if self.say is None else self.rows * self.say.sqrt()[:, None]
+        return rows if weight == 1.0 else rows * weight**0.5
 
 
 class InputStats:
@@ -52,7 +59,8 @@ class InputStats:
     absmax   (groups, channels) float32
     sums     (groups, columns) float64: sum of the rows that were seen in each time group
     probes   up to PROBES of those rows for each time group, (rows, columns) float32
-    second   H = sum of w x x^T, w the weight of the sample's time group, so that every group has the same say
+    second   H = sum of w x x^T, w the weight of the sample's time group, so that every group has the same say, times
+             how much the row counts
     parts    the same of rows of the weight that have inputs of their own, by the first row and the one after the last
     transposed  rows of the weight belong to inputs, not to outputs
     """
@@ -98,8 +106,7 @@ class InputStats:
             self.sums[group] += one.rows.sum(dim=0, dtype=torch.float64)
             self.rows[group] += len(one.rows)
             self._probe(group, _spaced(one.rows, PROBES_PER_CALL))
-        rows = [one.rows if w == 1.0 else one.rows * w**0.5 for one, w in zip(seen, weights, strict=True)]
-        self.second.add(torch.cat(rows))
+        self.second.add(torch.cat([one.counted(weight) for one, weight in zip(seen, weights, strict=True)]))
         self.transposed = seen[0].transposed
         for part in dict.fromkeys(one.part for one in seen if one.part is not None):
             mine = [number for number, one in enumerate(seen) if one.part == part]

@@ -1,0 +1,188 @@
+"""How much rows of inputs count: as gradients tell it, as outputs feel it, and what layers make of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from small_models import normal
+
+from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
+from arrow_quant_v2.calibration.collect import MOST_ROWS, kept_rows
+from arrow_quant_v2.calibration.importance import LEAST, Importance, importance
+from arrow_quant_v2.calibration.runnable import Runnable
+from arrow_quant_v2.calibration.sample import Sample
+from arrow_quant_v2.calibration.stats import InputStats, Seen, moments_of
+from arrow_quant_v2.kernels.tensors import dequantized
+from arrow_quant_v2.store.reader import StoredModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+CHANNELS, TOKENS = 64, 6
+
+
+def undrawn(kind: type[nn.Module], *sizes: int, **settings: int) -> Any:
+    """A layer whose weights the global generator did not draw."""
+    layer: Any = nn.utils.skip_init(kind, *sizes, **settings)
+    layer.weight.data.copy_(normal(*layer.weight.shape, seed=len(layer.weight)) * 2)
+    layer.bias.data.zero_()
+    return layer
+
+
+class Weighed(nn.Module):
+    """Tokens go through two layers, then count as much as they are told to."""
+
+    def __init__(self, say: Tensor) -> None:
+        super().__init__()
+        self.say = say
+        self.first, self.second = undrawn(nn.Linear, CHANNELS, 128), undrawn(nn.Linear, 128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, channels) -> (batch, tokens, 64)."""
+        out: Tensor = self.second(self.first(x).tanh()) * self.say[:, None]
+        return out
+
+
+def opened(module: nn.Module) -> Runnable:
+    return Runnable(module=module.eval().requires_grad_(requires_grad=False), modality="image", names={})
+
+
+def samples(count: int, *shape: int) -> list[Sample]:
+    return [Sample(arguments=(normal(1, *shape, seed=seed) * 20,), timestep=0.0) for seed in range(count)]
+
+
+def test_a_row_counts_by_the_square_of_what_outputs_feel_of_it() -> None:
+    say = torch.tensor([1.0, 2.0, 4.0, 1.0, 0.0, 1.0])
+    found = importance(opened(Weighed(say)), samples(400, TOKENS, CHANNELS))
+    felt = torch.stack(list(found.felt["second.weight"])).mean(dim=0)
+    assert (felt / felt[0])[:5].tolist() == pytest.approx([1.0, 4.0, 16.0, 1.0, 0.0], rel=0.2)
+    assert float(felt.mean()) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_what_layers_share_is_the_mean_and_no_row_is_of_no_account() -> None:
+    felt = Importance(felt={"q": [torch.tensor([0.0, 2.0])], "k": [torch.tensor([0.0, 4.0])], "v": [torch.ones(3)]})
+    assert felt.of(("q", "k"), 0, 2).tolist() == [pytest.approx(LEAST), 3.0]  # type: ignore[union-attr]
+    assert felt.of(("q", "v"), 0, 2) is None
+    assert felt.of(("q", "unknown"), 0, 2) is None
+
+
+def test_of_many_rows_those_count_that_stats_keep() -> None:
+    felt = torch.arange(1, MOST_ROWS + 101).float()
+    kept = kept_rows(len(felt), 7)
+    assert kept is not None
+    say = Importance(felt={"w": [torch.ones(0)] * 7 + [felt]}).of(("w",), 7, MOST_ROWS)
+    assert say is not None
+    assert torch.equal(say, felt[kept])
+
+
+class Places(nn.Module):
+    """A convolution of which one place of the picture is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = undrawn(nn.Conv2d, 3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, 3, 4, 5) -> (1, 4)."""
+        out: Tensor = self.conv(x)[:, :, 2, 3]
+        return out
+
+
+def test_rows_of_a_convolution_are_the_places_that_its_kernel_visits() -> None:
+    found = importance(opened(Places()), samples(3, 3, 4, 5))
+    for felt in found.felt["conv.weight"]:
+        assert felt.nonzero().flatten().tolist() == [2 * 5 + 3]
+
+
+class Twice(Weighed):
+    """One layer is called twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, channels) -> (batch, tokens, 64)."""
+        out: Tensor = self.second(self.first(x)) + self.second(self.first(-x))
+        return out
+
+
+def test_all_rows_count_alike_for_a_weight_with_several_inputs_in_a_call() -> None:
+    found = importance(opened(Twice(torch.ones(TOKENS))), samples(2, TOKENS, CHANNELS))
+    assert not found.felt
+
+
+def test_rows_go_into_h_as_often_as_they_count() -> None:
+    rows, say = normal(5, CHANNELS), torch.tensor([1.0, 4.0, 0.25, 1.0, 2.0])
+    stats = InputStats(("w",), 1, columns=CHANNELS, channels=CHANNELS)
+    stats.add([Seen(rows=rows, moments=moments_of(rows), absmax=rows.abs().amax(dim=0), say=say)], [0], [0.5])
+    assert torch.allclose(stats.second.matrix, 0.5 * (rows * say[:, None]).T @ rows, atol=1e-7)
+
+
+# What layers make of it
+
+
+def shown(module: nn.Module) -> Iterator[tuple[Tensor, float]]:  # the first two tokens lie in few directions
+    for seed in range(24):
+        x = normal(4, TOKENS, CHANNELS, seed=seed) * 20
+        x[:, :2] = x[:, :2, :8] @ normal(8, CHANNELS, seed=99) * 8
+        yield x, (seed + 0.5) / 24
+
+
+def lost(out: Path, module: nn.Module) -> float:
+    """|a - b|^2 / |a|^2 of the outputs, on inputs that nothing was fitted to."""
+    with torch.no_grad():
+        x = torch.cat([x.roll(1, 0) + normal(*x.shape, seed=7) for x, _ in shown(module)])
+        exact = module(x)
+        with StoredModel(out) as stored:
+            for name in ("first.weight", "second.weight"):
+                (packed,) = stored.read(name)
+                module.get_parameter(name).copy_(dequantized(packed))  # type: ignore[arg-type]
+        return float((module(x) - exact).square().sum() / exact.square().sum())
+
+
+def test_layers_are_fitted_to_the_tokens_that_outputs_feel(tmp_path: Path) -> None:
+    say = torch.tensor([1.0, 1.0, 0.05, 0.05, 0.05, 0.05])
+    errors = []
+    for enabled in (True, False):
+        config = DiffusionQuantConfig(
+            bit_width=2, group_size=16, modality="image", method="gptq", min_accuracy=0.0, threads=1,
+            enable_calibration=True, enable_spatial=False, enable_importance=enabled,
+        )  # fmt: skip
+        out = tmp_path / str(enabled)
+        ArrowQuantV2().quantize_diffusion_model(Weighed(say), out, config, calibration=shown)
+        errors.append(lost(out, Weighed(say)))
+    assert errors[0] < 0.8 * errors[1]
+
+
+class Opaque(torch.autograd.Function):
+    """Has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The same again."""
+        return x.clone()
+
+
+class WithoutGradients(Weighed):
+    """Its last step cannot be gone back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, channels) -> (batch, tokens, 64)."""
+        out: Tensor = Opaque.apply(super().forward(x))
+        return out
+
+
+def test_a_model_without_gradients_is_calibrated_with_all_tokens_alike_and_says_so(tmp_path: Path) -> None:
+    config = DiffusionQuantConfig(group_size=16, modality="image", min_accuracy=0.0, enable_calibration=True)
+    with pytest.warns(UserWarning, match="all tokens count alike, because gradients tell nothing"):
+        result = ArrowQuantV2().quantize_diffusion_model(
+            WithoutGradients(torch.ones(TOKENS)), tmp_path / "out", config, calibration=shown
+        )
+    assert any("all tokens count alike" in note for note in result["notes"])

@@ -32,7 +32,9 @@ LEAST = 1e-3  # of the mean: no row is of no account, so that H keeps its rank
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Importance:
-    """Name of a weight -> for each call of the model (rows,) float32, 1 on the average; those of the inputs' rows.
+    """Name of a weight -> for each call of the model (rows,) float32, those of the inputs' rows, 1 on the average.
+
+    The average is that over all calls for models of masked tokens, for all others that of each call.
 
     Rows are tokens, or the places that a convolution's kernel visits. Weights of which something else is true (several
     products in a call, rows with inputs of their own) are not in it: all rows of their inputs count alike.
@@ -73,12 +75,18 @@ def importance(
         raise RuntimeError("no output depends on a weight, or the model runs without gradients")
     calls = [{name: rows[0] for name, rows in one.items() if len(rows) == 1} for one in felt]
     everywhere = {name: [call[name] for call in calls] for name in calls[0] if all(name in call for call in calls)}
-    return Importance(felt={name: _relative(felt) for name, felt in everywhere.items()})
+    relative = _within_calls if runnable.mask_token is None else _relative
+    return Importance(felt={name: relative(rows) for name, rows in everywhere.items()})
 
 
 def _relative(felt: Sequence[Tensor]) -> list[Tensor]:
     mean = float(torch.cat(list(felt)).mean(dtype=torch.float64))
     return [one / mean if mean > 0.0 else torch.ones_like(one) for one in felt]
+
+
+def _within_calls(felt: Sequence[Tensor]) -> list[Tensor]:
+    """Every call keeps its say: how large the gradient of a random direction is tells more of the time than of rows."""
+    return [_relative([one])[0] for one in felt]
 
 
 class _Feeling(Watch):

@@ -1,6 +1,7 @@
 """Quality of outputs beside every peer's, at 2, 4 and 8 bits, on every real model here: one run, one table.
 
     python bench/quality.py --write [--models NAME ...]          the weights, for bench/peers/quality.py
+    python bench/quality.py --only SETTING ...                   some settings of ours, by their names, and no other
     python bench/quality.py --peers bench/out/quality/run/peers.json [--json FILE] [--markdown FILE] [--into PAGE ...]
 
 All get the same weights: linear layers and convolutions (as matrices), no tables. Peers round what lies in the folder;
@@ -43,7 +44,7 @@ from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.validation.outputs import compare_outputs, model_outputs, replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
     from subjects import Subject
     from torch import Tensor
@@ -166,10 +167,11 @@ def megabytes(model: Opened, weights: Mapping[str, Tensor], bits: float) -> floa
     return (bits + sum(math.prod(info.shape) * ITEM_BITS[info.dtype] for info in others)) / 8e6
 
 
-def our_cells(name: str, subject: Subject) -> Iterator[Cell]:
-    """Every setting of ours, to be measured."""
+def our_cells(name: str, subject: Subject, only: Container[str] = ()) -> Iterator[Cell]:
+    """Every setting of ours, or only some, to be measured."""
     for bits, settings in GRIDS.items():
-        for label in (label for label in settings if (bits, label) not in subject.without):
+        chosen = [label for label in settings if not only or label in only]
+        for label in (label for label in chosen if (bits, label) not in subject.without):
             yield Cell(model=name, peer=OURS, setting=label, bits=bits)
 
 
@@ -234,13 +236,15 @@ def parameters(weights: Mapping[str, Tensor]) -> int:
     return sum(weight.numel() for weight in weights.values())
 
 
-def judged(name: str, peers: Iterable[dict[str, Any]], folder: Path, done: Iterable[Cell]) -> Iterator[Cell]:
-    """Every cell of one model that is not done yet."""
+def judged(
+    name: str, peers: Iterable[dict[str, Any]], folder: Path, done: Iterable[Cell], only: Container[str] = ()
+) -> Iterator[Cell]:
+    """Every cell of one model that is not done yet; `only` are the settings of ours that are looked at."""
     there = {key_of(cell) for cell in done}
     with opened(SUBJECTS[name](folder / name)) as model:
         weights, judge = load_file(folder / name / "weights.safetensors"), Judge(model)
         CONSOLE.print(f"{name}: {judge.samples.count} samples, {judge.samples.origin}; {judge.figures(weights)}")
-        for cell in our_cells(name, model.subject):
+        for cell in our_cells(name, model.subject, only):
             if key_of(cell) not in there:
                 yield our_cell(judge, weights, cell, folder / name / "ours")
         for told in peers:
@@ -253,12 +257,14 @@ def key_of(cell: Cell) -> tuple[Any, ...]:
     return tuple(getattr(cell, key) for key in KEYS)
 
 
-def cells_of(names: Iterable[str], peers: Sequence[dict[str, Any]], folder: Path) -> list[Cell]:
+def cells_of(
+    names: Iterable[str], peers: Sequence[dict[str, Any]], folder: Path, only: Container[str] = ()
+) -> list[Cell]:
     """All cells; each is noted as soon as it is known, so that a run that was killed goes on behind it."""
     notes = folder / "cells.jsonl"
     cells = [Cell(**json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
     for name in names:
-        for cell in judged(name, [told for told in peers if told["model"] == name], folder, cells):
+        for cell in judged(name, [told for told in peers if told["model"] == name], folder, cells, only):
             cells.append(cell)
             with notes.open("a") as file:
                 file.write(json.dumps(asdict(cell)) + "\n")
@@ -275,6 +281,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=THREADS, help="fewer where several runs share a machine")
     parser.add_argument("--write", action="store_true", help="only write the weights, for bench/peers/quality.py")
     parser.add_argument("--peers", type=Path, help="what bench/peers/quality.py measured")
+    parser.add_argument("--only", nargs="+", default=[], help="settings of ours, by their names")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--into", type=Path, nargs="+", default=[], help="pages whose tables are made again")
@@ -284,7 +291,7 @@ def main() -> None:
         write_weights(given.models, given.folder)
         return
     peers = json.loads(given.peers.read_text()) if given.peers else []
-    cells = cells_of(given.models, peers, given.folder)
+    cells = cells_of(given.models, peers, given.folder, given.only)
     for bits in dict.fromkeys(cell.bits for cell in cells):
         show(f"INT{bits}", columns_of(bits, cells), rows_of(bits, cells))
     show("At no more stored bits", VERDICT_COLUMNS, verdict_rows(cells))

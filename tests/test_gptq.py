@@ -22,6 +22,7 @@ from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 from arrow_quant_v2.kernels import cpu, ops
 from arrow_quant_v2.one_tensor import dequantize_tensor, quantize_tensor
+from arrow_quant_v2.packed import sparing
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq import gptq
 from arrow_quant_v2.quantizers.gptq_affine import AffineGrid
@@ -238,7 +239,8 @@ def test_what_is_stored_means_what_was_chosen(rows: int, group_size: int | None,
     weight, x = normal(rows, 150), inputs(400, 150)
     calibrator = observed(x, bits, group_size=group_size, symmetric=symmetric)
     packed = calibrator.calibrate(weight)
-    ask = Ask(grid="affine", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
+    grid = sparing("affine", len(calibrator.factor.groups))
+    ask = Ask(grid=grid, bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
     chosen = calibrated_rows(weight, calibrator.factor, ask).values
     assert torch.equal(dequantize_tensor(packed)[:, calibrator.factor.order], chosen)
     assert output_error(weight, dequantize_tensor(packed), calibrator.hessian) < {2: 0.2, 4: 0.02, 8: 1e-3}[bits]
@@ -249,6 +251,34 @@ def test_what_is_stored_means_what_was_chosen(rows: int, group_size: int | None,
     size = packed.layout.group
     spread = [part.repeat_interleave(size, dim=1)[:, :150] for part in (scale, zero)]
     assert torch.equal((codes - spread[1]) * spread[0], dequantize_tensor(packed))
+
+
+@pytest.mark.parametrize("group_size", [None, 256])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, False), (8, True)])
+def test_a_row_of_one_group_has_one_scale_and_loses_nothing_by_it(
+    group_size: int | None, bits: Any, symmetric: bool
+) -> None:
+    weight, x = normal(96, 150), inputs(400, 150)
+    calibrator = observed(x, bits, group_size=group_size, symmetric=symmetric)
+    packed = calibrator.calibrate(weight)
+    assert packed.layout.grid == "row"
+    assert packed.nbytes == 96 * (packed.layout.row_bytes + (2 if symmetric else 3))
+    two = Ask(grid="affine", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
+    stored_in_two = calibrated_rows(weight, calibrator.factor, two).values[:, calibrator.factor.order.argsort()]
+    lost = [
+        output_error(weight, quantized, calibrator.hessian) for quantized in (dequantize_tensor(packed), stored_in_two)
+    ]
+    assert lost[0] < 1.03 * lost[1]
+
+
+def test_rows_of_zeros_and_of_the_smallest_numbers_that_are_one_group_are_kept() -> None:
+    weight = torch.zeros(3, 150)
+    weight[1] = normal(1, 150)[0] * 1e-36
+    for bits, symmetric in ((2, True), (8, False)):
+        calibrator = observed(inputs(400, 150), bits, group_size=None, symmetric=symmetric)
+        found = dequantize_tensor(calibrator.calibrate(weight))
+        assert not found[[0, 2]].any()
+        assert torch.cosine_similarity(found[1] * 1e36, weight[1] * 1e36, dim=0) > 0.8
 
 
 def test_the_sums_are_the_error_of_the_weights(seen: Tensor) -> None:

@@ -123,6 +123,37 @@ def test_a_chunk_of_the_rows_is_taken(first: int, rows: int) -> None:
     assert packed(LINEAR, rows=rows, first_row=first).rows == rows
 
 
+# Rows of one group
+
+ROW = Layout(shape=(6, 20), bits=2, quant_axis=1, group_size=None, grid="row")
+OF_ROWS = np.full((6, 1), 255, np.uint8)
+
+
+@pytest.mark.parametrize("size", [None, 20, 64])
+def test_an_only_group_on_the_affine_grid_needs_no_scale_but_its_rows(size: int | None) -> None:
+    layout = Layout(shape=(6, 20), bits=2, quant_axis=1, group_size=size)
+    assert layout.on("affine") == Layout(shape=(6, 20), bits=2, quant_axis=1, group_size=size, grid="row")
+    assert layout.on("r2q").grid == "r2q"
+    assert LINEAR.on("affine") == LINEAR
+
+
+def test_the_scales_of_rows_of_one_group_are_known_and_take_no_bytes() -> None:
+    assert packed(ROW, scales=OF_ROWS).nbytes == 6 * (5 + 1 + 2)
+    assert packed(ROW, scales=OF_ROWS, symmetric=True).nbytes == 6 * (5 + 2)
+
+
+def test_rows_of_one_group_with_other_scales_are_refused() -> None:
+    with pytest.raises(
+        QuantizationError, match=r"up\.weight: 1 groups in a row, with scales from 254; the row grid is"
+    ):
+        packed(ROW, scales=OF_ROWS - np.array([[0], [1], [0], [0], [0], [0]], np.uint8))
+    several = Layout(shape=(6, 20), bits=2, quant_axis=1, group_size=8, grid="row")
+    with pytest.raises(
+        QuantizationError, match=r"up\.weight: 3 groups in a row, with scales from 255; the row grid is"
+    ):
+        packed(several, scales=np.full((6, 3), 255, np.uint8))
+
+
 # The residual grid, turned and equalized channels
 
 R2Q = Layout(shape=(6, 24), bits=2, quant_axis=1, group_size=8, grid="r2q")

@@ -107,11 +107,25 @@ def test_what_is_predicted_is_what_is_stored(bits: int, quantized: Callable[...,
     assert {p.tensor.name: (p.stored_bytes, p.bits_per_weight, str(p.decision)) for p in plans} == found
 
 
-def test_odd_shapes_are_stored_as_predicted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [{"group_size": 32}, {"group_size": 64}, {"group_size": "row"}, {"group_size": 1024}])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_odd_shapes_are_stored_as_predicted(tmp_path: Path, asked: dict[str, object], *, symmetric: bool) -> None:
     shapes = {"conv": (33, 7, 3, 3), "ragged": (70, 101), "experts": (3, 11, 65), "scalar": (), "empty": (0, 5)}
     tensors = {name: normal(*shape) for name, shape in shapes.items()}
-    config = DiffusionQuantConfig(bit_width=2, group_size=32, symmetric=True)
+    config = DiffusionQuantConfig(bit_width=2, symmetric=symmetric, **asked)
     ArrowQuantV2().quantize_diffusion_model(save_model(tmp_path / "model", tensors), tmp_path / "out", config)
     with StoredModel(tmp_path / "out") as stored:
         infos = [one.info for one in stored.entries]
-        assert [p.stored_bytes for p in plan_model(infos, config)] == [one.stored_bytes for one in stored.entries]
+        plans = plan_model(infos, config)
+        assert [p.stored_bytes for p in plans] == [one.stored_bytes for one in stored.entries]
+        assert [p.bits_per_weight for p in plans] == [one.bits_per_weight for one in stored.entries]
+        assert [p.layout for p in plans] == [one.layout for one in stored.entries]
+
+
+@pytest.mark.parametrize(("size", "grid"), [("row", "row"), (128, "row"), (256, "row"), (64, "affine")])
+def test_a_group_as_long_as_the_row_costs_its_scale_alone(size: object, grid: str) -> None:
+    found = plan(64, 128, bit_width=2, group_size=size, symmetric=True)
+    assert found.layout is not None
+    assert found.layout.grid == grid
+    assert found.bits_per_weight == 2 + 16 / 128 + (2 * 8 / 128 if grid == "affine" else 0)
+    assert plan(64, 128, bit_width=2, group_size=size, method="r2q").layout.grid == "r2q"

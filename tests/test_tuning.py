@@ -36,16 +36,17 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).parents[1] / "examples" / "models" / "text"
 pytestmark = pytest.mark.usefixtures("calibrating_without_warnings")
 api = ArrowQuantV2()
+SEVERAL: tuple[Grid, ...] = ("affine", "r2q")  # the grids of rows of several groups
 
 
 def packed_of(
-    weight: torch.Tensor, bits: Bits, grid: Grid = "affine", *, group: int = 32, symmetric: bool = False
+    weight: torch.Tensor, bits: Bits, grid: Grid = "affine", *, group: int | None = 32, symmetric: bool = False
 ) -> PackedTensor:
     """A weight (rows, columns) by its weights alone."""
     method = "r2q" if grid == "r2q" else "clip"
     spec = LayerSpec(bits=bits, group_size=group, method=method, symmetric=symmetric)
-    layout = Layout(shape=tuple(weight.shape), bits=bits, quant_axis=1, group_size=group, grid=grid)
-    return quantizer(method)(weight, spec).packed("weight", "float32", layout)
+    layout = Layout(shape=tuple(weight.shape), bits=bits, quant_axis=1, group_size=group)
+    return quantizer(method)(weight, spec).packed("weight", "float32", layout.on(grid))
 
 
 def weight_of(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -58,7 +59,7 @@ def weight_of(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @settings(deadline=None, max_examples=40)
 @given(
     bits=st.sampled_from(get_args(Bits)),
-    grid=st.sampled_from(get_args(Grid)),
+    grid=st.sampled_from(SEVERAL),
     symmetric=st.booleans(),
     columns=st.integers(33, 80),
     seed=st.integers(0, 2**31),
@@ -85,7 +86,7 @@ def test_one_stored_number_more_changes_the_weight_as_its_gradient_says(
 
 
 @pytest.mark.parametrize("bits", get_args(Bits))
-@pytest.mark.parametrize("grid", get_args(Grid))
+@pytest.mark.parametrize("grid", SEVERAL)
 def test_all_codes_from_first_to_last_change_the_weight_as_their_gradient_says(bits: Bits, grid: Grid) -> None:
     packed, direction = packed_of(weight_of(3, 70), bits, grid), weight_of(3, 70, 1)
     ends = [PackedTensor(**{**vars(packed), "codes": packed.codes * 0 + byte}) for byte in (0, 255)]
@@ -109,7 +110,7 @@ def test_gradients_are_felt_through_a_turn_and_scales_of_channels() -> None:
     assert (ends[1] - ends[0]) / 2 == pytest.approx(float(gradient[at]), rel=1e-3)
 
 
-@pytest.mark.parametrize("grid", get_args(Grid))
+@pytest.mark.parametrize("grid", SEVERAL)
 def test_steps_against_the_gradient_bring_a_weight_closer_by_its_grid_and_by_its_codes(grid: Grid) -> None:
     target = weight_of(16, 128)
     packed = packed_of(weight_of(16, 128) + 0.3 * weight_of(16, 128, 1), 2, grid)
@@ -121,6 +122,47 @@ def test_steps_against_the_gradient_bring_a_weight_closer_by_its_grid_and_by_its
     assert min(errors) < 0.8 * errors[0]  # the best is what is kept: codes may turn to and fro afterwards
     assert (tunable.packed.codes != packed.codes).any()
     assert (tunable.packed.scales != packed.scales).any()
+
+
+@pytest.mark.parametrize("bits", get_args(Bits))
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_scale_of_a_row_of_one_group_is_felt_as_a_stored_scale_of_255_would_be(
+    bits: Bits, *, symmetric: bool
+) -> None:
+    """The weight is linear in it: d/ds of row_scale (s / 255)^2 is 2 / 255 of the weight."""
+    packed, direction = packed_of(weight_of(3, 40), bits, group=None, symmetric=symmetric), weight_of(3, 40, 1)
+    felt = Tunable(packed).felt(direction)
+    whole = (dequantized(packed) * direction).sum(dim=1, keepdim=True) * (2.0 / 255.0)
+    torch.testing.assert_close(felt[0], whole, rtol=1e-4, atol=1e-5)
+    assert len(felt) == (2 if symmetric else 3)
+
+
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_a_row_of_one_group_moves_the_scale_of_its_row_to_where_its_codes_lose_least(bits: Bits) -> None:
+    target = weight_of(16, 128)
+    packed = packed_of(1.3 * target, bits, group=None, symmetric=True)
+    levels = dequantized(packed)
+    best = (levels * target).sum(dim=1, keepdim=True) / levels.square().sum(dim=1, keepdim=True)
+    least = float((best * levels - target).square().sum())
+    tunable, errors = Tunable(packed), []
+    for _ in range(400):
+        error = tunable.weight() - target
+        errors.append(float(error.square().sum()))
+        of_scale, of_codes = tunable.felt(2.0 * error)
+        tunable.move([of_scale, torch.zeros_like(of_codes)], float(2**bits - 1))
+    assert errors[0] > 1.2 * least
+    assert min(errors) < 1.02 * least + 2e-3 * errors[0]
+    assert (tunable.packed.codes == packed.codes).all()
+    assert (tunable.packed.scales == 255).all()
+    assert tunable.packed.nbytes == packed.nbytes
+
+
+def test_the_scale_of_a_row_of_one_group_stays_a_positive_number_however_far_it_is_moved() -> None:
+    for sign in (1.0, -1.0):
+        tunable = Tunable(packed_of(weight_of(2, 64), 2, group=None, symmetric=True))
+        for _ in range(50):
+            tunable.move([torch.full((2, 1), sign), torch.zeros(2, 64)], 1e5)
+        assert 0.1 < float(tunable.weight().abs().max()) < 100.0
 
 
 def test_levels_of_the_residual_grid_stay_in_order() -> None:
@@ -226,6 +268,15 @@ def test_a_tuned_run_keeps_the_size_and_says_what_it_did(tmp_path: Path) -> None
     weight = dict(Denoiser().named_parameters())[entry.layer_name].flatten()
     found = dequantized(other[entry.layer_name]).flatten()
     assert entry.cosine_similarity == pytest.approx(float(torch.cosine_similarity(weight, found, dim=0)), abs=1e-5)
+
+
+def test_a_tuned_run_of_one_scale_a_row_keeps_the_size_too(tmp_path: Path) -> None:
+    asked = {"group_size": None, "symmetric": True, "method": "gptq", "enable_spatial": False}
+    plain, tuned = (quantize(tmp_path / f"{n}", tuning_steps=n, **asked) for n in (0, 100))
+    assert tuned["bits_per_weight"] == plain["bits_per_weight"]
+    one, other = payloads(tmp_path / "0"), payloads(tmp_path / "100")
+    assert {tensor.layout.grid for tensor in one.values()} == {"row"}
+    assert any((one[name].row_scales != other[name].row_scales).any() for name in one)
 
 
 def test_equal_runs_give_equal_bytes_whatever_the_threads(tmp_path: Path) -> None:

@@ -87,9 +87,10 @@ def _ways(weights: Sequence[Weight], freedom: Freedom) -> Iterator[_Way]:
 
 def _per_channel(weight: Weight) -> Weight:
     """The same weight, asked for one group per row."""
-    return replace(weight, layout=replace(weight.layout, group_size=None), spec=replace(weight.spec, group_size=None))
+    layout = replace(weight.layout, group_size=None).on(weight.spec.grid)
+    return replace(weight, layout=layout, spec=replace(weight.spec, group_size=None))
 
 
 def _affine(weight: Weight) -> Weight:
     """The same weight, asked for on the affine grid."""
-    return replace(weight, layout=replace(weight.layout, grid="affine"), spec=replace(weight.spec, method="gptq"))
+    return replace(weight, layout=weight.layout.on("affine"), spec=replace(weight.spec, method="gptq"))

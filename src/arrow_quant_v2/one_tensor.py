@@ -40,8 +40,7 @@ def quantize_tensor(tensor: torch.Tensor, name: str, spec: LayerSpec, granularit
         bits=spec.bits,
         quant_axis=_axis(tensor, granularity),
         group_size=spec.group_size,
-        grid=spec.grid,
-    )
+    ).on(spec.grid)
     weight = tensor.detach().to("cpu").reshape(layout.rows, layout.columns)
     rows = quantizer(spec.method)(weight if weight.dtype in FLOATS else weight.to(torch.float32), spec)
     if not np.isfinite(rows.sums).all():

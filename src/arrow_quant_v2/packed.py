@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Bits: TypeAlias = Literal[2, 4, 8]
-Grid: TypeAlias = Literal["affine", "r2q"]
+Grid: TypeAlias = Literal["affine", "r2q", "row"]
 Bytes: TypeAlias = "NDArray[np.uint8]"
 Halfwords: TypeAlias = "NDArray[np.uint16]"
 Floats: TypeAlias = "NDArray[np.float32]"
@@ -24,6 +24,7 @@ Floats: TypeAlias = "NDArray[np.float32]"
 WIDTHS: tuple[Bits, ...] = (2, 4, 8)
 GRIDS: tuple[Grid, ...] = get_args(Grid)
 ROTATIONS = tuple(2**power for power in range(3, 11))
+WHOLE = 255  # the scale of a group whose scale is that of its row
 ITEM_BITS = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8,
     "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "bool": 8,
@@ -56,7 +57,8 @@ class Layout:
     `quant_axis` splits the shape: the axes before it are rows, the rest are columns. It is None per
     tensor: one row, one group. A linear (out, in) and a convolution (out, in, *kernel) have axis 1,
     experts (expert, out, in) axis 2. `group_size` None means one group per row. The last group of a
-    row is shorter where the columns do not divide: the ragged tail. `grid` is what the codes of a group mean.
+    row is shorter where the columns do not divide: the ragged tail. `grid` is what the codes of a group mean; "row" is
+    the affine one of rows that are one group each, whose scale is that of the row.
     """
 
     shape: tuple[int, ...]
@@ -87,7 +89,7 @@ class Layout:
 
     @property
     def scales_per_row(self) -> int:
-        """Stored scales of one row: one of each group, or two on the r2q grid."""
+        """Scales of one row: one of each group, or two on the r2q grid. On the row grid it is known and not stored."""
         return self.groups * (2 if self.grid == "r2q" else 1)
 
     @property
@@ -101,13 +103,22 @@ class Layout:
         """Bytes of one row of packed codes; a row starts on a byte."""
         return -(-self.columns * self.bits // 8)
 
+    def on(self, grid: Grid) -> Layout:
+        """The same rows and columns with codes of this grid; the affine one of rows of one group is the row grid."""
+        return replace(self, grid=sparing(grid, self.groups))
+
+
+def sparing(grid: Grid, groups: int) -> Grid:
+    """The grid of rows of so many groups that stores least: an only group needs no scale beside the row's."""
+    return "row" if grid == "affine" and groups == 1 else grid
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedTensor:
     """Codes and parameters of the rows `first_row` and on of one tensor; arrays may be memory-mapped.
 
     codes         uint8 (rows, row_bytes)       lowest bits first, every row starts on a byte
-    scales        uint8 (rows, scales_per_row)  scale = row_scale * (scales / 255)^2
+    scales        uint8 (rows, scales_per_row)  scale = row_scale * (scales / 255)^2; 255 each on the row grid
     zero_points   uint8 (rows, groups)          zero_point = zero_points / (255 / (2^bits - 1)); None: 2^(bits-1)
     row_scales    uint16 (rows,)                the bits of a bfloat16
     rotation      columns of one block          None: the input channels are not turned
@@ -136,8 +147,8 @@ class PackedTensor:
         """Refuse arrays that do not fit the layout.
 
         Raises:
-            QuantizationError: an array has another shape or dtype than the layout asks, or the rotation or the
-                equalization does not fit the input channels.
+            QuantizationError: an array has another shape or dtype than the layout asks, scales of the row grid are not
+                255, or the rotation or the equalization does not fit the input channels.
         """
         rows = len(self.codes)
         self._demand("codes", self.codes, (rows, self.layout.row_bytes), np.uint8)
@@ -145,6 +156,8 @@ class PackedTensor:
         self._demand("row_scales", self.row_scales, (rows,), np.uint16)
         if self.zero_points is not None:
             self._demand("zero_points", self.zero_points, (rows, self.layout.groups), np.uint8)
+        if self.layout.grid == "row":
+            self._demand_whole_rows()
         if not 0 <= self.first_row <= self.first_row + rows <= self.layout.rows:
             raise QuantizationError(
                 f"{self.name}: rows {self.first_row} to {self.first_row + rows} lie outside its {self.layout.rows}"
@@ -158,6 +171,13 @@ class PackedTensor:
                 f"{self.name}: {what} are {array.dtype} {array.shape}; the layout asks for {np.dtype(dtype)} {shape}"
             )
 
+    def _demand_whole_rows(self) -> None:
+        if self.layout.groups != 1 or (self.scales != WHOLE).any():
+            raise QuantizationError(
+                f"{self.name}: {self.layout.groups} groups in a row, with scales from {self.scales.min(initial=WHOLE)};"
+                f" the row grid is for one group, of scale {WHOLE}: use the affine grid"
+            )
+
     @property
     def rows(self) -> int:
         """Rows held here: all of the tensor's, or one chunk's."""
@@ -165,8 +185,9 @@ class PackedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Every stored byte: codes and parameters."""
-        parts = (self.codes, self.scales, self.zero_points, self.row_scales, self.equalization)
+        """Every stored byte: codes and parameters; the scales of the row grid are known without being stored."""
+        scales = None if self.layout.grid == "row" else self.scales
+        parts = (self.codes, scales, self.zero_points, self.row_scales, self.equalization)
         return sum(part.nbytes for part in parts if part is not None)
 
 

@@ -181,8 +181,7 @@ def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrat
         bits=spec.bits,
         quant_axis=quant_axis(tensor.shape),
         group_size=spec.group_size,
-        grid=spec.grid,
-    )
+    ).on(spec.grid)
     if stored_bytes(layout, symmetric=spec.symmetric) >= tensor.nbytes:
         return _kept(
             tensor, f"int{spec.bits}", f"int{spec.bits} with its parameters would not be smaller than {tensor.dtype}"

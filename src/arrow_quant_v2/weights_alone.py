@@ -117,7 +117,7 @@ def _by(plan: LayerPlan, method: str) -> LayerPlan:
     return replace(
         plan,
         spec=replace(plan.spec, method=method),
-        layout=replace(plan.layout, grid="affine"),
+        layout=plan.layout.on("affine"),
         decision=replace(plan.decision, method=method),
     )
 

@@ -21,6 +21,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from arrow_quant_v2.kernels import ops, reference
+from arrow_quant_v2.packed import WHOLE
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -224,9 +225,31 @@ def test_quantize_stores_what_fit_grid_finds(
 ) -> None:
     step = ops.fit_grid(weight, bits, group_size, symmetric, method)[0]
     found = quantized(weight, bits, group_size, symmetric=symmetric, stretches=method)
-    row_scales = reference.up_to_bfloat16(step.amax(dim=1).clamp(min=reference.SMALLEST_ROW_SCALE))
+    scales, row_scales = reference.stored_scales(step, cover_all=not method)
     assert torch.equal(found.row_scales, row_scales)
-    assert torch.equal(found.scales, reference.scale_codes(step, row_scales, cover_all=not method))
+    assert torch.equal(found.scales, scales)
+
+
+@any_weight
+@given(weight=weights(), bits=widths, symmetric=st.booleans(), method=methods)
+def test_the_scale_of_a_row_of_one_group_is_the_bfloat16_nearest_to_its_step_or_not_below_where_it_covers(
+    weight: Tensor, bits: int, symmetric: bool, method: tuple[float, ...]
+) -> None:
+    step = ops.fit_grid(weight, bits, weight.shape[1], symmetric, method)[0].clamp(min=reference.SMALLEST_STEP)
+    found = quantized(weight, bits, weight.shape[1], symmetric=symmetric, stretches=method)
+    assert (found.scales == WHOLE).all()
+    scale = found.row_scales.float()[:, None]
+    assert bool((scale >= step).all()) or method
+    assert bool((scale - step <= step * 2.0**-8 * (1 if method else 2)).all())
+    assert bool((step - scale <= step * 2.0**-8).all())
+
+
+def test_a_row_of_zeros_that_is_one_group_stays_zero() -> None:
+    for symmetric in (False, True):
+        for method in ((), (1.2, 1.4)):
+            found = quantized(torch.zeros(2, 24), 2, 24, symmetric=symmetric, stretches=method)
+            assert not found.weight.any()
+            assert not found.sums.any()
 
 
 @settings(deadline=None)

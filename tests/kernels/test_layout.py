@@ -70,6 +70,17 @@ def test_a_quantized_row_on_paper(library: ctypes.CDLL) -> None:
     assert sums[0].tolist() == pytest.approx([27.5, 27.0, 0.5])
 
 
+@pytest.mark.parametrize(("stretches", "row_scale"), [((), 2.015625), ((1.0,), 2.0)])
+def test_the_scale_of_a_row_of_one_group_on_paper(
+    library: ctypes.CDLL, stretches: tuple[float, ...], row_scale: float
+) -> None:
+    """A step of 2.001 lies between two bfloat16: 2, which is nearest, and 2.015625, which covers."""
+    row = torch.tensor([[-2.001, 0.0, 2.001, 2.001, 0.0, 0.0, 0.0, 0.0]])
+    codes, scales, zero_points, row_scales, _ = ops.quantize(row, 2, 8, True, stretches)
+    assert codes.numpy().tobytes() == b"\xf9\xaa"  # codes 1, 2, 3, 3; then 2, 2, 2, 2
+    assert (scales.tolist(), zero_points.numel(), row_scales.tolist()) == ([[255]], 0, [row_scale])
+
+
 def test_levels_of_the_residual_grid_on_paper(isa: str) -> None:
     """Row scale 2, s = 255 and 51: a1 = 2, a2 = 0.08. z = 51: mu = (a1 + m a2) * 0.6."""
     row_scales, scales = torch.tensor([2.0], dtype=torch.bfloat16), codes_of([[255, 51]])

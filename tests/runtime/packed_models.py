@@ -35,13 +35,14 @@ def packed(
     axis: int = 1,
     name: str = "weight",
 ) -> PackedTensor:
-    """A weight in groups of 32, coded in a basis of its own where one is asked for."""
-    layout = Layout(shape=tuple(weight.shape), bits=bits, quant_axis=axis, group_size=32, grid=grid)
+    """A weight in groups of 32 (grid "row": one a row), coded in a basis of its own where one is asked for."""
+    group = None if grid == "row" else 32
+    layout = Layout(shape=tuple(weight.shape), bits=bits, quant_axis=axis, group_size=group, grid=grid)
     matrix, channels = weight.reshape(layout.rows, layout.columns), layout.channels or 1
     scales = 0.5 + torch.rand(channels, generator=torch.Generator().manual_seed(5)) if equalized else None
     coded = Basis(channels=channels, rotation=rotation, equalization=scales).weight(matrix).contiguous()
     method = "r2q" if grid == "r2q" else "clip"
-    rows = quantizer(method)(coded, LayerSpec(bits=bits, group_size=32, method=method, symmetric=False))
+    rows = quantizer(method)(coded, LayerSpec(bits=bits, group_size=group, method=method, symmetric=False))
     equalization = None if scales is None else scales.numpy()
     return rows.packed(name, "float32", layout, rotation=rotation, equalization=equalization)
 

@@ -270,7 +270,7 @@ def flip(folder: Path) -> None:
 
 def newer(folder: Path) -> None:
     content = weights(folder).read_bytes()
-    weights(folder).write_bytes(content.replace(b"\x0eschema_version\x18\x032.1", b"\x0eschema_version\x18\x033.0"))
+    weights(folder).write_bytes(content.replace(b"\x0eschema_version\x18\x032.2", b"\x0eschema_version\x18\x033.0"))
 
 
 def cut(folder: Path) -> None:

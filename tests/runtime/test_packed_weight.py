@@ -15,6 +15,7 @@ from torch.nn import functional
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels import cpu, linear, linear_cpu
 from arrow_quant_v2.kernels.tensors import dequantized
+from arrow_quant_v2.packed import GRIDS
 from arrow_quant_v2.runtime.packed_weight import PackedWeight
 
 BASES = [{}, {"rotation": 32}, {"equalized": True}, {"rotation": 16, "equalized": True}]
@@ -22,7 +23,7 @@ WEIGHT = normal(48, 64)
 
 
 @pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("grid", ["affine", "r2q"])
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_its_values_are_those_of_the_file(bits: Any, grid: str, basis: dict[str, Any]) -> None:
     whole = packed(WEIGHT, bits, grid=grid, **basis)
@@ -35,9 +36,11 @@ def test_its_values_are_those_of_the_file(bits: Any, grid: str, basis: dict[str,
 
 
 @pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("grid", ["affine", "row"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_product_is_that_of_its_values(bits: Any, basis: dict[str, Any]) -> None:
-    weight, x, bias = PackedWeight(packed(WEIGHT, bits, **basis)), normal(2, 3, 64, seed=1), normal(48, seed=2)
+def test_a_product_is_that_of_its_values(bits: Any, grid: str, basis: dict[str, Any]) -> None:
+    weight = PackedWeight(packed(WEIGHT, bits, grid=grid, **basis))
+    x, bias = normal(2, 3, 64, seed=1), normal(48, seed=2)
     expected = functional.linear(x, weight.dequantized(), bias)
     assert distance(weight.product(x, bias), expected) < 3e-5
     assert distance(functional.linear(x, weight, bias), expected) < 3e-5

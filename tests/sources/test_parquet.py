@@ -10,7 +10,7 @@ import torch
 
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.one_tensor import dequantize_tensor
-from arrow_quant_v2.packed import Grid, Layout, PackedTensor
+from arrow_quant_v2.packed import GRIDS, WHOLE, Grid, Layout, PackedTensor
 from arrow_quant_v2.sources.parquet import ParquetSource
 from arrow_quant_v2.store import LayerRecord, write_part
 from arrow_quant_v2.store.record import split
@@ -23,14 +23,15 @@ METADATA = {"configuration": "{}", "program_version": "2.0.0", "source_hash": "c
 
 
 def packed(shape: tuple[int, ...], axis: int, grid: Grid, rotation: int | None) -> PackedTensor:
-    layout = Layout(shape=shape, bits=4, quant_axis=axis, group_size=8, grid=grid)
+    layout = Layout(shape=shape, bits=4, quant_axis=axis, group_size=None if grid == "row" else 8, grid=grid)
     random = np.random.default_rng(0)
+    scales = random.integers(0, 256, (layout.rows, layout.scales_per_row), np.uint8)
     return PackedTensor(
         name="w",
         dtype="bfloat16",
         layout=layout,
         codes=random.integers(0, 256, (layout.rows, layout.row_bytes), np.uint8),
-        scales=random.integers(0, 256, (layout.rows, layout.scales_per_row), np.uint8),
+        scales=np.full_like(scales, WHOLE) if grid == "row" else scales,
         zero_points=random.integers(0, 256, (layout.rows, layout.groups), np.uint8),
         row_scales=random.integers(0x3C00, 0x3F80, layout.rows, np.uint16),
         rotation=rotation,
@@ -39,7 +40,7 @@ def packed(shape: tuple[int, ...], axis: int, grid: Grid, rotation: int | None) 
 
 
 @pytest.mark.parametrize("rotation", [None, 8])
-@pytest.mark.parametrize("grid", ["affine", "r2q"])
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 def test_slices_are_those_of_the_original_weight(
     tmp_path: Path, shape: tuple[int, ...], axis: int, grid: Grid, rotation: int | None

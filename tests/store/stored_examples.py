@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from arrow_quant_v2.packed import GRIDS, ITEM_BITS, WIDTHS, Layout, PackedTensor
+from arrow_quant_v2.packed import GRIDS, ITEM_BITS, WHOLE, WIDTHS, Layout, PackedTensor
 from arrow_quant_v2.store.record import LayerRecord, Payload, RawTensor, payload_bytes
 from arrow_quant_v2.store.seal import MAGIC
 
@@ -70,7 +70,9 @@ def packed(
         dtype=dtype,
         layout=layout,
         codes=codes(layout.rows, layout.row_bytes),
-        scales=codes(layout.rows, layout.scales_per_row),
+        scales=codes(layout.rows, layout.scales_per_row)
+        if grid != "row"
+        else np.full((layout.rows, 1), WHOLE, np.uint8),
         zero_points=None if symmetric else codes(layout.rows, layout.groups),
         row_scales=rng.integers(0x3C00, 0x3F80, layout.rows, dtype=np.uint16),
         rotation=rotation,
@@ -167,15 +169,16 @@ def packed_tensors(draw, name=names) -> PackedTensor:
     rotation = None if axis is None else draw(st.sampled_from([None, None, 8, 16]))
     if rotation:
         shape[axis] = 16
+    grid = draw(st.sampled_from(GRIDS))
     return packed(
         name=draw(name),
         shape=shape,
         bits=draw(st.sampled_from(WIDTHS)),
         axis=axis,
-        grid=draw(st.sampled_from(GRIDS)),
+        grid=grid,
         rotation=rotation,
         equalized=axis is not None and draw(st.booleans()),
-        group_size=draw(st.none() | st.integers(1, 12)),
+        group_size=draw(st.none() | (st.just(10**6) if grid == "row" else st.integers(1, 12))),
         symmetric=draw(st.booleans()),
         seed=draw(st.integers(0, 99)),
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16", "float64", "float8_e4m3fn"])),

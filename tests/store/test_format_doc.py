@@ -78,6 +78,14 @@ def test_the_example_knows_the_residual_grid(out, bits, symmetric, axis, group_s
     assert np.array_equal(shown(tensor, out).reshape(tensor.rows, -1), dequantized(tensor).numpy())
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("axis", "group_size"), [(1, 100), (1, None), (None, None)])
+def test_the_example_knows_rows_of_one_group(out, bits, symmetric, axis, group_size) -> None:
+    tensor = packed("attention.weight", (3, 4, 7), bits, axis, group_size=group_size, symmetric=symmetric, grid="row")
+    assert np.array_equal(shown(tensor, out).reshape(tensor.rows, -1), dequantized(tensor).numpy())
+
+
 @pytest.mark.parametrize("grid", ["affine", "r2q"])
 @pytest.mark.parametrize("basis", [{"rotation": 8}, {"equalized": True}, {"rotation": 16, "equalized": True}])
 @pytest.mark.parametrize(("shape", "axis"), [((5, 32), 1), ((3, 16, 3, 3), 1), ((2, 3, 64), 2)])

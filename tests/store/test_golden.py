@@ -13,7 +13,7 @@ from arrow_quant_v2.store.record import payload_bytes
 from arrow_quant_v2.store.writer import write_group
 
 GOLDEN = Path(__file__).parent / "golden"
-VERSIONS = ("v2_0", "v2_1")
+VERSIONS = ("v2_0", "v2_1", "v2_2")
 EXPECTED = {version: json.loads((GOLDEN / f"{version}.json").read_text()) for version in VERSIONS}
 
 
@@ -77,6 +77,21 @@ def test_checksums_are_those_on_paper() -> None:
         ("r2q.int4", 0, 0x91C1C362),
         ("r2q.int8", 0, 0x42F710CA),
         ("turned", 0, 0xEDB69185),
+    ]
+
+    assert [(one.layer_name, one.chunk, one.checksum) for one in StoredModel(GOLDEN / "v2_2.parquet").entries] == [
+        ("affine", 0, 0x0BF5E270),
+        ("bias", 0, 0x332B058B),
+        ("conv.turned", 0, 0x37D992CC),
+        ("experts", 0, 0x2FE5E8D5),
+        ("per_tensor", 0, 0xDD15F38E),
+        ("r2q.row", 0, 0x91C1C362),
+        ("row.as_before", 0, 0x94B58BBF),
+        ("row.int2", 0, 0xA6FCEE42),
+        ("row.int2", 1, 0x5779C784),
+        ("row.int2", 2, 0x3F442ADF),
+        ("row.int4", 0, 0x12056C03),
+        ("row.int8", 0, 0x27D2553A),
     ]
 
 

@@ -1,5 +1,6 @@
 """Every way in which a file can be wrong is one StoreError: no crash, no other exception, no huge allocation."""
 
+import dataclasses
 import os
 import struct
 import zlib
@@ -22,6 +23,7 @@ def records():
         *chunked(raw("b", (6,)), 4),
         record(packed("c", symmetric=True)),
         record(packed("d", (4, 8), grid="r2q", rotation=8, equalized=True)),
+        record(packed("e", grid="row", group_size=None)),
     ]
 
 
@@ -96,7 +98,7 @@ def test_metadata_that_is_no_text(path, tmp_path) -> None:
         StoredModel(tmp_path / "b.parquet")
 
 
-@pytest.mark.parametrize("version", [b"2.2", b"3.0"])
+@pytest.mark.parametrize("version", [b"2.3", b"3.0"])
 def test_a_newer_version(path, tmp_path, version) -> None:
     table = pq.read_table(path)
     metadata = table.schema.metadata | {b"schema_version": version}
@@ -141,7 +143,7 @@ CONTRADICTIONS = {
     "bit_width": [([8], "quant_type 'int4' of 8 bits"), ([0], "of 0 bits"), ([-4], "of -4 bits")],
     "symmetric": [
         ([None], "quant_type 'int4' of 4 bits; allowed are 'bfloat16' of 16"),
-        ([True], "checksum is"),
+        ([True], "zero_points is there; its layout asks for none"),
     ],
     "quant_axis": [([2], "quant_axis 2"), ([-1], "quant_axis -1"), ([0], "rows 0 to 4"), ([None], "rows 0 to 4")],
     "group_size": [
@@ -193,7 +195,7 @@ def spatial(scales, **facts):
 
 TURNED = {
     "grid": [
-        (["affine"], "grid 'affine' is unknown; known are 'r2q', and null"),
+        (["affine"], "grid 'affine' is unknown; schema 2.2 knows 'r2q' and 'row' and null"),
         (["R2Q"], "grid 'R2Q' is unknown"),
         ([None], "scales is 16 bytes; its layout asks for 8|checksum is"),
     ],
@@ -231,6 +233,49 @@ def test_a_basis_that_contradicts_the_layout(tmp_path, column, values, message) 
     other = edited(tmp_path / "a.parquet", tmp_path / "b.parquet", **{column: pa.array(values, kind)})
     with pytest.raises(StoreError, match=rf"^a \(chunk 0 in .*b\.parquet\): .*({message})"):
         StoredModel(other).read_all()
+
+
+ROWS = {
+    "grid": [
+        ([None], "scales is null; its layout asks for 4 bytes"),
+        (["r2q"], "scales is null; its layout asks for 8"),
+    ],
+    "group_size": [
+        ([4], "grid 'row' is for rows of one group; group_size 4 makes 2 of them"),
+        ([0], "group_size 0 holds no column"),
+    ],
+    "scales": [([b"\xff" * 4], "scales is there; its layout asks for none"), ([b""], "scales is there")],
+    "zero_points": [([None], "zero_points is null")],
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [(column, values, message) for column, cases in ROWS.items() for values, message in cases],
+)
+def test_rows_of_one_group_that_contradict_themselves(tmp_path, column, values, message) -> None:
+    write_part(tmp_path / "a.parquet", [record(packed("a", grid="row", group_size=None))], METADATA)
+    other = edited(tmp_path / "a.parquet", tmp_path / "b.parquet", **{column: values})
+    with pytest.raises(StoreError, match=rf"^a \(chunk 0 in .*b\.parquet\): .*{message}"):
+        StoredModel(other).read_all()
+
+
+def test_a_sealed_file_with_scales_that_its_grid_has_no_use_for(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    write_part(path, [record(packed("a", group_size=None))], METADATA)
+    one = StoredModel(path).chunks("a")[0]
+    row = dataclasses.replace(one, grid="row")
+    with pytest.raises(StoreError, match=r"^a .*: scales is there; its layout asks for none"):
+        StoredModel(path).read_chunk(row)
+
+
+def test_a_file_of_2_1_cannot_hold_what_came_later(tmp_path) -> None:
+    write_part(tmp_path / "a.parquet", [record(packed("a", grid="row", group_size=None))], METADATA)
+    table = pq.read_table(tmp_path / "a.parquet")
+    older = table.replace_schema_metadata(table.schema.metadata | {b"schema_version": b"2.1"})
+    pq.write_table(older, tmp_path / "b.parquet")
+    with pytest.raises(StoreError, match=r"b\.parquet\): grid 'row' is unknown; schema 2\.1 knows 'r2q' and null"):
+        StoredModel(tmp_path / "b.parquet")
 
 
 def test_equalization_that_is_switched_off_means_nothing(tmp_path) -> None:

@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_examples import METADATA, chunked, everything, models, packed, raw, record
+from stored_examples import METADATA, chunked, contents, everything, models, packed, raw, record
 
 from arrow_quant_v2.errors import ChecksumError, StoreError
 from arrow_quant_v2.store import StoredModel, merge, merge_parts, write_part
@@ -27,6 +29,18 @@ def test_merging_changes_nothing_and_forgets_the_parts(tmp_path_factory, records
     assert pq.read_metadata(folder / "merged.parquet").num_row_groups == 1
     merged = StoredModel(folder / "merged.parquet")
     assert [everything(one) for one in merged.records()] == [everything(one) for one in records]
+
+
+def test_rows_of_one_group_of_an_older_file_are_rewritten_with_the_scales_that_they_have(tmp_path) -> None:
+    older = StoredModel(Path(__file__).parent / "golden" / "v2_0.parquet")
+    records = [older.record(one) for one in older.chunks("embedding.weight")]
+    write_part(tmp_path / "a", records, METADATA)
+    merge_parts([tmp_path / "a"], tmp_path / "b", METADATA)
+    with StoredModel(tmp_path / "b") as newer:
+        assert newer.metadata["schema_version"] == "2.2"
+        assert {one.group_size for one in newer.entries} == {None}
+        assert [contents(one.payload) for one in newer.records()] == [contents(one.payload) for one in records]
+        assert any((one.payload.scales != 255).any() for one in newer.records())
 
 
 def test_one_layer_of_a_merged_file_is_a_view(tmp_path) -> None:

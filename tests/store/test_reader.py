@@ -60,7 +60,7 @@ def test_a_folder_is_one_model(folder) -> None:
         ("c", 2, "2.parquet"),
     ]
     assert model.metadata["source_hash"] == "c0ffee"
-    assert model.file_metadata(folder / "2.parquet")["schema_version"] == "2.1"
+    assert model.file_metadata(folder / "2.parquet")["schema_version"] == "2.2"
 
 
 def test_an_entry_has_every_small_column(folder) -> None:

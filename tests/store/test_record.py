@@ -1,3 +1,5 @@
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from stored_examples import contents, packed, packed_tensors, raw, raw_tensors
 
 from arrow_quant_v2.errors import StoreError
+from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.packed import Layout, PackedTensor
 from arrow_quant_v2.store.record import RawTensor, checksum, payload_bytes, payload_sizes, ranges, split
 from arrow_quant_v2.store.sizes import total
@@ -26,6 +29,28 @@ def test_payload_columns_are_literal_bytes() -> None:
     assert zero_points.tobytes() == b"\x05\x06\x07\x08"
     assert row_scales.tobytes() == b"\x80\x3f\x00\x40"
     assert checksum((data, scales, zero_points, row_scales)) == 0x1D365A1B
+
+
+def test_a_row_of_one_group_has_no_bytes_for_its_scale() -> None:
+    tensor = PackedTensor(
+        name="w",
+        dtype="float32",
+        layout=Layout(shape=(2, 3), bits=4, quant_axis=1, group_size=None, grid="row"),
+        codes=np.array([[0x21, 0x03], [0x54, 0x06]], np.uint8),
+        scales=np.array([[255], [255]], np.uint8),
+        zero_points=np.array([[5], [7]], np.uint8),
+        row_scales=np.array([0x3F80, 0x4000], np.uint16),
+    )
+    data, scales, zero_points, row_scales = payload_bytes(tensor)
+    assert scales is None
+    assert (data.tobytes(), zero_points.tobytes()) == (b"\x21\x03\x54\x06", b"\x05\x07")
+    assert row_scales.tobytes() == b"\x80\x3f\x00\x40"
+    assert checksum((data, scales, zero_points, row_scales)) == zlib.crc32(b"\x21\x03\x54\x06\x05\x07\x80\x3f\x00\x40")
+    assert tensor.nbytes == 10
+    np.testing.assert_allclose(
+        dequantized(tensor),
+        np.float32([[1 - 5 / 17, 2 - 5 / 17, 3 - 5 / 17], [2 * (4 - 7 / 17), 2 * (5 - 7 / 17), 2 * (6 - 7 / 17)]]),
+    )
 
 
 def test_checksum_is_crc32_over_the_columns_in_their_order() -> None:
@@ -54,6 +79,12 @@ def test_arrays_that_are_not_contiguous_are_stored_by_value() -> None:
 @given(st.one_of(packed_tensors(), raw_tensors()))
 def test_sizes_are_those_of_the_columns(payload) -> None:
     assert payload_sizes(payload) == tuple(None if column is None else column.size for column in payload_bytes(payload))
+
+
+@given(packed_tensors())
+def test_a_tensor_counts_the_bytes_that_are_stored(tensor) -> None:
+    equalization = 0 if tensor.equalization is None else tensor.equalization.nbytes
+    assert tensor.nbytes == total(payload_sizes(tensor)) + equalization
 
 
 @given(st.one_of(packed_tensors(), raw_tensors()), st.integers(1, 200))

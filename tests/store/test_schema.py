@@ -42,7 +42,7 @@ NULLABLE = {
 NEW = {"grid", "rotation", "output_error"}
 
 
-def test_the_columns_of_schema_2_1_are_frozen() -> None:
+def test_the_columns_since_schema_2_1_are_frozen() -> None:
     structs = {"time_aware_quant", "spatial_quant", "activation_stats"}
     assert {field.name: str(field.type) for field in schema.SCHEMA if field.name not in structs} == PROMISED
     assert {field.name for field in schema.SCHEMA if field.nullable} == NULLABLE
@@ -71,7 +71,7 @@ def test_the_structs_hold_what_the_design_promises() -> None:
 def test_metadata_holds_ours_and_the_callers() -> None:
     found = schema.file_metadata({"b": "2", "a": "1"})
     assert found["schema_name"] == "parquet_v2_extended"
-    assert found["schema_version"] == "2.1"
+    assert found["schema_version"] == "2.2"
     assert "65025" in found["encodings"]
     assert list(found)[-2:] == ["a", "b"]
 
@@ -86,26 +86,26 @@ def metadata(version: str) -> dict[str, str]:
     return {"schema_name": "parquet_v2_extended", "schema_version": version}
 
 
-@pytest.mark.parametrize("version", ["2.2", "3.0", "10.0", "1.0"])
+@pytest.mark.parametrize("version", ["2.3", "3.0", "10.0", "1.0"])
 def test_another_version_is_refused_by_name(version) -> None:
-    with pytest.raises(SchemaVersionError, match=rf"^x: written in schema {version}; this program reads 2\.0 to 2\.1"):
+    with pytest.raises(SchemaVersionError, match=rf"^x: written in schema {version}; this program reads 2\.0 to 2\.2"):
         schema.check_version("x", metadata(version))
 
 
 @pytest.mark.parametrize("version", ["", "2", "2.", "a.b", "-2.0", "2.0.0", "\u00b2.0", "9" * 5000 + ".0"])
 def test_a_version_that_is_none_is_refused(version) -> None:
-    with pytest.raises(StoreError, match=r"is not a version like '2\.1'"):
+    with pytest.raises(StoreError, match=r"is not a version like '2\.2'"):
         schema.check_version("x", metadata(version))
 
 
-@pytest.mark.parametrize("version", [(2, 0), (2, 1)])
+@pytest.mark.parametrize("version", [(2, 0), (2, 1), (2, 2)])
 def test_our_versions_pass(version) -> None:
     assert schema.check_version("x", metadata(schema.version_text(version))) == version
 
 
 def test_the_columns_of_schema_2_0_are_those_of_2_1_but_three() -> None:
     assert set(schema.columns_of((2, 1))) - set(schema.columns_of((2, 0))) == NEW
-    assert schema.columns_of((2, 1)) == tuple(schema.SCHEMA.names)
+    assert schema.columns_of((2, 1)) == schema.columns_of((2, 2)) == tuple(schema.SCHEMA.names)
 
 
 def test_another_kind_of_file_is_refused() -> None:

@@ -39,6 +39,17 @@ def test_the_residual_grid_has_two_scales_in_a_group_and_equalization_four_bytes
     assert bits_per_weight(r2q, symmetric=True, equalized=True) == 8 * (41 + 4 * 130 / 256) / 130
 
 
+def test_a_row_of_one_group_has_no_scale_but_its_own() -> None:
+    row = dataclasses.replace(LAYOUT, group_size=None, grid="row")
+    assert packed_sizes(row, 10, symmetric=False) == (330, None, 10, 20)
+    assert packed_sizes(row, 10, symmetric=True) == (330, None, None, 20)
+    assert bits_per_weight(row, symmetric=True) == 8 * 35 / 130
+    for size in (130, 1000):
+        wide = dataclasses.replace(row, group_size=size)
+        assert stored_bytes(wide, symmetric=False) == 256 * 36
+        check_layout("w", wide)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -47,7 +58,8 @@ def test_the_residual_grid_has_two_scales_in_a_group_and_equalization_four_bytes
         ({"quant_axis": 2}, r"quant_axis 2 is not an axis of shape \[256, 130\]"),
         ({"quant_axis": -1}, "quant_axis -1"),
         ({"group_size": 0}, "group_size 0 holds no column"),
-        ({"grid": "r3q"}, "grid 'r3q' is unknown; known are affine, r2q"),
+        ({"grid": "r3q"}, "grid 'r3q' is unknown; known are affine, r2q, row"),
+        ({"grid": "row"}, "grid 'row' is for rows of one group; group_size 64 makes 3 of them"),
     ],
 )
 def test_a_layout_that_means_nothing_is_refused(wrong, message) -> None:

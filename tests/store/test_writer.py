@@ -60,7 +60,7 @@ def test_the_file_says_what_it_is(target) -> None:
     assert pq.read_schema(target).equals(SCHEMA)  # the metadata aside
     metadata = pq.read_schema(target).metadata
     assert metadata.items() <= pq.read_metadata(target).metadata.items()
-    assert metadata[b"schema_version"] == b"2.1"
+    assert metadata[b"schema_version"] == b"2.2"
     assert metadata[b"source_hash"] == b"c0ffee"
 
 

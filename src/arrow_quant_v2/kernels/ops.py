@@ -231,9 +231,9 @@ def quantize(
     that covers each group and 0.0, error at most half a step. With them (each 1 / clipping ratio): the candidate
     whose least-squares refit, weighted by `importance` (columns,) float32 or 1, explains most of the group.
 
-    Returns codes (rows, row_bytes) uint8; scales (rows, groups) uint8; zero_points the same, or (rows, 0) when
-    symmetric; row_scales (rows,) bfloat16; and sums (rows, 3) float64 of w^2, q^2 and (w - q)^2, which are not
-    finite where the row is not.
+    Returns codes (rows, row_bytes) uint8; scales (rows, groups) uint8, 255 where a row is one group; zero_points
+    (rows, groups) uint8, or (rows, 0) when symmetric; row_scales (rows,) bfloat16; and sums (rows, 3) float64 of w^2,
+    q^2 and (w - q)^2, which are not finite where the row is not.
 
     Raises:
         QuantizationError: a width, shape, dtype, stretch or importance is not one of these.

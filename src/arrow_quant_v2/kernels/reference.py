@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from arrow_quant_v2.packed import WHOLE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,6 +28,7 @@ SMALLEST_ROW_SCALE = 2.0**-100
 SMALLEST_STEP = 2.0**-126
 FLAT = 2.0**-16  # codes of a smaller variance, relative to their squares, are all the same but for rounding
 LARGEST_BFLOAT16 = 0x7F7F
+LARGEST_ROW_SCALE = (2.0 - 2.0**-7) * 2.0**127  # the same as a number
 
 
 def row_bytes(columns: int, bits: int) -> int:
@@ -297,9 +300,26 @@ def up_to_bfloat16(values: Tensor) -> Tensor:
     return (upper.clamp(max=LARGEST_BFLOAT16) << 16).view(torch.float32).to(torch.bfloat16)
 
 
+def only_scales(step: Tensor, *, cover_all: bool) -> Tensor:
+    """(rows,) steps of rows that are one group each -> bfloat16: the nearest, or the next that is not below.
+
+    With no scale under it, it may be as small as a step.
+    """
+    step = torch.where(step > SMALLEST_STEP, step, SMALLEST_STEP)
+    return up_to_bfloat16(step) if cover_all else step.to(torch.bfloat16).clamp(max=LARGEST_ROW_SCALE)
+
+
 def rounded(codes: Tensor, max_code: float) -> Tensor:
     """Clip to [0, max_code], then round half to even; NaN, which no caller lets through, becomes 0."""
     return codes.nan_to_num(nan=0.0).clamp(0.0, max_code).round()
+
+
+def stored_scales(step: Tensor, *, cover_all: bool) -> tuple[Tensor, Tensor]:
+    """(rows, groups) steps -> uint8 codes and (rows,) bfloat16 row scales; the code of an only group is 255."""
+    if step.shape[1] == 1:
+        return torch.full_like(step, WHOLE, dtype=torch.uint8), only_scales(step[:, 0], cover_all=cover_all)
+    row_scales = up_to_bfloat16(step.amax(dim=1).clamp(min=SMALLEST_ROW_SCALE))
+    return scale_codes(step, row_scales, cover_all=cover_all), row_scales
 
 
 def scale_codes(step: Tensor, row_scales: Tensor, *, cover_all: bool) -> Tensor:
@@ -381,8 +401,7 @@ def quantize(
     group_size = min(group_size, columns)
     groups = split_groups(weight.to(torch.float32), group_size)
     present = split_groups(torch.ones(1, columns, device=weight.device), group_size)
-    row_scales = up_to_bfloat16(fit.step.amax(dim=1).clamp(min=SMALLEST_ROW_SCALE))
-    scales = scale_codes(fit.step, row_scales, cover_all=not stretches)
+    scales, row_scales = stored_scales(fit.step, cover_all=not stretches)
     scale = scale_of(scales, row_scales)
     inverse = torch.where(scales > 0, 1.0 / torch.where(scales > 0, scale, 1.0), 0.0)
     zero_points = torch.empty(weight.shape[0], 0, dtype=torch.uint8, device=weight.device)

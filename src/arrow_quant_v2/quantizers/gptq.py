@@ -12,7 +12,7 @@ from arrow_quant_v2.config import LayerSpec
 from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError
 from arrow_quant_v2.kernels import cpu, ops, reference
-from arrow_quant_v2.packed import ITEM_BITS, Layout, PackedTensor
+from arrow_quant_v2.packed import ITEM_BITS, Layout, PackedTensor, sparing
 from arrow_quant_v2.plan import quant_axis
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
@@ -61,7 +61,13 @@ def gptq(
             f" the weight has {weight.shape[1]} in groups of {group_size}"
         )
     cpu.activate()
-    ask = Ask(grid=spec.grid, bits=spec.bits, symmetric=spec.symmetric, stretches=STRETCHES[spec.bits], refits=refits)
+    ask = Ask(
+        grid=sparing(spec.grid, len(factor.groups)),
+        bits=spec.bits,
+        symmetric=spec.symmetric,
+        stretches=STRETCHES[spec.bits],
+        refits=refits,
+    )
     pieces = tiles(weight.shape[0], ROWS)
     return joined(each_on_one_core(lambda rows: _quantized(weight[rows].to(torch.float32), factor, ask), pieces))
 
@@ -206,6 +212,7 @@ class GPTQCalibrator:
             raise QuantizationError(f"{name}: is {dtype} {list(weight.shape)}; (out, in) or more axes of floats needed")
         shape = tuple(weight.shape)
         layout = Layout(shape=shape, bits=self.spec.bits, quant_axis=quant_axis(shape), group_size=self.spec.group_size)
+        layout = layout.on(self.spec.grid)
         if layout.columns != len(self.hessian):
             raise QuantizationError(
                 f"{name}: has {layout.columns} columns a row; the inputs that were observed have {len(self.hessian)}"

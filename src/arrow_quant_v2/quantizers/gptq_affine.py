@@ -77,12 +77,25 @@ class AffineGrid:
     @classmethod
     def _stored(cls, fit: Fit, row_scales: Tensor, ask: Ask) -> AffineGrid:
         """What the format makes of a fit of one group: 8 bits each, under the row's scale."""
-        scales = reference.scale_codes(fit.step, row_scales, cover_all=False)
+        scales, row_scales = cls._scales(fit.step, row_scales)
         scale = reference.scale_of(scales, row_scales)
         inverse = torch.where(scales > 0, 1.0 / torch.where(scales > 0, scale, 1.0), 0.0)
         zeros = scales[:, :0] if ask.symmetric else reference.zero_codes(fit, inverse, ask.bits, whole=False)
         zero = reference.zero_of(zeros, scales, ask.bits)
         return cls(scales=scales, zero_points=zeros, scale=scale, inverse=inverse, zero=zero)
+
+    @classmethod
+    def _scales(cls, step: Tensor, row_scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (rows, 1) of the scales of one group, and the scales (rows,) of the rows that they stand under."""
+        return reference.scale_codes(step, row_scales, cover_all=False), row_scales
+
+
+class RowGrid(AffineGrid):
+    """The same where a row is one group: its scale is that of the row, with nothing above it."""
+
+    @classmethod
+    def _scales(cls, step: Tensor, row_scales: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG003 - it is what is sought
+        return reference.stored_scales(step, cover_all=False)
 
 
 def chosen(wins: Tensor, one: Tensor, other: Tensor) -> Tensor:

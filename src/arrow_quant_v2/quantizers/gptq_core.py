@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arrow_quant_v2.kernels import reference
-from arrow_quant_v2.quantizers.gptq_affine import AffineGrid
+from arrow_quant_v2.quantizers.gptq_affine import AffineGrid, RowGrid
 from arrow_quant_v2.quantizers.gptq_factor import blocks
 from arrow_quant_v2.quantizers.gptq_r2q import ResidualGrid
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.quantizers.gptq_factor import Factor, Group
 
 SPAN = 1024  # columns whose errors are kept back and fed into all later columns at once
-GRIDS: dict[Grid, Any] = {"affine": AffineGrid, "r2q": ResidualGrid}
+GRIDS: dict[Grid, Any] = {"affine": AffineGrid, "r2q": ResidualGrid, "row": RowGrid}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +80,21 @@ class Choice:
 def calibrated_rows(weight: Tensor, factor: Factor, ask: Ask) -> Calibrated:
     """Quantize rows (rows, columns) float32; each row by itself but for the rounding of matrix products."""
     alive = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
-    row_scales = row_scales_for(alive, factor, ask)
-    work = Work(alive.index_select(1, factor.order), factor, ask)
+    work = Work(alive.index_select(1, factor.order), factor, ask, row_scales_for(alive, factor, ask))
     for span in spans(factor.groups):
         for group in span:
-            work.settle(group, _best(work.updated(group, span[0].start), group, factor, row_scales, ask))
+            work.settle(group, _best(work.updated(group, span[0].start), group, factor, work.row_scales, ask))
         work.feed(span[0].start, span[-1].stop)
-    return work.result(weight, row_scales)
+    return work.result(weight)
 
 
 def row_scales_for(weight: Tensor, factor: Factor, ask: Ask) -> Tensor:
-    """(rows,) bfloat16: the largest scale that a row's groups want before any update, and a margin."""
+    """(rows,) bfloat16: the largest scale that a row's groups want before any update, and a margin.
+
+    Nothing on the row grid, where it comes with the fit of the row's only group.
+    """
+    if ask.grid == "row":
+        return weight.new_empty(0, dtype=torch.bfloat16)
     importance = torch.empty_like(factor.importance)
     importance[factor.order] = _relative(factor.importance)
     largest: Tensor = GRIDS[ask.grid].largest(weight, factor.group_size, importance, ask)
@@ -114,8 +118,8 @@ class Work:
     cost  (rows, columns)  Z of all spans that are done
     """
 
-    def __init__(self, weight: Tensor, factor: Factor, ask: Ask) -> None:
-        self.factor, self.left, self.ask = factor, weight, ask
+    def __init__(self, weight: Tensor, factor: Factor, ask: Ask, row_scales: Tensor) -> None:
+        self.factor, self.left, self.ask, self.row_scales = factor, weight, ask, row_scales
         self.values, self.codes = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.uint8)
         self.cost = torch.zeros_like(weight)
         shape = weight.shape[0], len(factor.groups)
@@ -138,16 +142,18 @@ class Work:
         self.scales[:, group.index] = choice.grid.scales
         if choice.grid.zero_points.numel():
             self.zero_points[:, group.index] = choice.grid.zero_points[:, 0]
+        if self.ask.grid == "row":
+            self.row_scales = choice.grid.scale[:, 0].to(torch.bfloat16)  # exactly
 
     def feed(self, start: int, stop: int) -> None:
         """Z of all later columns += (W - Q) R of the columns [start, stop)."""
         self.cost[:, stop:].addmm_(self.left[:, start:stop], self.factor.root[start:stop, stop:])
 
-    def result(self, weight: Tensor, row_scales: Tensor) -> Calibrated:
+    def result(self, weight: Tensor) -> Calibrated:
         """What became of the weight, whose dead columns were 0 so far."""
         positions = self.factor.dead[self.factor.order].nonzero()[:, 0]
         self.left[:, positions] += weight[:, self.factor.order[positions]]
-        unit = row_scales.to(torch.float32)[:, None]  # in which float32 holds the squares
+        unit = self.row_scales.to(torch.float32)[:, None]  # in which float32 holds the squares
         norms = [torch.linalg.vector_norm(part / unit, dim=1) for part in (weight, self.values, self.left)]
         return Calibrated(
             codes=self.codes.index_select(1, self.factor.order.argsort()),
@@ -155,7 +161,7 @@ class Work:
             sums=(torch.stack(norms, dim=1).to(torch.float64) * unit).square(),
             scales=self.scales.flatten(1),
             zero_points=self.zero_points[:, :0] if self.ask.symmetric else self.zero_points,
-            row_scales=row_scales,
+            row_scales=self.row_scales,
         )
 
     def _divided(self, cost: Tensor, here: slice) -> Tensor:

@@ -57,5 +57,5 @@ def weights_alone(weight: Tensor, spec: LayerSpec) -> QuantizedRows:
 def values_of(rows: QuantizedRows, spec: LayerSpec, columns: int) -> Tensor:
     """Q (rows, columns) float32."""
     shape = len(rows.codes), columns
-    layout = Layout(shape=shape, bits=spec.bits, quant_axis=1, group_size=spec.group_size, grid=spec.grid)
-    return stored_weight(rows.packed("rows", "float32", layout))
+    layout = Layout(shape=shape, bits=spec.bits, quant_axis=1, group_size=spec.group_size)
+    return stored_weight(rows.packed("rows", "float32", layout.on(spec.grid)))

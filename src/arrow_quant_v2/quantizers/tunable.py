@@ -29,13 +29,17 @@ class Tunable:
     """The codes of a layer, or of some rows of it, and their grid.
 
     Stored numbers are whole. What moves are float32 numbers behind them, by Adam (Kingma and Ba, 2015); the model only
-    ever sees them rounded, as they would be stored, and its gradient is taken for theirs (straight through).
+    ever sees them rounded, as they would be stored, and its gradient is taken for theirs (straight through). On the row
+    grid, which stores no scales, x moves instead in row_scale = start exp(2 x / 255), |x| <= 255, rounded to bfloat16:
+    that is felt as a scale of 255 would be.
     """
 
     def __init__(self, packed: PackedTensor) -> None:
         """Start from codes and a grid as they are."""
         self._packed = packed
-        self._moving = [shared_tensor(packed.scales).float()]
+        self._start = shared_tensor(packed.row_scales).view(torch.bfloat16).float()
+        scales = shared_tensor(packed.scales).float()
+        self._moving = [torch.zeros_like(scales) if packed.layout.grid == "row" else scales]
         if packed.zero_points is not None:
             self._moving.append(shared_tensor(packed.zero_points).float())
         self._moving.append(_codes(packed).float())
@@ -69,13 +73,20 @@ class Tunable:
         for group in self._adam.param_groups:
             group["lr"] = group["usual"] * share
         self._adam.step()
-        *grid, codes = self._moving
-        stored = [_whole(moving, LARGEST) for moving in grid]
-        changed: dict[str, Any] = {"scales": _ordered(stored[0], self._packed).numpy()}
-        if len(stored) > 1:
-            changed["zero_points"] = stored[1].numpy()
+        scales, *zeros, codes = self._moving
+        changed = self._moved(scales)
+        for moving in zeros:
+            changed["zero_points"] = _whole(moving, LARGEST).numpy()
         changed["codes"] = ops.pack(_whole(codes, _last(self._packed)), self._packed.layout.bits).numpy()
         self._packed = replace(self._packed, **changed)
+
+    def _moved(self, scales: Tensor) -> dict[str, Any]:
+        """The stored scales, or the rows' where they are alone."""
+        if self._packed.layout.grid != "row":
+            return {"scales": _ordered(_whole(scales, LARGEST), self._packed).numpy()}
+        farther = torch.exp(scales.clamp_(-LARGEST, LARGEST)[:, 0].double() * (2.0 / LARGEST))
+        rows = reference.only_scales(self._start * farther.float(), cover_all=False)
+        return {"row_scales": rows.view(torch.uint16).numpy()}
 
 
 def _last(packed: PackedTensor) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from arrow_quant_v2.errors import StoreError
 from arrow_quant_v2.packed import ITEM_BITS, WIDTHS, Bits, Grid, Layout, TensorInfo, basis_problems
-from arrow_quant_v2.store.schema import FACTS, SCHEMA_VERSION
+from arrow_quant_v2.store.schema import FACTS, GRIDS_ADDED, SCHEMA_VERSION, version_text
 from arrow_quant_v2.store.sizes import PayloadSizes, check_layout, check_shape, packed_sizes, total
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EQUALIZED_SINCE = (2, 1)
 _WIDTHS: dict[str, Bits] = {f"int{bits}": bits for bits in WIDTHS}
-_GRIDS: dict[str | None, Grid] = {None: "affine", "r2q": "r2q"}
+_GRIDS: dict[str | None, Grid] = {None: "affine", "r2q": "r2q", "row": "row"}
 _A = {"grid": "a grid", "rotation": "a rotation", "equalization": "equalization_scales"}
 
 
@@ -119,7 +119,7 @@ _REQUIRED = tuple(field.name for field in FACTS if not field.nullable)
 
 
 def entry(facts: Mapping[str, Any], *, file: Path, row: int, version: tuple[int, int] = SCHEMA_VERSION) -> LayerEntry:
-    """The entry of one row of a file of this version; equalization scales mean something since 2.1.
+    """The entry of one row of a file of this version; equalization scales mean something since 2.1, grid row since 2.2.
 
     Raises:
         StoreError: the columns contradict each other or are out of range; the message names layer and file.
@@ -128,7 +128,7 @@ def entry(facts: Mapping[str, Any], *, file: Path, row: int, version: tuple[int,
     shape = tuple(given.pop("shape") or ())
     equalization = None if version < EQUALIZED_SINCE else _equalization(given["spatial_quant"])
     found = LayerEntry(**given, shape=shape, equalization=equalization, file=file, row=row)
-    _check(found)
+    _check(found, version)
     return found
 
 
@@ -151,7 +151,7 @@ def by_layer(entries: Iterable[LayerEntry]) -> dict[str, tuple[LayerEntry, ...]]
     return {name: _chunks(layers[name]) for name in sorted(layers)}
 
 
-def _check(found: LayerEntry) -> None:
+def _check(found: LayerEntry, version: tuple[int, int]) -> None:
     """Everything that `layout` and `sizes` rely on, and that the columns agree."""
     for name in _REQUIRED:
         if getattr(found, name) is None:
@@ -167,20 +167,21 @@ def _check(found: LayerEntry) -> None:
             f"{found.where}: quant_type {found.quant_type!r} of {found.bit_width} bits; allowed are"
             f" {', '.join(f'{name!r} of {bits}' for name, bits in widths.items())}"
         )
-    _check_grid(found)
+    _check_grid(found, version)
     _check_counts(found)
 
 
-def _check_grid(found: LayerEntry) -> None:
+def _check_grid(found: LayerEntry, version: tuple[int, int]) -> None:
     """What the codes mean, and in which basis."""
     if found.layout is None:
         for name in ("grid", "rotation", "equalization"):
             if getattr(found, name) is not None:
                 raise StoreError(f"{found.where}: is not quantized, but has {_A[name]}; that is for codes alone")
         return
-    if found.grid not in _GRIDS:
-        known = " or ".join(repr(name) for name in _GRIDS if name)
-        raise StoreError(f"{found.where}: grid {found.grid!r} is unknown; known are {known}, and null")
+    known = [name for name, since in GRIDS_ADDED.items() if since <= version]
+    if found.grid not in {None, *known}:
+        names = " and ".join([*map(repr, known), "null"])
+        raise StoreError(f"{found.where}: grid {found.grid!r} is unknown; schema {version_text(version)} knows {names}")
     check_layout(found.where, found.layout)
     for problem in basis_problems(found.layout, found.rotation, found.equalization):
         raise StoreError(f"{found.where}: {problem}")

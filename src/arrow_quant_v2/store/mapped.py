@@ -73,12 +73,29 @@ class MappedFile:
         Raises:
             StoreError: the column cannot be decoded.
         """
-        if self._offsets is not None and row < len(self._offsets):
-            start = int(self._offsets[row, PAYLOAD.names.index(column)])
-            if start:
-                return self._content[start : start + size]
+        start = self._sealed(column, row)
+        if start:
+            return self._content[start : start + size]
         with explained(self.path):
             return self._decoded(column, row)
+
+    def has(self, column: str, row: int) -> bool:
+        """Whether there is a value, and not a null; of a sealed file the seal's word is taken.
+
+        Raises:
+            StoreError: the column cannot be decoded.
+        """
+        start = self._sealed(column, row)
+        if start is not None:
+            return start > 0
+        with explained(self.path):
+            return self._decoded(column, row) is not None
+
+    def _sealed(self, column: str, row: int) -> int | None:
+        """Where the seal says that a value lies, 0 where it does not say; None without a seal."""
+        if self._offsets is None or row >= len(self._offsets):
+            return None
+        return int(self._offsets[row, PAYLOAD.names.index(column)])
 
     def _decoded(self, column: str, row: int) -> Bytes | None:
         group = bisect_right(self._group_ends, row)

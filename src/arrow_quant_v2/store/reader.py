@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arrow_quant_v2.errors import ChecksumError, StoreError
-from arrow_quant_v2.packed import PackedTensor
+from arrow_quant_v2.packed import WHOLE, PackedTensor
 from arrow_quant_v2.store.entries import by_layer, entry
 from arrow_quant_v2.store.mapped import MappedFile, explained
 from arrow_quant_v2.store.record import LayerRecord, RawTensor, checksum
@@ -163,12 +163,18 @@ class _StoredFile:
 
     def _value(self, one: LayerEntry, column: str, size: int | None) -> Bytes | None:
         if size is None:
+            self._refuse_surplus(one, column)
             return None
         value = self._file.value(column, one.row, size)
         if value is None or value.size != size:
             found = "null" if value is None else f"{value.size} bytes"
             raise StoreError(f"{one.where}: {column} is {found}; its layout asks for {size} bytes")
         return value
+
+    def _refuse_surplus(self, one: LayerEntry, column: str) -> None:
+        """A parameter that the layout has no use for, so that nobody takes it for one that counts."""
+        if one.layout is not None and self._file.has(column, one.row):
+            raise StoreError(f"{one.where}: {column} is there; its layout asks for none")
 
 
 def _parquet_files(path: Path) -> list[Path]:
@@ -196,7 +202,7 @@ def _agreed(found: Mapping[Path, Mapping[str, str]]) -> Mapping[str, str]:
 def _payload(one: LayerEntry, columns: PayloadBytes) -> Payload:
     data, scales, zero_points, row_scales = columns
     layout = one.layout
-    if layout is None or scales is None or row_scales is None:
+    if layout is None or row_scales is None:
         return RawTensor(name=one.layer_name, shape=one.shape, dtype=one.dtype, values=data, start=one.row_start)
     rows = one.row_stop - one.row_start
     return PackedTensor(
@@ -204,7 +210,7 @@ def _payload(one: LayerEntry, columns: PayloadBytes) -> Payload:
         dtype=one.dtype,
         layout=layout,
         codes=data.reshape(rows, layout.row_bytes),
-        scales=scales.reshape(rows, layout.scales_per_row),
+        scales=np.full((rows, 1), WHOLE, np.uint8) if scales is None else scales.reshape(rows, layout.scales_per_row),
         zero_points=None if zero_points is None else zero_points.reshape(rows, layout.groups),
         row_scales=_halfwords(row_scales),
         first_row=one.row_start,

@@ -108,8 +108,9 @@ def payload_bytes(payload: Payload) -> PayloadBytes:
     """The four payload columns of one row, in the order of the schema; copies nothing that is contiguous."""
     if isinstance(payload, RawTensor):
         return np.ascontiguousarray(payload.values), None, None, None
+    scales = None if payload.layout.grid == "row" else _flat(payload.scales)
     zero_points = None if payload.zero_points is None else _flat(payload.zero_points)
-    return _flat(payload.codes), _flat(payload.scales), zero_points, _little_endian(payload)
+    return _flat(payload.codes), scales, zero_points, _little_endian(payload)
 
 
 def payload_sizes(payload: Payload) -> PayloadSizes:

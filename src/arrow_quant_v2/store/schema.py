@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 SCHEMA_NAME = "parquet_v2_extended"
-SCHEMA_VERSION = (2, 1)
+SCHEMA_VERSION = (2, 2)
 ADDED = {"grid": (2, 1), "rotation": (2, 1), "output_error": (2, 1)}  # columns that the first version did not have
+GRIDS_ADDED = {"r2q": (2, 1), "row": (2, 2)}  # what stands in the column `grid`, and since when
 
 NAME_KEY = "schema_name"
 VERSION_KEY = "schema_version"
@@ -28,7 +29,8 @@ ENCODINGS = {
     "data": "codes: bits lowest first, every row starts on a byte; unquantized: little-endian values",
     "weight": "scale * (code - zero_point)",
     "weight_r2q": "m = 2^(bit_width - 1) - 1; (mu + (a1 if code > m else -a1)) + a2 * (2 * (code & m) - m), in float32",
-    "scales": "uint8 s per group, scale = row_scale * (s * s / 65025), in float32; grid r2q: two per group, a1 and a2",
+    "scales": "uint8 s per group, scale = row_scale * (s * s / 65025), in float32; grid r2q: two per group, a1 and a2;"
+    " grid row: null, scale = row_scale",
     "zero_points": "uint8 z per group, zero_point = z / (255 / (2^bit_width - 1)); null: 2^(bit_width - 1)",
     "zero_points_r2q": "uint8 z per group, mu = (a1 + m * a2) * ((255 - 2 * z) / 255); null: 0",
     "rotation": "each block of that many input channels is (w * sign) @ Hadamard / sqrt(block), see docs/format.md",
@@ -122,7 +124,7 @@ def file_metadata(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def version_text(version: tuple[int, int]) -> str:
-    """A version as it stands in the file: "2.1"."""
+    """A version as it stands in the file: "2.2"."""
     return f"{version[0]}.{version[1]}"
 
 

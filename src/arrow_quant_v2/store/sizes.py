@@ -33,8 +33,9 @@ METADATA_COPIES = 7 / 3  # once as it is, once in base64 within Arrow's schema
 
 def packed_sizes(layout: Layout, rows: int, *, symmetric: bool) -> PayloadSizes:
     """Bytes of each payload column for `rows` rows of codes."""
+    scales = None if layout.grid == "row" else rows * layout.scales_per_row
     zero_points = None if symmetric else rows * layout.groups
-    return rows * layout.row_bytes, rows * layout.scales_per_row, zero_points, 2 * rows
+    return rows * layout.row_bytes, scales, zero_points, 2 * rows
 
 
 def row_bytes(layout: Layout, *, symmetric: bool) -> int:
@@ -137,3 +138,5 @@ def _problems(layout: Layout) -> Iterator[str]:
         yield f"group_size {layout.group_size} holds no column; it is 1 or more, or null for one group per row"
     if layout.grid not in GRIDS:
         yield f"grid {layout.grid!r} is unknown; known are {', '.join(GRIDS)}"
+    elif layout.grid == "row" and layout.groups != 1:
+        yield f"grid 'row' is for rows of one group; group_size {layout.group_size} makes {layout.groups} of them"

@@ -1,7 +1,8 @@
 // Rows of weights to packed codes and back; compiled once per instruction set, with the same bits from each.
 //
 //   full step  f = (high - low) / (2^bits - 1), low = min(w, 0), high = max(w, 0) of a group
-//   scale      s = row_scale * (scale_code / 255)^2, row_scale a bfloat16 that covers every group of the row
+//   scale      s = row_scale * (scale_code / 255)^2, row_scale a bfloat16 that covers every group of the row; where
+//              a row is one group, scale_code is 255 and row_scale the bfloat16 nearest to what is wanted
 //   zero       z = zero_code / (255 / (2^bits - 1)); symmetric: f = max|w| / (2^(bits-1) - 1), z = 2^(bits-1)
 //   code       q = round(clip(w / s + z, 0, 2^bits - 1)), half to even
 //
@@ -32,6 +33,15 @@ static float up_to_bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   bits = (bits + 0xFFFF) & 0xFFFF0000;
+  if (bits > LARGEST_BFLOAT16) bits = LARGEST_BFLOAT16;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+static float nearest_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
   if (bits > LARGEST_BFLOAT16) bits = LARGEST_BFLOAT16;
   std::memcpy(&x, &bits, 4);
   return x;
@@ -310,15 +320,30 @@ static void settle_zeros(const Row& row, const Grid& grid, bool nearest, int64_t
   }
 }
 
-// Stores the parameters of a row, and keeps what the stored ones mean.
-static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
-  const bool nearest = ask.stretch_count == 0;
+// The scale of a row that is one group: nothing stands between it and the row's.
+static void settle_only_scale(const Quantize& ask, Row& row, bool nearest, int64_t r) {
+  const float step = row.step[0] > SMALLEST_STEP ? row.step[0] : SMALLEST_STEP;
+  const float row_scale = nearest ? up_to_bfloat16(step) : nearest_bfloat16(step);
+  ask.row_scales[r] = bfloat16_bits(row_scale);
+  ask.scales[r] = 255;
+  row.share[0] = 1.0f;
+  row.inverse[0] = 1.0f / row_scale;
+}
+
+// The scales of a row of several groups, under one that covers them all.
+static void settle_all_scales(const Quantize& ask, Row& row, bool nearest, int64_t r) {
   float largest = SMALLEST_ROW_SCALE;
   for (int64_t g = 0; g < ask.groups; g++) largest = row.step[g] > largest ? row.step[g] : largest;
   const float row_scale = up_to_bfloat16(largest);
   ask.row_scales[r] = bfloat16_bits(row_scale);
   settle_scales(row.step.data(), row_scale, nearest, ask.groups, ask.scales + r * ask.groups, row.share.data(),
                 row.inverse.data());
+}
+
+// Stores the parameters of a row, and keeps what the stored ones mean.
+static void settle(const Quantize& ask, const Grid& grid, Row& row, int64_t r) {
+  const bool nearest = ask.stretch_count == 0;
+  (ask.groups == 1 ? settle_only_scale : settle_all_scales)(ask, row, nearest, r);
   std::fill(row.zero.begin(), row.zero.end(), grid.middle);
   if (grid.symmetric) return;
   settle_zeros(row, grid, nearest, ask.groups, ask.zero_points + r * ask.groups, row.zero.data());

@@ -316,3 +316,9 @@ def test_what_is_no_quantized_model_is_refused(tmp_path: Path) -> None:
 def test_settings_that_mean_nothing_are_refused(sound: Path) -> None:
     with pytest.raises(ConfigurationError, match="activations is 'int8'"):
         aq.load(sound, activations="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "", 1.5])
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(device: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"device is '.*'; torch .* can run a model here on cpu"):
+        aq.load(tmp_path, device)

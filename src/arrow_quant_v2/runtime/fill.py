@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from arrow_quant_v2.decisions import Decision
+from arrow_quant_v2.engines.devices import reachable
 from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.kernels.tensors import shared_tensor
 from arrow_quant_v2.packed import PackedTensor
 from arrow_quant_v2.runtime.clock import Clock
+from arrow_quant_v2.runtime.float32 import stays_float32
 from arrow_quant_v2.runtime.modules import QuantizedLinear, StaticRanges, can_run_packed, run_packed
 from arrow_quant_v2.runtime.packed_weight import EXPERT_AXES, FLOATS, PackedWeight
 from arrow_quant_v2.store.record import RawTensor
@@ -67,7 +69,8 @@ def fill(
     unused       names in the file that have no place, and need none
     zeros        parameters that the file need not hold: they become zeros
     device       where everything goes; buffers that no file holds must be there already, or have values
-    dtype        of kept floating tensors and of what is computed from codes alone; None: the one most of them have
+    dtype        of kept floating tensors and of what is computed from codes alone, where the module's class does not
+                 keep them in float32; None: the one most of them have
     activations  "dynamic" or "static": inputs of linear layers are rounded to 8 bits
     mask_token   whose share of `input_ids` tells the time of a masked text model
 
@@ -78,7 +81,7 @@ def fill(
     Raises:
         SourceError: a name is missing, unexpected or doubled, or a shape differs; nothing was changed then.
         StoreError: bytes are missing, or not those that were written.
-        ConfigurationError: `activations` or `dtype` is not allowed.
+        ConfigurationError: `activations` or `dtype` is not allowed, or there is no such device.
     """
     places = _places(module, stored, names, unused)
     _tie(module, places, ties)
@@ -86,12 +89,12 @@ def fill(
     _refuse_uncomputed(module, stored)
     _refuse_settings(activations, dtype)
     wanted = dtype or most_common_dtype(stored)
-    work = _Filling(module, stored, torch.device(device), wanted)
+    work = _Filling(module, stored, reachable(device), wanted)
     payloads = stored.read_all()
     for name in sorted(set(places.values())):
         work.put(name, [place for place, source in places.items() if source == name], payloads.pop(name))
     for name in set(zeros) - set(places):
-        _put(module, name, nn.Parameter(torch.zeros(_held(module, name).shape, dtype=wanted, device=device)))
+        _put(module, name, nn.Parameter(torch.zeros(_held(module, name).shape, dtype=work.dtype(name), device=device)))
     clock = work.time(activations, mask_token)
     work.run_experts_alone()
     return Filled(packed=tuple(work.packed), decisions=tuple(work.told()), clock=clock)
@@ -190,13 +193,17 @@ class _Filling:
         self._decisions: list[Decision] = []
         self._timed: list[tuple[QuantizedLinear, Structure | None]] = []
 
+    def dtype(self, place: str) -> torch.dtype:
+        """Of what stands there."""
+        return torch.float32 if stays_float32(self._module, place, self._dtype) else self._dtype
+
     def put(self, name: str, places: Sequence[str], payload: tuple[Payload, ...]) -> None:
         """One tensor of the file in each of its places."""
         chunks = [chunk for chunk in payload if isinstance(chunk, PackedTensor)]
         if not chunks:
             self._put_values(places, _kept(payload, self._stored.chunks(name)[0].shape))
             return
-        packed = PackedWeight(*chunks, dtype=self._dtype)
+        packed = PackedWeight(*chunks, dtype=self.dtype(places[0]))
         packed._apply(lambda tensor: tensor.to(self._device))  # noqa: SLF001 - `to` of a PackedWeight gives its values
         plain = [place for place in places if not self._put_packed(place, packed)]
         if plain:
@@ -220,7 +227,7 @@ class _Filling:
 
     def _put_values(self, places: Sequence[str], values: Tensor) -> None:
         if values.is_floating_point():
-            values = values.to(self._dtype)
+            values = values.to(self.dtype(places[0]))
         values = values.to(self._device)
         old = _held(self._module, places[0])
         trained = isinstance(old, nn.Parameter)
@@ -234,7 +241,7 @@ class _Filling:
             layer_name=name,
             kind="fallback",
             asked=f"int{packed.bits}",
-            got=str(self._dtype).removeprefix("torch."),
+            got=str(self.dtype(place)).removeprefix("torch."),
             because=f"{owner} computes with {place} in its own way, so the weight is dequantized in memory",
         )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from arrow_quant_v2.calibration.pipelines import build_denoiser, installed, names_in
 from arrow_quant_v2.calibration.transformers_model import UNUSED, build_transformers, mask_token_of, tokenizer_of
+from arrow_quant_v2.engines.devices import reachable
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.runtime.fill import fill, listed, most_common_dtype
 from arrow_quant_v2.sources.files import read_json
@@ -64,11 +65,11 @@ def load(
         SourceError: nothing lies there, its class is unknown or is not installed, or the tensors do not fit it.
         StoreError: a file is missing or damaged; ChecksumError: its bytes are not those that were written;
             SchemaVersionError: it is newer than this program.
-        ConfigurationError: a setting is not allowed, or transformers is not installed.
+        ConfigurationError: a setting is not allowed, there is no such device, or transformers is not installed.
         QuantizationError: diffusers is not installed.
     """
     root = Path(path)
-    chosen: dict[str, Any] = {"device": device, "dtype": dtype, "activations": activations}
+    chosen: dict[str, Any] = {"device": reachable(device), "dtype": dtype, "activations": activations}
     with open_model(root, component or component_of(root)) as model:
         stored = _stored(model)
         if into is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -43,7 +44,7 @@ from arrow_quant_v2.workfolder import METADATA
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from arrow_quant_v2.config import Modality
     from arrow_quant_v2.packed import Bits, PackedTensor
@@ -266,9 +267,14 @@ class ArrowQuantV2:
         """Quantize tensors in memory, such as LoRA or ControlNet weights; see `ArrowQuantizer` for one of them.
 
         Raises:
-            ConfigurationError: a width, group size or method is not allowed.
+            ConfigurationError: a width, group size or method is not allowed, or `tensors` is no mapping.
             QuantizationError: a tensor cannot be quantized.
         """
+        if not isinstance(tensors, Mapping):
+            raise ConfigurationError(
+                f"tensors is a {type(tensors).__name__}; needed: a mapping of names to tensors, such as a state_dict,"
+                " or an ArrowQuantizer for one tensor"
+            )
         one = ArrowQuantizer(bit_width, group_size=group_size, symmetric=symmetric, method=method)
         return {name: one.quantize(tensor, name) for name, tensor in tensors.items()}
 

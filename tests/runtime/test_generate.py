@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
-from diffusers.utils import logging as diffusers_logging
 from hypothesis import given, strategies
 from PIL import Image
 from small_library_models import BY_NAME
@@ -24,7 +23,7 @@ from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfi
 from arrow_quant_v2.cli_progress import printable, told_steps
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.runtime import generate as door
-from arrow_quant_v2.runtime import generate_pipeline, generate_text
+from arrow_quant_v2.runtime import generate_text
 from arrow_quant_v2.runtime.generate_arguments import PipelineWish, arguments
 from arrow_quant_v2.runtime.generate_pipeline import generate_file
 from arrow_quant_v2.runtime.generate_text import HIDDEN
@@ -282,6 +281,20 @@ def test_a_chat_with_block_diffusion(blocks: Path, tmp_path: Path) -> None:
     assert not any(shown.startswith("w1 w7 w2") for _, _, shown in steps.told)
 
 
+@pytest.mark.parametrize(
+    "asked", [{"length": "3"}, {"block_length": 2.5}, {"steps": True}, {"seed": "1"}, {"frames": 2.0}]
+)
+def test_a_whole_number_is_asked_for(text: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{next(iter(asked))} is .*; needed: a whole number"):
+        ArrowQuantV2().generate(text, **asked)
+
+
+@pytest.mark.parametrize("asked", [{"temperature": "hot"}, {"guidance": "3"}, {"fps": []}])
+def test_a_number_is_asked_for(text: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{next(iter(asked))} is .*; needed: a number"):
+        ArrowQuantV2().generate(text, **asked)
+
+
 # Pictures and sounds
 
 
@@ -505,21 +518,3 @@ def test_antiberty_writes_an_antibody(antiberty: Path, tmp_path: Path) -> None:
     assert set(sequence) <= set("ACDEFGHIKLMNPQRSTVWY")
     assert "W" in sequence[30:40]  # behind the first loop of every antibody
     assert "YYC" in sequence[80:105]  # before the third
-
-
-def test_a_pipeline_is_widened_for_a_cpu_without_advice_from_diffusers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[int] = []
-
-    class Narrow:
-        dtype = torch.float16
-
-        def to(self, dtype: torch.dtype) -> torch.dtype:
-            heard.append(diffusers_logging.get_verbosity())
-            return dtype
-
-    monkeypatch.setattr(generate_pipeline, "refuse_strangers", lambda *_: None)
-    monkeypatch.setattr(generate_pipeline, "load_pipeline", lambda *_: Narrow())
-    assert generate_pipeline.open_whole_pipeline(tmp_path) == torch.float32
-    assert heard == [diffusers_logging.ERROR]

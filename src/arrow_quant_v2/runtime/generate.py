@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.transformers_model import mask_token_of, tokenizer_of
 from arrow_quant_v2.errors import ConfigurationError, SourceError
-from arrow_quant_v2.runtime.generate_arguments import PipelineWish
+from arrow_quant_v2.runtime.generate_arguments import PipelineWish, refuse_no_numbers
 from arrow_quant_v2.runtime.generate_pipeline import NOTHING, endings_of, generate_file, open_whole_pipeline
 from arrow_quant_v2.runtime.generate_text import generate_blocks, generate_text, in_blocks
 from arrow_quant_v2.runtime.load import load, stated_mask_token
@@ -63,11 +63,12 @@ class Wish:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a seed that torch does not take.
+        """Refuse what is no number, and a seed that torch does not take.
 
         Raises:
             ConfigurationError: it does not.
         """
+        refuse_no_numbers(self, whole=("seed", "steps", "length", "block_length"), real=("temperature",))
         if not -SEEDS <= self.seed < SEEDS:
             raise ConfigurationError(f"seed is {self.seed}; allowed: whole numbers of 64 bits, such as 0 and more")
 

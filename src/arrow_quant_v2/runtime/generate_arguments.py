@@ -12,7 +12,7 @@ import torch
 from arrow_quant_v2.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     Takes = Mapping[str, inspect.Parameter]
 
@@ -42,11 +42,12 @@ class PipelineWish:
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing.
+        """Refuse what is no number, and numbers that mean nothing.
 
         Raises:
             ConfigurationError: one of them does.
         """
+        refuse_no_numbers(self, whole=("height", "width", "frames"), real=("guidance", "fps"))
         for name in ("height", "width", "frames"):
             count = getattr(self, name)
             if count is not None and count < 1:
@@ -55,6 +56,19 @@ class PipelineWish:
             raise ConfigurationError(f"guidance is {self.guidance}; allowed: 0 and more")
         if self.fps is not None and not 0 < self.fps <= FASTEST:
             raise ConfigurationError(f"fps is {self.fps}; allowed: more than 0, and {FASTEST:.0f} at most")
+
+
+def refuse_no_numbers(wish: object, whole: Iterable[str], real: Iterable[str]) -> None:
+    """Refuse attributes that are neither None nor whole numbers, or numbers.
+
+    Raises:
+        ConfigurationError: one is not.
+    """
+    for names, kinds, needed in ((whole, int, "a whole number"), (real, int | float, "a number")):
+        for name in names:
+            value = getattr(wish, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise ConfigurationError(f"{name} is {value!r}; needed: {needed}")
 
 
 def taken(build: type[Any]) -> Takes:

@@ -52,7 +52,7 @@ class GeneratedFile:
 
 
 def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
-    """The pipeline with all its parts, the quantized one packed; in the dtype of its weights, on a CPU not in float16.
+    """The pipeline with all its parts, the quantized one packed; in the dtype that `load_pipeline` takes.
 
     Raises:
         ConfigurationError: diffusers is not installed.
@@ -60,10 +60,7 @@ def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
     """
     refuse_strangers(_diffusers(), folder / PIPELINE)
     with quietly():
-        pipeline = load_pipeline(folder, device)
-        if device == "cpu" and pipeline.dtype == torch.float16:  # which few of its operators know
-            pipeline = pipeline.to(torch.float32)
-    return pipeline
+        return load_pipeline(folder, device)
 
 
 def refuse_strangers(diffusers: Any, index: Path) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from arrow_quant_v2.runtime.modules import Activations
-    from arrow_quant_v2.store.reader import StoredModel
+    from arrow_quant_v2.runtime.stacks import Stored
     from arrow_quant_v2.store.record import Payload, Structure
 
 NAMED = 5  # names in a message
@@ -51,7 +51,7 @@ class Filled:
 
 def fill(
     module: nn.Module,
-    stored: StoredModel,
+    stored: Stored,
     names: Mapping[str, str] | None = None,
     *,
     ties: Iterable[tuple[str, str]] = (),
@@ -100,7 +100,7 @@ def fill(
     return Filled(packed=tuple(work.packed), decisions=tuple(work.told()), clock=clock)
 
 
-def most_common_dtype(stored: StoredModel) -> torch.dtype:
+def most_common_dtype(stored: Stored) -> torch.dtype:
     """The floating dtype that most elements had before they were quantized; float32 where it cannot be computed in."""
     counts: dict[torch.dtype, int] = {}
     for one in stored.entries:
@@ -115,7 +115,7 @@ def most_common_dtype(stored: StoredModel) -> torch.dtype:
 
 
 def _places(
-    module: nn.Module, stored: StoredModel, names: Mapping[str, str] | None, unused: Collection[str]
+    module: nn.Module, stored: Stored, names: Mapping[str, str] | None, unused: Collection[str]
 ) -> dict[str, str]:
     """Name in the module -> name in the file."""
     state = _tensors(module)
@@ -150,7 +150,7 @@ def _tie(module: nn.Module, places: dict[str, str], ties: Iterable[tuple[str, st
             places[one] = places[other]
 
 
-def _refuse_missing(module: nn.Module, places: Mapping[str, str], stored: StoredModel, zeros: Collection[str]) -> None:
+def _refuse_missing(module: nn.Module, places: Mapping[str, str], stored: Stored, zeros: Collection[str]) -> None:
     state = _tensors(module)
     if missing := sorted(set(state) - set(places) - set(zeros)):
         raise _mismatch(module, stored, f"the file lacks {listed(missing)}")
@@ -163,13 +163,13 @@ def _refuse_settings(activations: str | None, dtype: torch.dtype | None) -> None
         raise ConfigurationError(f"dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}, or None")
 
 
-def _refuse_uncomputed(module: nn.Module, stored: StoredModel) -> None:
+def _refuse_uncomputed(module: nn.Module, stored: Stored) -> None:
     held = _tensors(module)
     if uncomputed := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in held]:
         raise _mismatch(module, stored, f"{listed(uncomputed)} are neither in the file nor computed")
 
 
-def _mismatch(module: nn.Module, stored: StoredModel, what: str) -> SourceError:
+def _mismatch(module: nn.Module, stored: Stored, what: str) -> SourceError:
     return SourceError(
         f"{stored.path}: does not fit {type(module).__name__}: {what}; give the module that was quantized, with the"
         " configuration that lies beside it"
@@ -187,7 +187,7 @@ def listed(names: Sequence[str]) -> str:
 class _Filling:
     """One module being filled."""
 
-    def __init__(self, module: nn.Module, stored: StoredModel, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, stored: Stored, device: torch.device, dtype: torch.dtype) -> None:
         self._module, self._stored, self._device, self._dtype = module, stored, device, dtype
         self.packed: list[str] = []
         self._decisions: list[Decision] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ import torch
 
 from arrow_quant_v2.calibration.pipelines import build_denoiser, installed, names_in
 from arrow_quant_v2.calibration.transformers_model import UNUSED, build_transformers, mask_token_of, tokenizer_of
+from arrow_quant_v2.calibration.transformers_model import names_in as transformers_names
 from arrow_quant_v2.engines.devices import reachable
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.runtime.fill import fill, listed, most_common_dtype
 from arrow_quant_v2.runtime.pretrained import asked_dtype
+from arrow_quant_v2.runtime.stacks import as_loaded
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import PIPELINE, open_model
 from arrow_quant_v2.sources.parquet import ParquetSource
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.runtime.fill import Filled
     from arrow_quant_v2.runtime.modules import Activations
+    from arrow_quant_v2.runtime.stacks import Stored
     from arrow_quant_v2.sources.folder import Model
     from arrow_quant_v2.store.reader import StoredModel
 
@@ -158,15 +162,16 @@ def _diffusers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> tup
 
 def _transformers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> tuple[Any, Filled]:
     built = build_transformers(model)
-    module = built.module
+    module, shown = built.module, as_loaded(built.module, stored)
+    built = replace(built, names=transformers_names(module, shown.names))
     built.set_buffers(model.source.location)
     filled = fill(
         module,
-        stored,
+        shown,
         built.names,
         ties=built.ties,
         zeros=[name for name in built.missing if UNUSED.search(name)],
-        unused=unused(model.folder, stored, built.names),
+        unused=unused(model.folder, shown, built.names),
         mask_token=_mask_token(model, module, stored) if chosen["activations"] == "static" else None,
         **chosen,
     )
@@ -176,7 +181,7 @@ def _transformers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> 
     return module, filled
 
 
-def unused(folder: Path, stored: StoredModel, names: dict[str, str]) -> list[str]:
+def unused(folder: Path, stored: Stored, names: dict[str, str]) -> list[str]:
     """Tensors without a place in the class, such as heads for another task; told, unless every model computes them."""
     others = sorted(set(stored.names) - set(names))
     if strange := [name for name in others if not COMPUTED.search(name)]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import tokenizers
 import torch
+import transformers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -225,3 +227,35 @@ PIPELINES = {
         "StableAudioPipeline",
     ),
 }  # fmt: skip
+
+
+WAN_VAE = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4,
+}
+T5 = {"vocab_size": 64, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+SPOKEN = ("<pad>", "</s>", "<unk>", "a", "fox", "runs", "red", "bicycle", "fog")
+
+
+def save_wan(root: Path) -> Path:
+    """A whole pipeline of video that runs: Wan with a tokenizer of a few words, a text encoder and a decoder."""
+    small = PIPELINES["wan"]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(SPOKEN)}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        diffusers.WanPipeline(
+            tokenizer=transformers.PreTrainedTokenizerFast(
+                tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+            ),
+            text_encoder=transformers.UMT5EncoderModel(transformers.UMT5Config(**T5)).eval(),
+            vae=diffusers.AutoencoderKLWan(**WAN_VAE).eval(),
+            scheduler=getattr(diffusers, small.scheduler)(**small.schedule),
+            transformer=small.build(),
+        ).save_pretrained(root)
+    return root

@@ -508,6 +508,14 @@ def test_what_is_no_weight_is_refused_by_name(tensor: object, message: str) -> N
         ArrowQuantizer().quantize(tensor, "w")
 
 
+@pytest.mark.parametrize("given", [torch.ones(4, 4), [torch.ones(4, 4)]])
+def test_tensors_have_names(given: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"tensors is a (Tensor|list); needed: a mapping of names to tensors"):
+        ArrowQuantV2().quantize(given)
+    with pytest.raises(QuantizationError, match="a Tensor is no PackedTensor, as quantize gives it"):
+        ArrowQuantizer().dequantize(torch.ones(4, 4))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

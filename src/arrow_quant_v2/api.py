@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +32,7 @@ from arrow_quant_v2.results import (
 )
 from arrow_quant_v2.runtime.generate import Wish as GenerationWish
 from arrow_quant_v2.runtime.generate import generate
+from arrow_quant_v2.runtime.generate_arguments import PipelineWish
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.sources.modality import detect_modality
@@ -42,7 +44,7 @@ from arrow_quant_v2.workfolder import METADATA
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from arrow_quant_v2.config import Modality
     from arrow_quant_v2.packed import Bits, PackedTensor
@@ -265,9 +267,14 @@ class ArrowQuantV2:
         """Quantize tensors in memory, such as LoRA or ControlNet weights; see `ArrowQuantizer` for one of them.
 
         Raises:
-            ConfigurationError: a width, group size or method is not allowed.
+            ConfigurationError: a width, group size or method is not allowed, or `tensors` is no mapping.
             QuantizationError: a tensor cannot be quantized.
         """
+        if not isinstance(tensors, Mapping):
+            raise ConfigurationError(
+                f"tensors is a {type(tensors).__name__}; needed: a mapping of names to tensors, such as a state_dict,"
+                " or an ArrowQuantizer for one tensor"
+            )
         one = ArrowQuantizer(bit_width, group_size=group_size, symmetric=symmetric, method=method)
         return {name: one.quantize(tensor, name) for name, tensor in tensors.items()}
 
@@ -339,16 +346,31 @@ class ArrowQuantV2:
         seed: int = 0,
         steps: int | None = None,
         length: int | None = None,
+        temperature: float | None = None,
+        block_length: int | None = None,
+        chat: bool = False,
+        negative_prompt: str | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
         output_path: PathLike | None = None,
         overwrite: bool = False,
         device: str = "cpu",
         step_callback: Callable[[int, int, str], object] | None = None,
     ) -> dict[str, Any]:
-        """Run a quantized model: uncover text behind a prompt, or make a picture (PNG) or a sound (WAV).
+        """Run a quantized model: uncover text behind a prompt, or make a picture, a video or a sound.
 
-        Text has `length` new tokens in `steps` steps, by default one for each. Pictures and sounds take the pipeline's
-        own number of steps, and go into `output_path`, by default generated.png or generated.wav. The same seed gives
-        the same result on the same machine. `step_callback` is called with (step, steps, text so far).
+        Text has `length` new tokens in `steps` steps, by default one for each, sampled at `temperature` (1; 0 takes the
+        likeliest), all of them at once or in blocks of `block_length` from left to right. With `chat` the prompt is a
+        user's message in the tokenizer's chat template, and the text is the answer alone.
+
+        Pictures (PNG), videos (WebP, PNG or GIF, by the name) and sounds (WAV) take the pipeline's own number of steps,
+        `guidance` (of classifier-free guidance), `height` and `width` in pixels, `frames` and `fps` where nothing is
+        said, and go into `output_path`, by default generated.png, .webp or .wav. What a model does not take is refused.
+        The same seed gives the same result on the same machine. `step_callback` is called with (step, steps, text so
+        far).
 
         Returns `kind, text, path, tokens, steps, seconds, load_seconds, tokens_per_second, seconds_per_step` and
         `peak_memory_mb` of the process.
@@ -364,6 +386,12 @@ class ArrowQuantV2:
             seed=seed,
             steps=steps,
             length=length,
+            temperature=temperature,
+            block_length=block_length,
+            chat=chat,
+            pipeline=PipelineWish(
+                negative_prompt=negative_prompt, guidance=guidance, height=height, width=width, frames=frames, fps=fps
+            ),
             device=device,
             out=None if output_path is None else Path(output_path),
             overwrite=overwrite,

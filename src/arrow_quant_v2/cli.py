@@ -439,19 +439,38 @@ def generate(
     seed: Annotated[int, typer.Option(help="the same one gives the same result")] = 0,
     steps: Annotated[int | None, typer.Option(help="of denoising; for text one for each token by default")] = None,
     length: Annotated[int | None, typer.Option(help="new tokens of a text; 128 by default, or what fits")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="of text: 1 by default for masked text, 0 takes the likeliest tokens")
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(help="tokens of a block of text; blocks are finished from left to right")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="the prompt is a message, in the tokenizer's chat template")
+    ] = False,
+    negative_prompt: Annotated[str | None, typer.Option(help="what a pipeline is led away from")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="SCALE", help="how closely a pipeline follows its prompt")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="of a picture or video, in pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="of a picture or video, in pixels")] = None,
+    frames: Annotated[int | None, typer.Option(help="pictures of a video")] = None,
+    fps: Annotated[float | None, typer.Option(help="pictures of a video in a second")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="a file: *.txt, *.png or *.wav; generated.png or .wav by default")
+        Path | None,
+        typer.Option(help="a file: *.txt, *.png, *.wav, or for videos *.webp, *.png, *.gif; generated.* by default"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that lies there")] = False,
     device: Annotated[str, typer.Option(help="where to run, such as cuda")] = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a quantized model: text behind a prompt on stdout, or a picture or sound in a file."""
+    """Run a quantized model: text behind a prompt on stdout, or a picture, a video or a sound in a file."""
     with _interruptible(), told_steps(quiet=quiet) as told:
         made = _api().generate(
-            model, prompt, seed=seed, steps=steps, length=length, output_path=out, overwrite=overwrite,
-            device=device, step_callback=told,
+            model, prompt, seed=seed, steps=steps, length=length, temperature=temperature, block_length=block_length,
+            chat=chat, negative_prompt=negative_prompt, guidance=guidance, height=height, width=width, frames=frames,
+            fps=fps, output_path=out, overwrite=overwrite, device=device, step_callback=told,
         )  # fmt: skip
     print_generation(made) if not as_json else _print_json(made)
 

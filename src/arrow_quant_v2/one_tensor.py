@@ -49,7 +49,13 @@ def quantize_tensor(tensor: torch.Tensor, name: str, spec: LayerSpec, granularit
 
 
 def dequantize_tensor(packed: PackedTensor) -> torch.Tensor:
-    """The whole tensor again, in its own shape and dtype."""
+    """The whole tensor again, in its own shape and dtype.
+
+    Raises:
+        QuantizationError: it is none that was packed.
+    """
+    if not isinstance(packed, PackedTensor):
+        raise QuantizationError(f"a {type(packed).__name__} is no PackedTensor, as quantize gives it")
     dtype: torch.dtype = getattr(torch, packed.dtype)
     return dequantized(packed, dtype).reshape(packed.layout.shape)
 

@@ -199,7 +199,7 @@ def _rounds(job: Job, run: _Run, shown: _Shown) -> Rounds:
 def _report(job: Job, folder: Path, seconds: float, shown: _Shown, verdict: Verdict) -> Written:
     """Show what became of the model, in the folder that is about to be published."""
     facts = run_facts(_name_of(job), job.out, job.config, seconds, shown.summary)
-    findings = stored_findings(folder, facts)
+    findings = stored_findings(folder, facts, judged=verdict.accuracy is not None)
     findings = replace(findings, notes=(*findings.notes, *shown.notes), passed=not verdict.missed)
     if verdict.accuracy is not None:
         findings = replace(findings, accuracy=verdict.accuracy, metric=verdict.judged_by)

@@ -124,3 +124,13 @@ def test_an_error_of_zero_has_a_place_on_the_axis() -> None:
     made = findings(layers=tuple(layer(n, output_error=(0.0, 0.5, 0.1, 0.1)) for n in range(2)))
     for chart in charts(made):
         json.dumps(chart.figure, allow_nan=False)
+
+
+def test_a_share_of_hidden_tokens_is_explained() -> None:
+    hidden = "shares of hidden tokens"
+    said = {
+        modality: [chart.caption for chart in charts(replace(findings(4), facts={"modality": modality}))]
+        for modality in ("text", "image")
+    }
+    assert sum(hidden in caption for caption in said["text"]) == 2
+    assert not any(hidden in caption for caption in said["image"])

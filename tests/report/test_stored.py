@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,26 @@ def test_output_errors_come_with_their_time_groups(calibrated: Path) -> None:
     assert all(len(one.output_error) == 3 for one in seen)
     assert all(0 < mean_error(one) < 1 for one in seen)
     assert "output error of layers" in {one.name for one in found.metrics}
+
+
+def test_a_model_that_was_judged_by_its_outputs_says_what_it_was_run_for(calibrated: Path) -> None:
+    written = json.loads((calibrated / "report.json").read_text())
+    assert written["metric"].startswith("output cosine on ")
+    (note,) = (note for note in written["notes"] if "was run for the bar alone" in note)
+    assert note.endswith("`arrow-quant report FOLDER --original MODEL` runs both models, and shows that step by step.")
+
+
+def test_a_few_samples_do_not_hide_the_time_groups_that_calibration_met(calibrated: Path) -> None:
+    known = stored_findings(calibrated)
+    fewer = tuple(
+        one if one.output_error is None else replace(one, output_error=(9.0, math.nan, math.nan))
+        for one in known.layers
+    )
+    assert repr(with_measured(known, replace(known, layers=fewer)).layers) == repr(known.layers)
+    alike = tuple(
+        one if one.output_error is None else replace(one, output_error=(9.0, 9.0, 9.0)) for one in known.layers
+    )
+    assert repr(with_measured(known, replace(known, layers=alike)).layers) == repr(alike)
 
 
 def test_what_was_measured_keeps_how_the_model_was_made(calibrated: Path) -> None:

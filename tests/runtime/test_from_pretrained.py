@@ -277,7 +277,8 @@ def test_the_activations_can_be_rounded(folders: Callable[[str, int], Folders]) 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "several devices": ({"device_map": {"a": "cpu", "b": "cuda:0"}}, "goes to one device"),
-    "an unknown device": ({"device_map": "quantum"}, "device_map is 'quantum'"),
+    "an unknown device": ({"device_map": "quantum"}, "device is 'quantum'; torch .* can run a model here on cpu"),
+    "no number of a device": ({"device_map": 1.5}, "device_map is 1.5; allowed: a device"),
     "a variant": ({"variant": "fp16"}, "variant='fp16' cannot be followed"),
     "no dtype": ({"torch_dtype": "floaty"}, "dtype is 'floaty'"),
     "another quantization": (

@@ -8,12 +8,13 @@ import shutil
 import wave
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
-from diffusers.utils import logging as diffusers_logging
+from hypothesis import given, strategies
 from PIL import Image
 from small_library_models import BY_NAME
 from small_pipelines import PIPELINES
@@ -22,7 +23,8 @@ from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfi
 from arrow_quant_v2.cli_progress import printable, told_steps
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.runtime import generate as door
-from arrow_quant_v2.runtime import generate_pipeline
+from arrow_quant_v2.runtime import generate_text
+from arrow_quant_v2.runtime.generate_arguments import PipelineWish, arguments
 from arrow_quant_v2.runtime.generate_pipeline import generate_file
 from arrow_quant_v2.runtime.generate_text import HIDDEN
 
@@ -97,6 +99,90 @@ def test_a_token_for_each_step_by_default(text: Path) -> None:
     assert ArrowQuantV2().generate(text)["tokens"] == 62  # all that 64 positions leave
 
 
+def test_at_temperature_nothing_every_seed_writes_the_likeliest(text: Path) -> None:
+    make = partial(ArrowQuantV2().generate, text, "w1", length=12, steps=6)
+    cold = [make(seed=seed, temperature=0)["text"] for seed in (1, 2)]
+    warm = [make(seed=seed, temperature=1.0)["text"] for seed in (1, 2)]
+    assert cold[0] == cold[1]
+    assert warm[0] != warm[1]
+    assert warm[0] == make(seed=1)["text"], "1 is what nobody asks for"
+    assert make(seed=1, temperature=1e-6)["text"] == cold[0] != warm[0]
+
+
+def test_blocks_are_finished_from_left_to_right_and_share_the_steps(text: Path) -> None:
+    steps = Steps([])
+    made = ArrowQuantV2().generate(text, "w1", steps=5, length=10, block_length=4, step_callback=steps)
+    assert [shown.count(HIDDEN) for _, _, shown in steps.told] == [8, 6, 4, 2, 0]
+    assert [re.sub(r"\s+", "", shown).count(HIDDEN * 2) > 0 for _, _, shown in steps.told] == [True] * 4 + [False]
+    for _, _, shown in steps.told:
+        known, _, hidden = shown.partition(HIDDEN)
+        assert len(known.split()) >= 1 + (10 - shown.count(HIDDEN)) // 4 * 4 or not hidden
+    assert (made["steps"], made["tokens"]) == (5, 10)
+
+
+def test_a_block_as_long_as_the_text_is_none(text: Path) -> None:
+    make = partial(ArrowQuantV2().generate, text, length=9, steps=4)
+    assert make(block_length=9)["text"] == make(block_length=99)["text"] == make()["text"]
+    assert make(block_length=3)["text"] != make()["text"]
+
+
+@given(length=strategies.integers(1, 40), block=strategies.integers(1, 40), wanted=strategies.integers(1, 40))
+def test_every_token_is_uncovered_in_as_many_steps_as_asked_for(length: int, block: int, wanted: int) -> None:
+    steps = max(min(wanted, length), -(-length // block))
+    plan = [*generate_text._plan(length, steps, min(block, length))]
+    assert len(plan) == steps
+    for first, group in groupby(plan, key=lambda step: step.first):
+        own = [step.hidden for step in group]
+        assert own[-1] == 0
+        assert own == sorted(set(own), reverse=True), "each step uncovers something"
+        assert max(own, default=0) < min(block, length - first)
+
+
+@pytest.fixture(scope="module")
+def talker(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The masked language model with an end of texts, w9, which it writes soon, and a chat template."""
+    folder = tmp_path_factory.mktemp("talker") / "out"
+    shutil.copytree(text, folder)
+    tokenizer = transformers.BertTokenizer(str(text / "vocab.txt"), eos_token="w9")
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_text_is_over_where_the_model_ends_it(talker: Path) -> None:
+    every = [ArrowQuantV2().generate(talker, "w4", seed=seed, length=40) for seed in range(8)]
+    ended = [made for made in every if made["tokens"] < 40]
+    assert ended, "a token of 56 among 40"
+    for made in ended:
+        assert "w9" not in made["text"]
+        assert len(made["text"].split()) == made["tokens"], "the prompt, and all but the end"
+        assert made["steps"] <= 40
+    blocks = [ArrowQuantV2().generate(talker, "w4", seed=seed, length=40, block_length=4) for seed in range(8)]
+    assert any(made["steps"] < 40 for made in blocks), "nothing behind the end is uncovered"
+    assert all(made["tokens"] <= made["steps"] for made in blocks)
+
+
+def test_in_a_chat_the_answer_alone_is_told(talker: Path) -> None:
+    steps = Steps([])
+    made = ArrowQuantV2().generate(talker, "w4 w5", chat=True, length=6, block_length=2, step_callback=steps, seed=1)
+    assert re.fullmatch(r"(w\d+ ?)*", made["text"])
+    assert len(made["text"].split()) in {made["tokens"], made["tokens"] - 1}
+    assert all(not shown.startswith("w1 w4 w5") for _, _, shown in steps.told)
+    with pytest.raises(ConfigurationError, match="a chat begins with a message; give one with --prompt"):
+        ArrowQuantV2().generate(talker, chat=True)
+    with pytest.raises(ConfigurationError, match=r"length is 58; .* the prompt is 7: allowed is 1 to 57"):
+        ArrowQuantV2().generate(talker, "w4 w5 w6 w6", chat=True, length=58)
+
+
+def test_a_chat_template_that_fails_is_told(talker: Path, tmp_path: Path) -> None:
+    shutil.copytree(talker, tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text("{{ raise_exception('only in pairs') }}")
+    with pytest.raises(ConfigurationError, match=r"the chat template of its tokenizer fails .*only in pairs"):
+        ArrowQuantV2().generate(tmp_path / "out", "w1", chat=True)
+
+
 def test_a_text_can_be_written_to_a_file(text: Path, tmp_path: Path) -> None:
     made = ArrowQuantV2().generate(text, length=3, output_path=tmp_path / "a.txt")
     assert (tmp_path / "a.txt").read_text() == made["text"] + "\n"
@@ -109,7 +195,16 @@ def test_a_text_can_be_written_to_a_file(text: Path, tmp_path: Path) -> None:
         ({"length": 0}, "length is 0"),
         ({"steps": 0}, "steps is 0; allowed: 1 and more"),
         ({"prompt": "w1 " * 62}, "of which the prompt is 62"),
+        ({"prompt": "w1 [MASK] w2 [MASK]"}, "the prompt has 2 hidden tokens; only what comes behind a prompt"),
+        ({"device": "gpu"}, r"device is 'gpu'; torch .* can run a model here on cpu"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; allowed: whole numbers of 64 bits"),
         ({"prompt": "w1 what"}, "the prompt has 1 parts, of 2, that are not in the model's vocabulary"),
+        ({"temperature": -0.1}, r"temperature is -0\.1; allowed: 0 \(the likeliest tokens\) and more"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"block_length": 0, "length": 9}, "block_length is 0; allowed: 1 to 9"),
+        ({"block_length": 4, "length": 9, "steps": 2}, r"9 tokens are 3 blocks of 4.* give --steps 3 or more"),
+        ({"chat": True, "prompt": "w1"}, r"its tokenizer has no chat template .* leave --chat out"),
+        ({"guidance": 2.0, "height": 8}, "writes text; leave --guidance, --height out"),
         ({"output_path": "a.png"}, r"a\.png: the result is written as \*\.txt"),
         ({"output_path": "no/where.txt"}, "its folder does not exist"),
     ],
@@ -163,6 +258,43 @@ def test_a_model_of_block_diffusion_writes_in_its_own_way(blocks: Path) -> None:
         make(length=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_block_diffusion_is_as_warm_as_asked_for(blocks: Path) -> None:
+    make = partial(ArrowQuantV2().generate, blocks, "w1 w2", length=8, steps=4, seed=1)
+    assert make(temperature=0.8)["text"] == make()["text"], "what transformers takes where the model says nothing"
+    assert make(temperature=0.01)["text"] != make()["text"]
+    with pytest.raises(ConfigurationError, match="temperature is 0; allowed: more"):
+        make(temperature=0)
+    with pytest.raises(ConfigurationError, match="its blocks have 8 tokens; leave --block-length out"):
+        make(block_length=4)
+    with pytest.raises(ConfigurationError, match="no chat template"):
+        make(chat=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_a_chat_with_block_diffusion(blocks: Path, tmp_path: Path) -> None:
+    shutil.copytree(blocks, tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text("w1 {{ messages[0].content }} w2")
+    steps = Steps([])
+    made = ArrowQuantV2().generate(tmp_path / "out", "w7", chat=True, length=8, steps=2, step_callback=steps)
+    assert len(made["text"].split()) <= made["tokens"] <= 8
+    assert not any(shown.startswith("w1 w7 w2") for _, _, shown in steps.told)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"length": "3"}, {"block_length": 2.5}, {"steps": True}, {"seed": "1"}, {"frames": 2.0}]
+)
+def test_a_whole_number_is_asked_for(text: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{next(iter(asked))} is .*; needed: a whole number"):
+        ArrowQuantV2().generate(text, **asked)
+
+
+@pytest.mark.parametrize("asked", [{"temperature": "hot"}, {"guidance": "3"}, {"fps": []}])
+def test_a_number_is_asked_for(text: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{next(iter(asked))} is .*; needed: a number"):
+        ArrowQuantV2().generate(text, **asked)
+
+
 # Pictures and sounds
 
 
@@ -191,6 +323,19 @@ def test_a_sound_is_written(sounds: Path, tmp_path: Path) -> None:
     assert made["kind"] == "audio"
 
 
+def test_a_class_that_the_pipeline_does_not_name_is_none() -> None:
+    class Named:
+        labels = {"zero": 0, "four": 4}  # noqa: RUF012
+
+        def __call__(self, class_labels: list[int]) -> None:
+            """Nothing."""
+
+    given = [arguments(Named(), prompt, None, 0, PipelineWish()) for prompt in ("zero", "4")]
+    assert given == [{"class_labels": [0]}, {"class_labels": [4]}]
+    with pytest.raises(ConfigurationError, match="the prompt is '5'; give the number of a class or a name such as fo"):
+        arguments(Named(), "5", None, 0, PipelineWish())
+
+
 def test_a_class_is_chosen_by_its_number(tmp_path: Path) -> None:
     source = PIPELINES["consistency"].save(tmp_path / "source")
     folder = quantized(source, tmp_path / "out")
@@ -203,7 +348,15 @@ def test_a_class_is_chosen_by_its_number(tmp_path: Path) -> None:
     ("asked", "message"),
     [
         ({"prompt": "a red bicycle"}, "DDPMPipeline: takes no prompt"),
-        ({"length": 3}, "have no length in tokens"),
+        ({"length": 3, "chat": True}, "is a pipeline, which writes no text; leave --length, --chat out"),
+        ({"guidance": 3.0}, "DDPMPipeline: takes no guidance; leave --guidance out"),
+        ({"height": 32}, "DDPMPipeline: takes no height; leave --height out"),
+        ({"negative_prompt": "fog"}, "DDPMPipeline: takes no negative prompt; leave --negative-prompt out"),
+        ({"frames": 4}, "DDPMPipeline: takes no frames"),
+        ({"fps": 4}, "DDPMPipeline: makes no video; leave --fps out"),
+        ({"fps": 51}, "fps is 51; allowed: more than 0, and 50 at most"),
+        ({"width": 0}, "width is 0; allowed: 1 and more"),
+        ({"guidance": float("nan")}, "guidance is nan"),
         ({"output_path": "a.wav"}, r"a\.wav: the result is written as \*\.png"),
         ({"steps": 0}, "steps is 0"),
     ],
@@ -245,6 +398,7 @@ class Output:
     images: Any = None
     audios: Any = None
     frames: Any = None
+    meshes: Any = None
 
     def __iter__(self) -> Any:
         return iter(name for name, value in vars(self).items() if value is not None)
@@ -256,8 +410,8 @@ def test_a_pipeline_that_wants_a_prompt_is_given_one(tmp_path: Path) -> None:
         run(Prompted(Output()), None)
     with pytest.raises(QuantizationError, match=r"Prompted: fails: ValueError: too loud"):
         run(Prompted(ValueError("too loud\nand more")), "rain")
-    with pytest.raises(QuantizationError, match="gives frames; only pictures and sounds are written"):
-        run(Prompted(Output(frames=[1])), "rain")
+    with pytest.raises(QuantizationError, match="gives meshes; only pictures, videos and sounds are written"):
+        run(Prompted(Output(meshes=[1])), "rain")
     with pytest.raises(QuantizationError, match="none of its parts tells the samples per second"):
         run(Prompted(Output(audios=torch.zeros(1, 9))), "rain")
     assert not [*tmp_path.iterdir()]
@@ -288,6 +442,11 @@ def test_a_pipeline_with_a_strange_part_is_refused(pictures: Path, tmp_path: Pat
 def test_one_part_of_a_pipeline_makes_nothing(pictures: Path) -> None:
     with pytest.raises(SourceError, match="is one part of a pipeline, a UNet2DModel; give the pipeline's folder"):
         ArrowQuantV2().generate(pictures / "unet")
+
+
+def test_a_folder_that_is_not_there_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"nowhere: does not exist; give a model folder"):
+        ArrowQuantV2().generate(tmp_path / "nowhere")
 
 
 def test_an_empty_folder_makes_nothing(tmp_path: Path) -> None:
@@ -359,21 +518,3 @@ def test_antiberty_writes_an_antibody(antiberty: Path, tmp_path: Path) -> None:
     assert set(sequence) <= set("ACDEFGHIKLMNPQRSTVWY")
     assert "W" in sequence[30:40]  # behind the first loop of every antibody
     assert "YYC" in sequence[80:105]  # before the third
-
-
-def test_a_pipeline_is_widened_for_a_cpu_without_advice_from_diffusers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[int] = []
-
-    class Narrow:
-        dtype = torch.float16
-
-        def to(self, dtype: torch.dtype) -> torch.dtype:
-            heard.append(diffusers_logging.get_verbosity())
-            return dtype
-
-    monkeypatch.setattr(generate_pipeline, "refuse_strangers", lambda *_: None)
-    monkeypatch.setattr(generate_pipeline, "load_pipeline", lambda *_: Narrow())
-    assert generate_pipeline.open_whole_pipeline(tmp_path) == torch.float32
-    assert heard == [diffusers_logging.ERROR]

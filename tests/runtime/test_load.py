@@ -172,6 +172,21 @@ def test_a_pipeline_draws_what_its_dequantized_twin_draws(tmp_path: Path) -> Non
     assert packed_layers(aq.load_pipeline(both.quantized).unet)
 
 
+def test_a_pipeline_in_float16_is_widened_on_a_cpu_unless_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = PIPELINES["ddpm"].save(tmp_path / "source")
+    PIPELINES["ddpm"].build().half().save_pretrained(source / "unet")
+    both = pair(source, tmp_path, group_size=16)
+    caplog.clear()
+    assert aq.load_pipeline(both.quantized).dtype == torch.float32
+    assert "cannot run with `cpu`" not in caplog.text
+    assert aq.load_pipeline(both.quantized, dtype="bfloat16").dtype == torch.bfloat16
+    assert aq.load(both.quantized, dtype="auto").dtype == torch.float16
+    with pytest.raises(ConfigurationError, match="dtype is 'hot'; allowed: 'auto' or a dtype of torch"):
+        aq.load(both.quantized, dtype="hot")
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_the_experts_of_diffusion_gemma_stay_packed(tmp_path: Path, implementation: str) -> None:
     sizes = {"hidden_size": 64, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
@@ -316,3 +331,9 @@ def test_what_is_no_quantized_model_is_refused(tmp_path: Path) -> None:
 def test_settings_that_mean_nothing_are_refused(sound: Path) -> None:
     with pytest.raises(ConfigurationError, match="activations is 'int8'"):
         aq.load(sound, activations="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "", 1.5])
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(device: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"device is '.*'; torch .* can run a model here on cpu"):
+        aq.load(tmp_path, device)

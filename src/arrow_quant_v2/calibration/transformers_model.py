@@ -149,8 +149,8 @@ def _config(transformers: Any, folder: Path) -> Any:
     except Exception as error:
         raise SourceError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} does not know this model"
-            f" ({_first_line(error)}); code that comes with a model is never run: update transformers, or quantize"
-            " without calibration"
+            f" ({_first_line(error)}); code that comes with a model is never run: update transformers; or quantize"
+            " without calibration, and load it into a module of your own: load(..., into=module)"
         ) from error
     config._attn_implementation = None  # noqa: SLF001 - it may name a kernel on the hub, which would be fetched and run
     return config

@@ -149,21 +149,49 @@ def _schedule(inner: int, wanted: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 def revealed(
-    model: MaskedModel, ids: torch.Tensor, hidden: torch.Tensor, noise: float, draw: torch.Generator
+    model: MaskedModel,
+    ids: torch.Tensor,
+    hidden: torch.Tensor,
+    noise: float,
+    draw: torch.Generator,
+    *,
+    temperature: float = 1.0,
+    within: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The ids (rows, length) with tokens sampled in the surest places, such that `hidden` (rows,) stay hidden."""
-    masked = ids == model.mask
-    logits = _logits(model, ids)[masked][:, : model.vocabulary.size].to(torch.float32)
-    chances = torch.softmax(logits.masked_fill(~model.ordinary, -torch.inf), dim=-1)
-    if not chances.isfinite().all():
-        raise QuantizationError(f"{type(model.module).__name__}: its logits for masked tokens are not finite")
-    tokens = torch.multinomial(chances, 1, generator=draw)
+    """The ids (rows, length) with tokens sampled in the surest places, such that `hidden` (rows,) stay hidden.
+
+    At `temperature` 0 the likeliest tokens are taken, and there is no noise; how sure the model is of a token never
+    depends on it. Only places of `within`, bool (rows, length), are uncovered and counted; None: all.
+    """
+    masked = ids == model.mask if within is None else (ids == model.mask) & within
+    chances = _chances(model, ids, masked)
+    tokens = _sampled(chances, temperature, draw)
     sure = torch.full(ids.shape, -torch.inf)
-    sure[masked] = chances.gather(1, tokens)[:, 0].log() + noise * _gumbel(len(tokens), draw)
+    sure[masked] = chances.gather(1, tokens)[:, 0].log()
+    if temperature > 0:
+        sure[masked] += noise * temperature * _gumbel(len(tokens), draw)
     rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     proposed = ids.clone()
     proposed[masked] = tokens[:, 0]
     return torch.where(rank < (masked.sum(dim=1) - hidden)[:, None], proposed, ids)
+
+
+def _chances(model: MaskedModel, ids: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """Of every token (places, size), at the hidden places."""
+    logits = _logits(model, ids)[masked][:, : model.vocabulary.size].to(torch.float32)
+    chances = torch.softmax(logits.masked_fill(~model.ordinary, -torch.inf), dim=-1)
+    if not chances.isfinite().all():
+        raise QuantizationError(f"{type(model.module).__name__}: its logits for masked tokens are not finite")
+    return chances
+
+
+def _sampled(chances: torch.Tensor, temperature: float, draw: torch.Generator) -> torch.Tensor:
+    """A token (places, 1) for every hidden place."""
+    if temperature == 0:
+        return chances.argmax(dim=1, keepdim=True)
+    if temperature != 1:
+        chances = torch.softmax(chances.log() / temperature, dim=1)
+    return torch.multinomial(chances, 1, generator=draw)
 
 
 def _gumbel(count: int, draw: torch.Generator) -> torch.Tensor:

@@ -46,6 +46,23 @@ def refuse_missing(device: str) -> None:
         )
 
 
+def reachable(device: torch.device | str) -> torch.device:
+    """The device of this name, on which a tensor can lie.
+
+    Raises:
+        ConfigurationError: there is none, or torch was built without it.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError, TypeError) as error:  # torch asserts that it was built for it
+        raise ConfigurationError(
+            f"device is {str(device)!r}; torch {torch.__version__} can run a model here on {', '.join(devices())}:"
+            " choose one of them"
+        ) from error
+    return found
+
+
 def free_bytes(device: str) -> float:
     """Memory that is free on a device; infinity for the CPU, whose memory has limits of its own, or if not known."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else math.inf

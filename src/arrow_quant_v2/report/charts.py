@@ -45,7 +45,7 @@ def charts(findings: Findings) -> list[Chart]:
     """The charts of one model; those that have nothing to show are left out."""
     labels, layers = group_labels(findings), judged_layers(findings)
     made = (
-        _heat_map(layers, labels),
+        _heat_map(layers, labels, findings),
         _by_time_group({"": findings}, labels),
         _worst(layers),
         _bits(layers),
@@ -107,7 +107,8 @@ def _trajectory(models: Mapping[str, Findings]) -> Chart | None:
         return None
     return Chart(
         title="Error along the denoising trajectory",
-        caption="|original - quantized|² / |original|² of the whole model's outputs, both given the same input.",
+        caption="|original - quantized|² / |original|² of the whole model's outputs, both given the same input."
+        + _meaning_of_time(next(iter(models.values()))),
         spoken=_range_in_words("the error of the model's outputs", [y for line in lines for y in line["y"]]),
         figure={"data": lines, "layout": {"xaxis": _axis("timestep"), "yaxis": _error_axis("error", lines)} | LEGEND},
         height=320,
@@ -121,6 +122,12 @@ def compared_time_groups(models: Mapping[str, Findings]) -> list[Chart]:
         return _by_time_group(alike, group_labels(next(iter(alike.values()))))
 
     return _each(draw, _sets(models, lambda findings: (_original(findings), tuple(group_labels(findings)))))
+
+
+def _meaning_of_time(findings: Findings) -> str:
+    """What a timestep is where it is no step of a sampler."""
+    hidden = findings.facts.get("modality") in {"text", "code"}
+    return " Timesteps of masked text are shares of hidden tokens: 1 is where everything is hidden." if hidden else ""
 
 
 def group_labels(findings: Findings) -> list[str]:
@@ -149,7 +156,7 @@ def _safe(name: str) -> str:
     return html.escape(name if len(name) <= LONGEST else name[:LONGEST] + "…", quote=False)
 
 
-def _heat_map(layers: Sequence[LayerFinding], labels: Sequence[str]) -> Chart | None:
+def _heat_map(layers: Sequence[LayerFinding], labels: Sequence[str], findings: Findings) -> Chart | None:
     """Layer x time group, colour by the logarithm of the error."""
     seen = [one for one in layers if one.output_error is not None and len(one.output_error) == len(labels)]
     if not seen or len(labels) < 2:  # noqa: PLR2004 - one group alone is what the bars show
@@ -173,7 +180,8 @@ def _heat_map(layers: Sequence[LayerFinding], labels: Sequence[str]) -> Chart | 
     worst = max(seen, key=lambda one: mean_error(one) or 0.0)
     return Chart(
         title="Output error by layer and time group",
-        caption="Share of each layer's output energy that is lost on calibration inputs. Layers from first to last.",
+        caption="Share of each layer's output energy that is lost; empty where no such input was seen. Layers from"
+        f" first to last.{_meaning_of_time(findings)}",
         spoken=f"{len(seen)} layers in {len(labels)} time groups; most is lost in {worst.name},"
         f" {_told(mean_error(worst))} on average",
         figure={"data": [trace], "layout": {"yaxis": axis, "xaxis": _axis("timesteps") | {"type": "category"}}},
@@ -204,7 +212,7 @@ def _by_time_group(models: Mapping[str, Findings], labels: Sequence[str]) -> Cha
     return Chart(
         title="Output error by time group",
         caption="Mean over layers, where at least half of them met such inputs. Models differ in which end of the"
-        " trajectory is sensitive.",
+        f" trajectory is sensitive.{_meaning_of_time(next(iter(models.values())))}",
         spoken=_range_in_words("the mean error of layers", [y for line in lines for y in line["y"]]),
         figure={
             "data": lines,

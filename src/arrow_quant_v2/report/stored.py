@@ -22,16 +22,23 @@ if TYPE_CHECKING:
     from arrow_quant_v2.store.entries import LayerEntry
 
 MEAN, LOWEST, LAYER_ERROR = "weight cosine", "lowest weight cosine of a layer", "output error of layers"
+COMPARE = "`arrow-quant report FOLDER --original MODEL` runs both models, and shows that step by step."
 NOT_RUN = (
     "The model was not run for this report: its figures are of weights, and of single layers' outputs on calibration"
-    " inputs. Weights flatter low widths; what counts are the outputs of the whole model."
+    f" inputs. Weights flatter low widths; what counts are the outputs of the whole model. {COMPARE}"
+)
+RUN_FOR_THE_BAR = (
+    "The whole model was run for the bar alone: all other figures are of weights, and of single layers' outputs on"
+    f" calibration inputs. Weights flatter low widths; what counts are the outputs of the whole model. {COMPARE}"
 )
 COMPARED = {"command": "compared by", "program": "compared with"}  # facts of measuring beside those of making
 STORED_CONTENT = "hash of the stored codes"
 
 
-def stored_findings(folder: Path, facts: Mapping[str, str] | None = None) -> Findings:
+def stored_findings(folder: Path, facts: Mapping[str, str] | None = None, *, judged: bool = False) -> Findings:
     """All that is stored of a quantized model, with what else is known of how it was made.
+
+    `judged`: whether the outputs of the whole model were looked at when it was made, which no file tells.
 
     A layer's output errors are those of its calibration; a model passes when each of its quantized layers' weights
     reaches the bar that it was made with.
@@ -61,22 +68,27 @@ def stored_findings(folder: Path, facts: Mapping[str, str] | None = None) -> Fin
         size_bytes=size,
         original_bytes=sum(one.info.nbytes for one in first),
         fallbacks_per_method=dict(Counter(one.method or "none" for one in layers if is_fallback(one.decision))),
-        notes=(NOT_RUN,),
+        notes=(RUN_FOR_THE_BAR if judged else NOT_RUN,),
         facts={**(facts or {}), **known},
     )
 
 
 def with_measured(known: Findings, measured: Findings) -> Findings:
-    """What was measured just now, and from what was known before: how the model was made, and layers' time groups."""
-    before = {one.name: one for one in known.layers}
+    """What was measured just now, and from what was known before: how the model was made, and layers' time groups.
+
+    A layer's output errors are those of the time that met more time groups: a few samples meet few.
+    """
+    before = {one.name: one.output_error for one in known.layers}
     layers = tuple(
-        replace(one, output_error=before[one.name].output_error)
-        if one.output_error is None and one.name in before
-        else one
+        replace(one, output_error=earlier) if _met(earlier := before.get(one.name)) > _met(one.output_error) else one
         for one in measured.layers
     )
     groups = measured.time_groups or known.time_groups
     return replace(measured, layers=layers, time_groups=groups, facts={**known.facts, **_new_facts(known, measured)})
+
+
+def _met(errors: Sequence[float] | None) -> int:
+    return sum(map(math.isfinite, errors or ()))
 
 
 def _new_facts(known: Findings, measured: Findings) -> dict[str, str]:

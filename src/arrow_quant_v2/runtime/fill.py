@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from arrow_quant_v2.decisions import Decision
+from arrow_quant_v2.engines.devices import reachable
 from arrow_quant_v2.errors import ConfigurationError, SourceError
 from arrow_quant_v2.kernels.tensors import shared_tensor
 from arrow_quant_v2.packed import PackedTensor
 from arrow_quant_v2.runtime.clock import Clock
+from arrow_quant_v2.runtime.float32 import stays_float32
 from arrow_quant_v2.runtime.modules import QuantizedLinear, StaticRanges, can_run_packed, run_packed
 from arrow_quant_v2.runtime.packed_weight import EXPERT_AXES, FLOATS, PackedWeight
 from arrow_quant_v2.store.record import RawTensor
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.runtime.modules import Activations
     from arrow_quant_v2.store.entries import LayerEntry
-    from arrow_quant_v2.store.reader import StoredModel
+    from arrow_quant_v2.runtime.stacks import Stored
+    from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.store.record import Payload
 
 NAMED = 5  # names in a message
@@ -50,7 +53,7 @@ class Filled:
 
 def fill(
     module: nn.Module,
-    stored: StoredModel,
+    stored: Stored,
     names: Mapping[str, str] | None = None,
     *,
     ties: Iterable[tuple[str, str]] = (),
@@ -68,7 +71,8 @@ def fill(
     unused       names in the file that have no place, and need none
     zeros        parameters that the file need not hold: they become zeros
     device       where everything goes; buffers that no file holds must be there already, or have values
-    dtype        of kept floating tensors and of what is computed from codes alone; None: the one most of them have
+    dtype        of kept floating tensors and of what is computed from codes alone, where the module's class does not
+                 keep them in float32; None: the one most of them have
     activations  "dynamic" or "static": inputs of linear layers are rounded to 8 bits
     mask_token   whose share of `input_ids` tells the time of a masked text model
 
@@ -79,7 +83,7 @@ def fill(
     Raises:
         SourceError: a name is missing, unexpected or doubled, or a shape differs; nothing was changed then.
         StoreError: bytes are missing, or not those that were written.
-        ConfigurationError: `activations` or `dtype` is not allowed.
+        ConfigurationError: `activations` or `dtype` is not allowed, or there is no such device.
     """
     places = _places(module, stored, names, unused)
     _tie(module, places, ties)
@@ -87,18 +91,18 @@ def fill(
     _refuse_uncomputed(module, stored)
     _refuse_settings(activations, dtype)
     wanted = dtype or most_common_dtype(stored)
-    work = _Filling(module, stored, torch.device(device), wanted)
+    work = _Filling(module, stored, reachable(device), wanted)
     payloads = stored.read_all()
     for name in sorted(set(places.values())):
         work.put(name, [place for place, source in places.items() if source == name], payloads.pop(name))
     for name in set(zeros) - set(places):
-        _put(module, name, nn.Parameter(torch.zeros(_held(module, name).shape, dtype=wanted, device=device)))
+        _put(module, name, nn.Parameter(torch.zeros(_held(module, name).shape, dtype=work.dtype(name), device=device)))
     clock = work.time(activations, mask_token)
     work.run_experts_alone()
     return Filled(packed=tuple(work.packed), decisions=tuple(work.told()), clock=clock)
 
 
-def most_common_dtype(stored: StoredModel) -> torch.dtype:
+def most_common_dtype(stored: Stored) -> torch.dtype:
     """The floating dtype that most elements had before they were quantized; float32 where it cannot be computed in."""
     counts: dict[torch.dtype, int] = {}
     for one in stored.entries:
@@ -113,7 +117,7 @@ def most_common_dtype(stored: StoredModel) -> torch.dtype:
 
 
 def _places(
-    module: nn.Module, stored: StoredModel, names: Mapping[str, str] | None, unused: Collection[str]
+    module: nn.Module, stored: Stored, names: Mapping[str, str] | None, unused: Collection[str]
 ) -> dict[str, str]:
     """Name in the module -> name in the file."""
     state = _tensors(module)
@@ -148,7 +152,7 @@ def _tie(module: nn.Module, places: dict[str, str], ties: Iterable[tuple[str, st
             places[one] = places[other]
 
 
-def _refuse_missing(module: nn.Module, places: Mapping[str, str], stored: StoredModel, zeros: Collection[str]) -> None:
+def _refuse_missing(module: nn.Module, places: Mapping[str, str], stored: Stored, zeros: Collection[str]) -> None:
     state = _tensors(module)
     if missing := sorted(set(state) - set(places) - set(zeros)):
         raise _mismatch(module, stored, f"the file lacks {listed(missing)}")
@@ -161,13 +165,13 @@ def _refuse_settings(activations: str | None, dtype: torch.dtype | None) -> None
         raise ConfigurationError(f"dtype is {dtype}; allowed: {', '.join(map(str, FLOATS))}, or None")
 
 
-def _refuse_uncomputed(module: nn.Module, stored: StoredModel) -> None:
+def _refuse_uncomputed(module: nn.Module, stored: Stored) -> None:
     held = _tensors(module)
     if uncomputed := [name for name, buffer in module.named_buffers() if buffer.is_meta and name not in held]:
         raise _mismatch(module, stored, f"{listed(uncomputed)} are neither in the file nor computed")
 
 
-def _mismatch(module: nn.Module, stored: StoredModel, what: str) -> SourceError:
+def _mismatch(module: nn.Module, stored: Stored, what: str) -> SourceError:
     return SourceError(
         f"{stored.path}: does not fit {type(module).__name__}: {what}; give the module that was quantized, with the"
         " configuration that lies beside it"
@@ -185,11 +189,15 @@ def listed(names: Sequence[str]) -> str:
 class _Filling:
     """One module being filled."""
 
-    def __init__(self, module: nn.Module, stored: StoredModel, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, stored: Stored, device: torch.device, dtype: torch.dtype) -> None:
         self._module, self._stored, self._device, self._dtype = module, stored, device, dtype
         self.packed: list[str] = []
         self._decisions: list[Decision] = []
         self._timed: list[tuple[QuantizedLinear, LayerEntry]] = []
+
+    def dtype(self, place: str) -> torch.dtype:
+        """Of what stands there."""
+        return torch.float32 if stays_float32(self._module, place, self._dtype) else self._dtype
 
     def put(self, name: str, places: Sequence[str], payload: tuple[Payload, ...]) -> None:
         """One tensor of the file in each of its places."""
@@ -197,7 +205,7 @@ class _Filling:
         if not chunks:
             self._put_values(places, _kept(payload, self._stored.chunks(name)[0].shape))
             return
-        packed = PackedWeight(*chunks, dtype=self._dtype)
+        packed = PackedWeight(*chunks, dtype=self.dtype(places[0]))
         packed._apply(lambda tensor: tensor.to(self._device))  # noqa: SLF001 - `to` of a PackedWeight gives its values
         plain = [place for place in places if not self._put_packed(place, packed)]
         if plain:
@@ -221,7 +229,7 @@ class _Filling:
 
     def _put_values(self, places: Sequence[str], values: Tensor) -> None:
         if values.is_floating_point():
-            values = values.to(self._dtype)
+            values = values.to(self.dtype(places[0]))
         values = values.to(self._device)
         old = _held(self._module, places[0])
         trained = isinstance(old, nn.Parameter)
@@ -235,7 +243,7 @@ class _Filling:
             layer_name=name,
             kind="fallback",
             asked=f"int{packed.bits}",
-            got=str(self._dtype).removeprefix("torch."),
+            got=str(self.dtype(place)).removeprefix("torch."),
             because=f"{owner} computes with {place} in its own way, so the weight is dequantized in memory",
         )
 

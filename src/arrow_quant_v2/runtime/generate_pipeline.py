@@ -1,4 +1,4 @@
-"""Pictures and sounds from a pipeline of diffusers; knows which arguments a pipeline takes, not what they do.
+"""Pictures, videos and sounds from a pipeline of diffusers; knows what it makes, not what it is told.
 
 Only classes of diffusers and transformers are built. Nothing is written before it is whole.
 """
@@ -6,7 +6,7 @@ Only classes of diffusers and transformers are built. Nothing is written before 
 from __future__ import annotations
 
 import importlib
-import inspect
+import warnings
 import wave
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ import torch
 from arrow_quant_v2.calibration.pipelines import installed
 from arrow_quant_v2.calibration.prompts import quietly
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
+from arrow_quant_v2.runtime.generate_arguments import PipelineWish, arguments, is_of_video, pictures_per_second
 from arrow_quant_v2.runtime.load import load_pipeline
+from arrow_quant_v2.runtime.video import ENDINGS, as_pictures, write_video
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import PIPELINE
 from arrow_quant_v2.store.writer import explained
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("diffusers", "transformers")
 RATES = (("vae", "sampling_rate"), ("vocoder", "sampling_rate"), ("unet", "sample_rate"), ("mel", "sample_rate"))
+FPS = 16.0  # pictures of a video in a second, where nobody says it: Wan's
+NOTHING = PipelineWish()
 LOUDEST = 32767  # of 16 bits
 
 
@@ -48,22 +52,15 @@ class GeneratedFile:
 
 
 def open_whole_pipeline(folder: Path, device: str = "cpu") -> Any:
-    """The pipeline with all its parts, the quantized one packed; in the dtype of its weights, on a CPU not in float16.
+    """The pipeline with all its parts, the quantized one packed; in the dtype that `load_pipeline` takes.
 
     Raises:
         ConfigurationError: diffusers is not installed.
         SourceError: the folder names a class that is none of diffusers or transformers, or a part cannot be loaded.
     """
-    try:
-        diffusers = installed("diffusers")
-    except QuantizationError as error:
-        raise ConfigurationError(str(error)) from error
-    refuse_strangers(diffusers, folder / PIPELINE)
+    refuse_strangers(_diffusers(), folder / PIPELINE)
     with quietly():
-        pipeline = load_pipeline(folder, device)
-        if device == "cpu" and pipeline.dtype == torch.float16:  # which few of its operators know
-            pipeline = pipeline.to(torch.float32)
-    return pipeline
+        return load_pipeline(folder, device)
 
 
 def refuse_strangers(diffusers: Any, index: Path) -> None:
@@ -85,6 +82,26 @@ def ending_of(modality: str) -> str:
     return ".wav" if modality == "audio" else ".png"
 
 
+def endings_of(folder: Path, modality: str) -> tuple[str, ...]:
+    """How the name of what a pipeline makes may end, by default with the first.
+
+    Raises:
+        ConfigurationError: diffusers is not installed.
+        SourceError: as for `open_whole_pipeline`.
+    """
+    diffusers = _diffusers()
+    refuse_strangers(diffusers, folder / PIPELINE)
+    video = is_of_video(getattr(diffusers, read_json(folder / PIPELINE)["_class_name"]))
+    return tuple(ENDINGS) if video else (ending_of(modality),)
+
+
+def _diffusers() -> Any:
+    try:
+        return installed("diffusers")
+    except QuantizationError as error:
+        raise ConfigurationError(str(error)) from error
+
+
 def generate_file(
     pipeline: Any,
     prompt: str | None,
@@ -94,26 +111,28 @@ def generate_file(
     steps: int | None,
     told: Told,
     spectrogram: Spectrogram | None = None,
+    wish: PipelineWish = NOTHING,
 ) -> GeneratedFile:
-    """Run the pipeline and write its first picture as PNG, or its first sound as WAV of 16 bits, to `out`.
+    """Run the pipeline and write its first picture as PNG, its first video, or its first sound as WAV of 16 bits.
 
-    With `spectrogram` its pictures are sounds, and become sounds.
+    A video becomes WebP, PNG or GIF, as the name of `out` ends. With `spectrogram` pictures are sounds, and become
+    sounds.
 
     `told` is called with (step, steps, "") after each step of the denoiser.
 
     Raises:
         ConfigurationError: the pipeline takes no prompt, or needs one or something else; or `out` has a wrong ending.
-        QuantizationError: it fails, or gives neither pictures nor sounds.
+        QuantizationError: it fails, or gives neither pictures, nor videos, nor sounds.
         StoreError: the disk refuses.
     """
     counted: list[int] = []
-    arguments = _arguments(pipeline, prompt, steps, seed)
+    given = arguments(pipeline, prompt, steps, seed, wish)
     pipeline.progress_bar = lambda *given, **named: _Steps(counted, told, *given, **named)
     try:
-        output = pipeline(**arguments)
+        output = pipeline(**given)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise QuantizationError(f"{type(pipeline).__name__}: fails: {_first_line(error)}") from error
-    kind = _write(pipeline, output, out, spectrogram)
+    kind = _write(pipeline, output, out, spectrogram, wish)
     return GeneratedFile(path=out, kind=kind, steps=len(counted))
 
 
@@ -141,73 +160,40 @@ class _Steps:
         self._told(len(self._counted), max(self._total or 0, len(self._counted)), "")
 
 
-# What it is given
-
-
-def _arguments(pipeline: Any, prompt: str | None, steps: int | None, seed: int) -> dict[str, Any]:
-    takes = inspect.signature(type(pipeline).__call__).parameters
-    given: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)} if "generator" in takes else {}
-    if steps is not None:
-        given["num_inference_steps"] = steps
-    given |= _said(pipeline, prompt, takes)
-    required = [n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    missing = [name for name in required if name not in given and name != "self"]
-    if missing:
-        raise ConfigurationError(
-            f"{type(pipeline).__name__}: also needs {', '.join(missing)}; call it from Python, where it can be given:"
-            " diffusers.DiffusionPipeline.from_pretrained(FOLDER)"
-        )
-    return given
-
-
-def _said(pipeline: Any, prompt: str | None, takes: Any) -> dict[str, Any]:
-    """The prompt as this pipeline takes it: as words, or as the number or name of a class."""
-    name = type(pipeline).__name__
-    if "prompt" in takes:
-        if prompt is None:
-            raise ConfigurationError(f"{name}: makes what a text says; give one with --prompt")
-        return {"prompt": prompt}
-    if "class_labels" in takes:
-        return {"class_labels": [_class_label(pipeline, prompt)]}
-    if prompt:
-        raise ConfigurationError(f"{name}: takes no prompt; leave --prompt out")
-    return {}
-
-
-def _class_label(pipeline: Any, prompt: str | None) -> int:
-    labels: dict[str, int] = getattr(pipeline, "labels", None) or {}
-    if prompt is not None and prompt.strip().isdecimal():
-        return int(prompt)
-    if prompt in labels:
-        return int(labels[prompt])
-    known = f" or a name such as {', '.join(sorted(labels)[:3])}" if labels else ""
-    raise ConfigurationError(
-        f"{type(pipeline).__name__}: makes pictures of classes, and the prompt is {prompt!r};"
-        f" give the number of a class{known} with --prompt"
-    )
-
-
 # What it makes
 
 
-def _write(pipeline: Any, output: Any, out: Path, spectrogram: Spectrogram | None) -> str:
+def _write(pipeline: Any, output: Any, out: Path, spectrogram: Spectrogram | None, wish: PipelineWish) -> str:
     """Write the first result under a temporary name, then rename it; give what it is."""
-    pictures, sounds = getattr(output, "images", None), getattr(output, "audios", None)
-    if spectrogram is not None and pictures is not None and len(pictures):
-        samples, rate = _samples(spectrogram.wave(_gray(pictures[0]))), spectrogram.rate
-        _replace(out, lambda path: _write_wave(path, samples, rate))
-        return "audio"
-    if pictures is not None and len(pictures):
-        _replace(out, lambda path: pictures[0].save(path, format="PNG"))
+    given = {name: getattr(output, name, None) for name in ("images", "frames", "audios")}
+    found = [(name, results[0]) for name, results in given.items() if results is not None and len(results)]
+    if not found:
+        raise QuantizationError(
+            f"{type(pipeline).__name__}: gives {', '.join(output) or 'nothing'}; only pictures, videos and sounds are"
+            " written: call it from Python"
+        )
+    name, first = found[0]
+    if name == "frames":
+        return _write_frames(pipeline, output, first, out, wish)
+    if name == "images" and spectrogram is None:
+        _replace(out, lambda path: first.save(path, format="PNG"))
         return "image"
-    if sounds is not None and len(sounds):
-        samples, rate = _samples(sounds[0]), _rate(pipeline)
-        _replace(out, lambda path: _write_wave(path, samples, rate))
-        return "audio"
-    raise QuantizationError(
-        f"{type(pipeline).__name__}: gives {', '.join(output) or 'nothing'}; only pictures and sounds are written:"
-        " call it from Python"
-    )
+    samples = _samples(first if spectrogram is None else spectrogram.wave(_gray(first)))
+    rate = _rate(pipeline) if spectrogram is None else spectrogram.rate
+    _replace(out, lambda path: _write_wave(path, samples, rate))
+    return "audio"
+
+
+def _write_frames(pipeline: Any, output: Any, frames: Any, out: Path, wish: PipelineWish) -> str:
+    name, fps = type(pipeline).__name__, pictures_per_second(pipeline, wish, FPS)
+    if getattr(output, "audio", None) is not None:
+        warnings.warn(f"{name}: its sound is not written, for {out.name} has none", stacklevel=4)
+    try:
+        pictures = as_pictures(frames)
+    except (ValueError, TypeError) as error:
+        raise QuantizationError(f"{name}: gives frames that are no pictures: {_first_line(error)}") from error
+    _replace(out, lambda path: write_video(path, pictures, fps, out.suffix.lower()))
+    return "video"
 
 
 def _replace(out: Path, write: Callable[[Path], object]) -> None:

@@ -37,6 +37,7 @@ from arrow_quant_v2.runtime.pretrained import (
     wrap_methods,
 )
 from arrow_quant_v2.runtime.saving import save_weights
+from arrow_quant_v2.runtime.stacks import as_loaded
 from arrow_quant_v2.store.reader import StoredModel
 
 if TYPE_CHECKING:
@@ -116,13 +117,14 @@ def load(cls: type[Any], folder: Path, arguments: tuple[Any, ...], given: Mappin
         dtype = asked_dtype(given) or asked_dtype({"dtype": config.dtype}) or most_common_dtype(stored)
         with building(dtype), torch.device("meta"):
             module = cls(config, *arguments, **further)
-        built = Built(module=module, names=names_in(module, stored.names))
+        shown = as_loaded(module, stored)
+        built = Built(module=module, names=names_in(module, shown.names))
         missing = _missing(built, folder)
         built.set_buffers(str(folder))
-        others = unused(folder, stored, built.names)
+        others = unused(folder, shown, built.names)
         filled = fill(
             module,
-            stored,
+            shown,
             built.names,
             ties=built.ties,
             unused=others,

@@ -8,13 +8,20 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from arrow_quant_v2.calibration.pipelines import build_denoiser, installed, names_in
 from arrow_quant_v2.calibration.transformers_model import UNUSED, build_transformers, mask_token_of, tokenizer_of
+from arrow_quant_v2.calibration.transformers_model import names_in as transformers_names
+from arrow_quant_v2.engines.devices import reachable
 from arrow_quant_v2.errors import SourceError
 from arrow_quant_v2.runtime.fill import fill, listed, most_common_dtype
+from arrow_quant_v2.runtime.pretrained import asked_dtype
+from arrow_quant_v2.runtime.stacks import as_loaded
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import PIPELINE, open_model
 from arrow_quant_v2.sources.parquet import ParquetSource
@@ -23,11 +30,11 @@ from arrow_quant_v2.store.schema import CONFIGURATION_KEY
 if TYPE_CHECKING:
     import os
 
-    import torch
     from torch import nn
 
     from arrow_quant_v2.runtime.fill import Filled
     from arrow_quant_v2.runtime.modules import Activations
+    from arrow_quant_v2.runtime.stacks import Stored
     from arrow_quant_v2.sources.folder import Model
     from arrow_quant_v2.store.reader import StoredModel
 
@@ -39,7 +46,7 @@ GENERATION = "generation_config.json"
 def load(
     path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     activations: Activations | None = None,
     *,
     into: nn.Module | None = None,
@@ -49,7 +56,7 @@ def load(
 
     path         a folder of transformers, of diffusers, or of a pipeline, of which the denoiser is loaded
     device       where it is to run
-    dtype        of everything that is not packed; None: the one that most of its weights had
+    dtype        of everything that is not packed, or its name; None: the one that most of its weights had
     activations  None: inputs as they come; "dynamic": inputs of linear layers are rounded to 8 bits, every group of a
                  row by its own largest value; "static": by the ranges that calibration saw, of the current time group
     into         a module of your own that was quantized, with values or on torch's meta device: it is filled and given
@@ -64,11 +71,15 @@ def load(
         SourceError: nothing lies there, its class is unknown or is not installed, or the tensors do not fit it.
         StoreError: a file is missing or damaged; ChecksumError: its bytes are not those that were written;
             SchemaVersionError: it is newer than this program.
-        ConfigurationError: a setting is not allowed, or transformers is not installed.
+        ConfigurationError: a setting is not allowed, there is no such device, or transformers is not installed.
         QuantizationError: diffusers is not installed.
     """
     root = Path(path)
-    chosen: dict[str, Any] = {"device": device, "dtype": dtype, "activations": activations}
+    chosen: dict[str, Any] = {
+        "device": reachable(device),
+        "dtype": asked_dtype({"dtype": dtype}),
+        "activations": activations,
+    }
     with open_model(root, component or component_of(root)) as model:
         stored = _stored(model)
         if into is not None:
@@ -84,13 +95,14 @@ def load(
 def load_pipeline(
     path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     activations: Activations | None = None,
     **components: Any,
 ) -> Any:
     """A pipeline of diffusers whose denoiser runs packed; `components` replace others, such as `safety_checker=None`.
 
-    The other components are loaded by diffusers, in the denoiser's dtype.
+    The other components are loaded by diffusers, in the denoiser's dtype: by default the one that most of its weights
+    had, on a CPU float32 instead of float16, which few of its operators know.
 
     Raises:
         SourceError: it is no pipeline, or diffusers cannot load it.
@@ -101,7 +113,9 @@ def load_pipeline(
         raise SourceError(f"{root}: is no pipeline (no {PIPELINE}); use load for a model without one")
     diffusers = installed("diffusers")
     with open_model(root, component_of(root)) as model:
-        name, wanted = model.component, dtype or most_common_dtype(_stored(model))
+        name, usual = model.component, most_common_dtype(_stored(model))
+    on_cpu = reachable(device).type == "cpu"
+    wanted = asked_dtype({"dtype": dtype}) or (torch.float32 if on_cpu and usual == torch.float16 else usual)
     denoiser = load(root, device, wanted, activations, component=name)
     settings = {_dtype_argument(diffusers): wanted, "local_files_only": True, "trust_remote_code": False}
     try:
@@ -148,15 +162,16 @@ def _diffusers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> tup
 
 def _transformers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> tuple[Any, Filled]:
     built = build_transformers(model)
-    module = built.module
+    module, shown = built.module, as_loaded(built.module, stored)
+    built = replace(built, names=transformers_names(module, shown.names))
     built.set_buffers(model.source.location)
     filled = fill(
         module,
-        stored,
+        shown,
         built.names,
         ties=built.ties,
         zeros=[name for name in built.missing if UNUSED.search(name)],
-        unused=unused(model.folder, stored, built.names),
+        unused=unused(model.folder, shown, built.names),
         mask_token=_mask_token(model, module, stored) if chosen["activations"] == "static" else None,
         **chosen,
     )
@@ -166,7 +181,7 @@ def _transformers(model: Model, stored: StoredModel, chosen: dict[str, Any]) -> 
     return module, filled
 
 
-def unused(folder: Path, stored: StoredModel, names: dict[str, str]) -> list[str]:
+def unused(folder: Path, stored: Stored, names: dict[str, str]) -> list[str]:
     """Tensors without a place in the class, such as heads for another task; told, unless every model computes them."""
     others = sorted(set(stored.names) - set(names))
     if strange := [name for name in others if not COMPUTED.search(name)]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from arrow_quant_v2.engines.devices import reachable
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.runtime.modules import KINDS, PackedLayer
 from arrow_quant_v2.runtime.packed_weight import PackedWeight
@@ -187,7 +188,7 @@ def device_of(device_map: object) -> torch.device:
     """The one device that a `device_map` asks for; with "auto" and its like a GPU where there is one.
 
     Raises:
-        ConfigurationError: it asks for several.
+        ConfigurationError: it asks for several, or for one that is not there.
     """
     asked = device_map
     if isinstance(asked, dict):
@@ -196,10 +197,9 @@ def device_of(device_map: object) -> torch.device:
         asked = asked[""]
     if asked in SPREAD:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device("cpu" if asked is None else asked)  # type: ignore[call-overload, no-any-return]
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(f"device_map is {asked!r}; allowed: a device such as 'cpu' or 'cuda:0'") from error
+    if asked is not None and not isinstance(asked, str | int | torch.device):
+        raise ConfigurationError(f"device_map is {asked!r}; allowed: a device such as 'cpu' or 'cuda:0'")
+    return reachable("cpu" if asked is None else f"cuda:{asked}" if isinstance(asked, int) else asked)
 
 
 def unpack(module: nn.Module, places: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:

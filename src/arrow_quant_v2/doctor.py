@@ -105,7 +105,10 @@ def diagnose(
     plans = scope.plans(forethought(scope) if possible else {})
     budget = plan_budget(plans, config)
     fitting = calibration_bytes(
-        plans, calibrated.names, equalized=config.enable_spatial and modality in {"image", "audio"}
+        plans,
+        calibrated.names,
+        equalized=config.enable_spatial and modality in {"image", "audio"},
+        regrouped=config.has_target,
     )
     judging = judging_bytes(plans, calibrated, config, budget.workers) if config.stats is None else 0
     peak = max(budget.peak_bytes, fitting + judging)

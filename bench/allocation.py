@@ -1,6 +1,7 @@
 """Bits spent by measuring, beside the same size spent in other ways: errors of the outputs of seven real models.
 
-    python bench/allocation.py [--models NAME ...] [--bits 2.5 3 4.5] [--samples N] [--room BITS] [--folder DIR]
+    python bench/allocation.py [--models NAME ...] [--bits 2.5 3 4.5] [--samples N] [--room BITS] [--threads N]
+                               [--folder DIR]
 
 uniform     one width for all layers, with groups as small as fill the size
 in order    two widths: the wider one from the first layer on, as far as the size goes
@@ -155,6 +156,7 @@ class Asked:
     targets: Sequence[float]
     samples: int | None
     room: float
+    threads: int
     folder: Path
 
     @property
@@ -172,7 +174,7 @@ def cell_of(judge: Judge, name: str, target: float, way: str, *, asked: Asked, o
     settings = WAYS[way](judge.model, base, target if way == OURS else target + asked.room)
     given = subject.calibration
     data, function = ({"calibration_data": str(given)}, None) if isinstance(given, Path) else ({}, given)
-    config = DiffusionQuantConfig(min_accuracy=0.0, threads=THREADS, **settings, **data)
+    config = DiffusionQuantConfig(min_accuracy=0.0, threads=asked.threads, **settings, **data)
     started = time.perf_counter()
     result = ArrowQuantV2().quantize_diffusion_model(subject.original, out, config, calibration=function)
     seconds = time.perf_counter() - started
@@ -252,11 +254,14 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 3.0, 4.5])
     parser.add_argument("--samples", type=int, help="of calibration; those of the quality bench where left out")
     parser.add_argument("--room", type=float, default=0.05, help="bits that a rival may have beyond the target")
+    parser.add_argument("--threads", type=int, default=THREADS, help="fewer where several runs share a machine")
     parser.add_argument("--folder", type=Path, default=Path("bench/out/allocation"))
     parser.add_argument("--markdown", type=Path)
     given = parser.parse_args()
-    quiet()
-    asked = Asked(targets=given.bits, samples=given.samples, room=given.room, folder=given.folder)
+    quiet(given.threads)
+    asked = Asked(
+        targets=given.bits, samples=given.samples, room=given.room, threads=given.threads, folder=given.folder
+    )
     cells = every_cell(given.models, asked)
     show("Error of outputs (stored bits per weight)", COLUMNS, rows_of(cells))
     if given.markdown:

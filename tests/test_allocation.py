@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig, losses
 from arrow_quant_v2.allocation import LayerLoss, Scope, allocate, forethought, reach
 from arrow_quant_v2.calibration.transformers_model import open_transformers
-from arrow_quant_v2.layer_widths import LayerWidth
+from arrow_quant_v2.layer_widths import Form, LayerWidth
 from arrow_quant_v2.packed import TensorInfo
-from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated
+from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, forms_apart, likely_calibrated, plans_by_form
 from arrow_quant_v2.sources.folder import open_model
 from arrow_quant_v2.store import StoredModel
 from arrow_quant_v2.whole_plans import Spent, WholePlan, kept_plans, whole_plans
@@ -31,7 +31,7 @@ from arrow_quant_v2.whole_plans import Spent, WholePlan, kept_plans, whole_plans
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from arrow_quant_v2.config import Modality
+    from arrow_quant_v2.config import Method, Modality
 
 api = ArrowQuantV2()
 MINILM = {"group_size": 64, "keep": ("*embeddings*", "pooler*"), "min_accuracy": 0.0}
@@ -55,6 +55,18 @@ def scope(shapes: dict[str, tuple[int, ...]], modality: Modality = "text", **ask
     calibrated = Calibrated(names=frozenset(shapes)) if modality == "image" else NOTHING_CALIBRATED
     config = DiffusionQuantConfig(**asked)
     return Scope(tensors=infos, config=config, modality=modality, component="", calibrated=calibrated)
+
+
+COARSE = Form(2, 256), Form(4, 256)  # of groups of 128, as they are asked for
+FORMS = (Form(2), Form(4), Form(8), Form(16), *COARSE)
+
+
+def losses_at(two: float, four: float, eight: float, coarse: float = 1.25) -> dict[Form, float]:
+    """What a layer loses at each width, and how many times as much in groups of twice as many columns."""
+    of_groups = {Form(2, size): coarse * two for size in (128, 256)} | {
+        Form(4, size): coarse * four for size in (128, 256)
+    }
+    return {Form(2): two, Form(4): four, Form(8): eight} | of_groups
 
 
 shape_tables = st.dictionaries(
@@ -86,7 +98,7 @@ def test_a_size_is_never_passed(
     measured, own = (
         {
             name: LayerLoss(
-                at=dict(zip((2, 4, 8), sorted(torch.rand(3, generator=draw).tolist())[::-1], strict=True)),
+                at=dict(zip(FORMS, sorted(torch.rand(len(FORMS), generator=draw).tolist())[::-1], strict=True)),
                 equalized_with=(name,) if torch.rand(1, generator=draw) < 0.5 else (),
             )
             for name in shapes
@@ -105,9 +117,9 @@ def test_bits_go_where_the_loss_is_and_the_reason_says_so() -> None:
     shapes = dict.fromkeys(("calm", "wild", "blind"), (256, 256))
     asked = scope(shapes, target_bits=4.5)
     table = {
-        "calm": LayerLoss(at={2: 0.01, 4: 0.001, 8: 0.0}),
-        "wild": LayerLoss(at={2: 0.98, 4: 0.06, 8: 0.0}),
-        "blind": LayerLoss(at={2: 0.01, 4: 0.001, 8: 0.0}, told="weights"),
+        "calm": LayerLoss(at=losses_at(0.01, 0.001, 0.0)),
+        "wild": LayerLoss(at=losses_at(0.98, 0.06, 0.0)),
+        "blind": LayerLoss(at=losses_at(0.01, 0.001, 0.0), told="weights"),
     }
     widths = allocate(asked, table)
     assert {name: one.bits for name, one in widths.items()} == {"calm": 2, "wild": 8, "blind": 2}
@@ -116,9 +128,52 @@ def test_bits_go_where_the_loss_is_and_the_reason_says_so() -> None:
     assert plans["blind"].endswith("1 % of the model's loss at int2, told from its weights alone, target 4.5 bits")
 
 
+def test_larger_groups_are_chosen_where_they_lose_little_and_the_reason_says_so() -> None:
+    shapes = dict.fromkeys(("calm", "wild"), (256, 512))
+    table = {
+        "calm": LayerLoss(at=losses_at(0.01, 0.001, 0.0, coarse=1.01)),
+        "wild": LayerLoss(at=losses_at(0.99, 0.06, 0.0, coarse=3.0)),
+    }
+    asked = scope(shapes, target_bits=3.125)  # groups of 128 at 2 and 4 bits take 2.16 and 4.16
+    plans = {plan.tensor.name: plan for plan in asked.plans(allocate(asked, table))}
+    assert {name: (plan.spec.bits, plan.spec.group_size) for name, plan in plans.items() if plan.spec} == {
+        "calm": (2, 256), "wild": (4, 128),
+    }  # fmt: skip
+    assert str(plans["calm"].decision).startswith("int2: g256 clip as chosen, 1 % of the model's loss at int2")
+    assert str(plans["wild"].decision).startswith("int4: g128 clip as asked, 99 % of the model's loss at int2")
+
+
+@pytest.mark.parametrize(
+    ("method", "modality", "forms"),
+    [
+        (None, "text", {"int2 g64 r2q", "int2 g64 gptq", "int2 g128 gptq"}),
+        (None, "image", {"int2 g64 gptq", "int2 g128 gptq"}),
+        ("r2q", "text", {"int2 g64 r2q", "int2 g128 r2q"}),
+        ("gptq", "text", {"int2 g64 gptq", "int2 g128 gptq"}),
+        ("rtn", "text", {"int2 g64 rtn", "int2 g128 rtn"}),
+    ],
+)
+def test_fewer_parameters_may_be_chosen_but_no_grid_that_people_did_not_ask_for(
+    method: Method | None, modality: Modality, forms: set[str]
+) -> None:
+    config = DiffusionQuantConfig(target_bits=3.0, group_size=64, method=method, enable_calibration=True)
+    info = TensorInfo(name="wide", shape=(64, 256), dtype="float32")
+    plans = plans_by_form([info], config, likely_calibrated([info], config, modality))
+    every = [plans[form]["wide"] for form in forms_apart(plans, "wide")]
+    assert {str(plan.spec) for plan in every if plan.spec is not None and plan.spec.bits == 2} == forms
+    assert [form.bits for form in forms_apart(plans, "wide")[:4]] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize(("columns", "group"), [(64, 64), (256, None), (256, 65_536)])
+def test_groups_are_not_larger_than_a_row_or_than_may_be_asked(columns: int, group: int | None) -> None:
+    info = TensorInfo(name="narrow", shape=(256, columns), dtype="float32")
+    plans = plans_by_form([info], DiffusionQuantConfig(target_bits=3.0, group_size=group))
+    assert forms_apart(plans, "narrow") == (Form(2), Form(4), Form(8), Form(16))
+
+
 def test_room_for_scales_of_channels_is_kept_where_they_were_worth_it() -> None:
     shapes = {"scaled": (64, 256), "plain": (64, 256)}
-    at = {2: 1.0, 4: 0.1, 8: 0.0}
+    at = losses_at(1.0, 0.1, 0.0)
     table = {name: LayerLoss(at=at, equalized_with=(name,) if name == "scaled" else ()) for name in shapes}
     asked = scope(shapes, "image", target_bits=6.0, group_size=64)
     plans = {plan.tensor.name: plan for plan in asked.plans(allocate(asked, table))}
@@ -132,7 +187,7 @@ def test_the_smallest_size_has_no_scales_of_channels_and_can_be_asked_for() -> N
     smallest = reach(scope(shapes, "image", target_bits=3.0)).smallest_bits
     assert smallest == reach(scope(shapes, "text", target_bits=3.0)).smallest_bits
     asked = scope(shapes, "image", target_bits=smallest)
-    widths = allocate(asked, {"scaled": LayerLoss(at={2: 1.0, 4: 0.1, 8: 0.0}, equalized_with=("scaled",))})
+    widths = allocate(asked, {"scaled": LayerLoss(at=losses_at(1.0, 0.1, 0.0), equalized_with=("scaled",))})
     assert (widths["scaled"].bits, widths["scaled"].equalize) == (2, False)
 
 
@@ -140,9 +195,9 @@ def test_scales_of_channels_make_room_input_by_input_the_least_lossy_first() -> 
     shapes = dict.fromkeys(("query", "key", "out"), (64, 256))
     together = ("query", "key")
     table = {
-        "query": LayerLoss(at={2: 0.4, 4: 0.1, 8: 0.0}, equalized_with=together),
-        "key": LayerLoss(at={2: 0.3, 4: 0.1, 8: 0.0}, equalized_with=together),
-        "out": LayerLoss(at={2: 0.6, 4: 0.1, 8: 0.0}, equalized_with=("out",)),
+        "query": LayerLoss(at=losses_at(0.4, 0.1, 0.0), equalized_with=together),
+        "key": LayerLoss(at=losses_at(0.3, 0.1, 0.0), equalized_with=together),
+        "out": LayerLoss(at=losses_at(0.6, 0.1, 0.0), equalized_with=("out",)),
     }
     smallest = reach(scope(shapes, "image", target_bits=3.0)).smallest_bits
     room = 8 * 4 * 256 / (64 * 256)  # bits per weight of a layer that its scales take
@@ -322,18 +377,21 @@ def test_channels_are_equalized_where_a_size_has_room_for_it_and_nowhere_else(tm
 
     asked = NOISY | {"enable_rotation": False, "method": "gptq"}
     stored = {}
-    for bits in (2.8, 5.0):
+    for bits in (2.55, 5.0):
         config = DiffusionQuantConfig(**asked | {"target_bits": bits})
         result = api.quantize_diffusion_model(module, tmp_path / f"{bits}", config, calibration=uneven)
         assert result["bits_per_weight"] <= bits
         with StoredModel(tmp_path / f"{bits}") as model:
             stored[bits] = {one.layer_name for one in model.entries if one.equalization is not None}
-    assert stored == {2.8: set(), 5.0: {"first.weight"}}
+    assert stored == {2.55: set(), 5.0: {"first.weight"}}
 
 
 def test_what_measuring_noted_is_told_by_the_run_that_goes_on_too(tmp_path: Path) -> None:
     path = tmp_path / "allocation.json"
-    widths = {"a": LayerWidth(bits=4, because="so", equalize=False), "b": LayerWidth(bits=16, because="or so")}
+    widths = {
+        "a": LayerWidth(bits=4, because="so", equalize=False, group_size=128, affine=True),
+        "b": LayerWidth(bits=16, because="or so"),
+    }
     plans = (WholePlan(way="one", widths=widths, lost=0.5), WholePlan(way="other", widths=widths))
     spent, other = Spent(plans=plans, notes=("some layers have no gradients",)), Spent(plans=plans[:1])
     assert kept_plans(path, lambda: spent) == spent

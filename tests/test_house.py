@@ -19,7 +19,7 @@ ORDER = (
     "progress", "time_groups", "kernels", "engines", "store", "sources", "calibration", "runtime", "fallback",
     "plan", "quantizers", "one_tensor", "attempts", "sequential", "layers", "weights_alone", "budget", "workfolder",
     "promotions", "publish", "export", "prediction", "allocation", "whole_plans", "preparation", "validation",
-    "judging", "tuning", "judging_memory", "doctor", "report", "forecast", "calibrated_run", "stats_reuse", "stats_run",
+    "judging", "tuning", "judging_memory", "report", "forecast", "calibrated_run", "stats_reuse", "doctor", "stats_run",
     "losses", "trials", "sizing", "tuned_run", "rounds", "orchestrator", "results", "api", "cli_progress", "cli_tables",
     "cli_quality", "cli_results", "cli",
 )  # fmt: skip

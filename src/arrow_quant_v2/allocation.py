@@ -1,4 +1,4 @@
-"""Bits spent where they matter: the width of each layer, so that the loss is least within a size. Measures nothing."""
+"""Bits spent where they matter: the form of each layer, so that the loss is least within a size. Measures nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.knapsack import Choice, cheapest
-from arrow_quant_v2.layer_widths import LAYER_WIDTHS, LayerWidth
-from arrow_quant_v2.packed import WIDTHS
-from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, plan_model, plans_by_width
+from arrow_quant_v2.layer_widths import Form, LayerWidth
+from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, forms_apart, plan_model, plans_by_form
 from arrow_quant_v2.prediction import predicted_weight_bytes
 from arrow_quant_v2.store.sizes import equalization_bytes
 
@@ -20,14 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
-    from arrow_quant_v2.layer_widths import Width
-    from arrow_quant_v2.packed import Bits, Layout, TensorInfo
+    from arrow_quant_v2.packed import TensorInfo
     from arrow_quant_v2.plan import LayerPlan
 
 Told: TypeAlias = Literal["outputs", "inputs", "weights"]
 
 NEAR = 0.9995  # of a target: nearer than this nothing more is tried
 TRIES = 16
+NARROWEST = Form(2)
+COARSE_LOSES = 1.2  # times what groups of the size that is asked for do, about
 REASON = (  # as long as any
     "0.0012 % of the model's loss at int2, told from its weights alone, target 999.999 MB"
     "; best of 5 plans: between layers and outputs"
@@ -42,7 +42,7 @@ WHY: dict[Told, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLoss:
-    """The part of the model's output that a layer loses at each width.
+    """The part of the model's output that a layer loses in each form in which it may be stored.
 
     told            by what: the model's outputs; or the layer's own outputs, or its weights, each of which is taken to
                     matter as much as those of the layers that outputs tell of do in the middle
@@ -50,9 +50,14 @@ class LayerLoss:
                     least; without room for the scales of all of them they are not
     """
 
-    at: Mapping[Bits, float]
+    at: Mapping[Form, float]
     told: Told = "outputs"
     equalized_with: tuple[str, ...] = ()
+
+    @property
+    def at_most(self) -> float:
+        """What is lost at the smallest width, as asked."""
+        return self.at[NARROWEST]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +101,12 @@ class Reach:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """A layer that may be quantized: what can become of it, and the least width that makes it so."""
+    """A layer that may be quantized: what can become of it, and the first form that makes it so."""
 
     name: str
     weights: int
     equalize: bool
-    ways: tuple[tuple[Width, LayerPlan], ...]
+    ways: tuple[tuple[Form, LayerPlan], ...]
 
 
 def reach(scope: Scope) -> Reach:
@@ -160,7 +165,7 @@ def _sets_of_plain(losses: Mapping[str, LayerLoss]) -> list[set[str]]:
     """Layers that are not equalized: as measuring found it, then more and more, the least lossy inputs first."""
     sets = [{name for name, one in losses.items() if not one.equalized_with}]
     inputs = {one.equalized_with for one in losses.values() if one.equalized_with}
-    for together in sorted(inputs, key=lambda names: (sum(losses[name].at[2] for name in names), names)):
+    for together in sorted(inputs, key=lambda names: (sum(losses[name].at_most for name in names), names)):
         sets.append(sets[-1] | set(together))
     return sets
 
@@ -178,8 +183,15 @@ def _widths(scope: Scope, losses: Mapping[str, LayerLoss], plain: Container[str]
 
 def forethought(scope: Scope) -> dict[str, LayerWidth]:
     """Widths of about the right size before anything is measured, as if all weights mattered alike."""
-    even = {info.name: LayerLoss(at={bits: info.numel / 4**bits for bits in WIDTHS}) for info in scope.tensors}
+    even = {
+        layer.name: LayerLoss(at={form: layer.weights * _plausible(form) for form, _ in layer.ways})
+        for layer in _layers(scope, ())
+    }
     return {name: replace(one, because=FORETOLD) for name, one in allocate(scope, even).items()}
+
+
+def _plausible(form: Form) -> float:
+    return (COARSE_LOSES if form.group_size else 1.0) / 4.0**form.bits
 
 
 FORETOLD = "widths are chosen by measuring"
@@ -187,24 +199,20 @@ FORETOLD = "widths are chosen by measuring"
 
 def _layers(scope: Scope, plain: Container[str]) -> list[_Layer]:
     """What may be quantized, in the order of the tensors; channels of those in `plain` are not equalized."""
-    plans = plans_by_width(scope.tensors, scope.config, scope.calibrated, plain)
+    plans = plans_by_form(scope.tensors, scope.config, scope.calibrated, plain)
     found = []
     for info in scope.tensors:
-        ways: dict[Layout | None, tuple[Width, LayerPlan]] = {}
-        for bits in LAYER_WIDTHS:
-            plan = plans[bits][info.name]
-            ways.setdefault(plan.layout, (bits, plan))
-        if set(ways) != {None}:
-            equalize = info.name not in plain
-            found.append(_Layer(name=info.name, weights=info.numel, equalize=equalize, ways=tuple(ways.values())))
+        ways = tuple((form, plans[form][info.name]) for form in forms_apart(plans, info.name))
+        if any(plan.layout is not None for _, plan in ways):
+            found.append(_Layer(name=info.name, weights=info.numel, equalize=info.name not in plain, ways=ways))
     return found
 
 
 def _choices(scope: Scope, layer: _Layer, losses: Mapping[str, LayerLoss]) -> list[Choice]:
     at = losses[layer.name].at if layer.name in losses else {}
     return [
-        Choice(size=scope.stored(plan), loss=0.0 if plan.layout is None else at.get(plan.layout.bits, 0.0))
-        for _, plan in layer.ways
+        Choice(size=scope.stored(plan), loss=0.0 if plan.layout is None else at.get(form, 0.0))
+        for form, plan in layer.ways
     ]
 
 
@@ -232,8 +240,8 @@ def _within_files(scope: Scope, layers: Sequence[_Layer], table: Sequence[Sequen
 def _named(layers: Sequence[_Layer], chosen: Sequence[int], because: str = "") -> dict[str, LayerWidth]:
     pairs = ((layer, layer.ways[number][0]) for layer, number in zip(layers, chosen, strict=True))
     return {
-        layer.name: LayerWidth(bits=bits, because=because, equalize=layer.equalize)
-        for layer, bits in pairs
+        layer.name: LayerWidth.of(form, because, equalize=layer.equalize)
+        for layer, form in pairs
         if len(layer.ways) > 1
     }
 
@@ -243,9 +251,9 @@ def _told(
 ) -> dict[str, LayerWidth]:
     """The widths, each with the reason."""
     widths = _named(layers, chosen)
-    total = sum(losses[name].at[2] for name in widths if name in losses) or 1.0
+    total = sum(losses[name].at_most for name in widths if name in losses) or 1.0
     reasons = {
-        name: f"{100 * losses[name].at[2] / total:.2g} % of the model's loss at int2{WHY[losses[name].told]}"
+        name: f"{100 * losses[name].at_most / total:.2g} % of the model's loss at int2{WHY[losses[name].told]}"
         for name in widths
         if name in losses
     }

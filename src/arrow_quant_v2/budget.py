@@ -35,6 +35,7 @@ RESULTS_AHEAD = 16 * 2**20  # what workers may get done, given room, while a lay
 NATIVE = ("float32", "bfloat16", "float16")  # the others are widened to float32 first
 COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
 MOMENTS = 9  # matrices as large as H at once: H, D, and in each of two bases H, its factor and what they are made with
+REGROUPED_MOMENTS = 2  # more where groups may be of two sizes: a factor of H for each, in each of two bases
 EQUALIZED_MOMENTS = 6  # more where channels may be equalized in three ways
 ROWS_AT_ONCE = 8 * 2048  # of inputs, in the samples that are seen together
 RUNNING = 400 * 2**20  # transformers or diffusers, and what one call of a model leaves with torch
@@ -92,7 +93,9 @@ def plan_budget(plans: Sequence[LayerPlan], config: DiffusionQuantConfig) -> Bud
     return budget
 
 
-def calibration_bytes(plans: Sequence[LayerPlan], names: frozenset[str], *, equalized: bool) -> int:
+def calibration_bytes(
+    plans: Sequence[LayerPlan], names: frozenset[str], *, equalized: bool, regrouped: bool = False
+) -> int:
     """No more than this is taken while the layers of these names are fitted; 0 where there are none.
 
     The whole model lies in memory in float32, and beside it the weights of one block as they were, and for a moment as
@@ -105,7 +108,8 @@ def calibration_bytes(plans: Sequence[LayerPlan], names: frozenset[str], *, equa
         return 0
     widest = max(plan.layout.columns for plan in fitted if plan.layout is not None)
     largest = max(plan.tensor.numel for plan in fitted)
-    moments = MOMENTS + EQUALIZED_MOMENTS * equalized
+    bases = REGROUPED_MOMENTS + REGROUPED_MOMENTS * equalized
+    moments = MOMENTS + EQUALIZED_MOMENTS * equalized + bases * regrouped
     blocks: Counter[str] = Counter()
     for plan in fitted:
         blocks[_likely_block(plan.tensor.name)] += plan.tensor.numel

@@ -117,8 +117,9 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     sensitive_layer_names     names of tensors or modules that have 8 bits, whatever bit_width is
     sensitive_layer_patterns  the same by regular expressions
     skip_sensitive_layers     sensitive layers stay in their own dtype instead
-    target_bits           stored bits per weight on the average, for which each layer gets the width that serves the
-                          outputs best; stands in place of bit_width
+    target_bits           stored bits per weight on the average, for which each layer gets the width, and at 2 or 4 bits
+                          groups of group_size or twice the columns, that serve the outputs best; stands in place of
+                          bit_width
     target_size           the same by the bytes of all weight files, also as "3GB"
     whole_plans           that are made and judged by outputs at most, to keep the best one, where a size is asked for;
                           1: the one that measuring finds best is made at once

@@ -21,6 +21,7 @@ from arrow_quant_v2.plan import (
 from arrow_quant_v2.prediction import predicted_weight_bytes
 from arrow_quant_v2.preparation import tied_tensors
 from arrow_quant_v2.publish import file_groups
+from arrow_quant_v2.stats_reuse import calibrated_by_stats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +92,9 @@ def diagnose(
     """Plan the run and weigh it against this machine; `out_disk` is a folder on the disk that the output goes to.
 
     Raises:
-        ConfigurationError: `max_memory` is less than the model needs, or this machine has not the device.
+        ConfigurationError: `max_memory` is less than the model needs, this machine has not the device, or stats are of
+            another model.
+        StoreError: stats are damaged.
     """
     refuse_missing(config.device)
     refuse_unused_names(source.tensors, config)
@@ -101,7 +104,12 @@ def diagnose(
     possible = _reach(scope)
     plans = scope.plans(forethought(scope) if possible else {})
     budget = plan_budget(plans, config)
-    fitting = calibration_bytes(plans, calibrated.names, equalized=config.equalizes(modality))
+    fitting = calibration_bytes(
+        plans,
+        calibrated.names,
+        equalized=config.equalizes(modality),
+        regrouped=config.has_target,
+    )
     judging = judging_bytes(plans, calibrated, config, budget.workers) if config.stats is None else 0
     peak = max(budget.peak_bytes, fitting + judging)
     predicted = predicted_weight_bytes(plans, modality, config, component, calibrated.names)
@@ -158,16 +166,18 @@ def _calibrated(
     """Why nothing will be calibrated, or None; and what will be.
 
     Raises:
-        ConfigurationError, SourceError: the model cannot be opened as one that runs, and calibration data were given.
+        ConfigurationError, SourceError: the model cannot be opened as one that runs, and calibration data were given;
+            or stats are of another model.
+        StoreError: stats are damaged.
     """
     reason = _why_from_the_weights_alone(model, modality, config)
     if reason is not None:
         return reason, NOTHING_CALIBRATED
+    if config.stats is not None:
+        return None, calibrated_by_stats(config.stats, source, config, modality)
     try:
         tied = tied_tensors(model, config)
     except (ConfigurationError, SourceError) as error:
-        if config.stats is not None:  # then the model need not run
-            return None, likely_calibrated(source.tensors, config, modality)
         if config.calibration_data or config.mask_token is not None:
             raise
         return f"from the weights alone: {error}", NOTHING_CALIBRATED

@@ -1,11 +1,11 @@
-"""Which width a layer is given by name, and why; knows nothing of tensors, configurations or losses."""
+"""Which width and form a layer is given, and why; knows nothing of tensors, configurations or losses."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,18 +18,43 @@ REGEX = "re:"
 Named: TypeAlias = tuple[tuple[str, Width], ...]
 
 
+class Form(NamedTuple):
+    """How a layer may be stored: the bits of a code, 16 for its own dtype; the columns of a group, None: as asked.
+
+    affine: on the affine grid, which has one scale for each group, where otherwise it had the residual one of two.
+    """
+
+    bits: Width
+    group_size: int | None = None
+    affine: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerWidth:
     """The width of one layer, 16 where it is kept in its own dtype, and the reason in words.
 
-    `fallback`: it is more than what was asked for, because that was not enough. `equalize`: there is room for scales of
-    its input channels.
+    fallback    it is more than what was asked for, because that was not enough
+    equalize    there is room for scales of its input channels
+    group_size  columns of a group; None: as asked
+    affine      on the affine grid, whatever is asked of others
     """
 
     bits: Width
     because: str
     fallback: bool = False
     equalize: bool = True
+    group_size: int | None = None
+    affine: bool = False
+
+    @classmethod
+    def of(cls, form: Form, because: str = "", *, equalize: bool = True) -> LayerWidth:
+        """That of a layer in this form."""
+        return cls(because=because, equalize=equalize, **form._asdict())
+
+    @property
+    def form(self) -> Form:
+        """How the layer is to be stored."""
+        return Form(bits=self.bits, group_size=self.group_size, affine=self.affine)
 
 
 def fallen_back(bits: int, because: str) -> LayerWidth:

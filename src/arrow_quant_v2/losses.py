@@ -1,4 +1,4 @@
-"""What each layer loses the model at each width, measured on the model's own outputs; chooses nothing.
+"""What each layer loses the model in each form, measured on the model's own outputs; chooses nothing.
 
 Some rows of each weight are quantized as the run itself will do it, on what goes into the layer in one half of the
 samples; what their errors do to the outputs is measured on the other half, so that a layer that fits what it saw, and
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from arrow_quant_v2.allocation import LayerLoss
+from arrow_quant_v2.allocation import NARROWEST, LayerLoss
 from arrow_quant_v2.calibrated_run import placed, weight_of
 from arrow_quant_v2.calibration.blocks import walking
 from arrow_quant_v2.calibration.observe import observe_block, strata
@@ -22,8 +22,9 @@ from arrow_quant_v2.calibration.sensitivity import Change, Felt, sensitivity
 from arrow_quant_v2.calibration.weight_gradient import Piece, Pieces
 from arrow_quant_v2.errors import InterruptedRunError, QuantizationError
 from arrow_quant_v2.kernels.tensors import dequantized
+from arrow_quant_v2.layer_widths import Form
 from arrow_quant_v2.packed import WIDTHS
-from arrow_quant_v2.plan import Calibrated, plans_by_width
+from arrow_quant_v2.plan import Calibrated, forms_apart, plans_by_form
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.quantizers import quantizer
 from arrow_quant_v2.quantizers.calibrated import Weight, fit_together, spaced
@@ -40,18 +41,17 @@ if TYPE_CHECKING:
     from arrow_quant_v2.calibration.stats import InputStats
     from arrow_quant_v2.calibration.stored_stats import KeptStats
     from arrow_quant_v2.config import DiffusionQuantConfig
-    from arrow_quant_v2.layer_widths import Width
-    from arrow_quant_v2.packed import Bits
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.quantizers.calibrated import Fitted, Sight
     from arrow_quant_v2.quantizers.parts import Judged
     from arrow_quant_v2.sources.base import Source
 
-    ByWidth: TypeAlias = Mapping[Width, Mapping[str, LayerPlan]]
+    ByForm: TypeAlias = Mapping[Form, Mapping[str, LayerPlan]]
 
 SAMPLES = 32  # calls of the model in each half
 PROBED = 2**17  # weights of each layer, as whole rows
 FEWEST_ROWS, MOST_ROWS = 16, 64
+AS_ASKED = tuple(map(Form, WIDTHS))  # by which a basis is chosen: others of the same width would choose alike
 RUNS, RUN_ROWS = 16, 128  # of a weight whose inputs are not seen: so many times some rows that lie together
 
 
@@ -76,7 +76,7 @@ def measured_losses(run: CalibratedRun) -> Losses:
         InterruptedRunError: the run was asked to stop.
     """
     everything = Calibrated(names=frozenset(info.name for info in run.source.tensors), method=run.method)
-    names = placed(run.source, run.prepared.runnable, _open(plans_by_width(run.source.tensors, run.config, everything)))
+    names = placed(run.source, run.prepared.runnable, _open(plans_by_form(run.source.tensors, run.config, everything)))
     fitted, held_out = halves(run.prepared.samples.calls)
     table = _Table(run, names)
     progress = Progress(lambda message, _: run.progress.tell(message), 2 * sum(table.elements.values()))
@@ -115,7 +115,7 @@ def losses_of_weights(source: Source, config: DiffusionQuantConfig) -> Losses:
     Raises:
         QuantizationError: a weight is not finite.
     """
-    plans = plans_by_width(source.tensors, config)
+    plans = plans_by_form(source.tensors, config)
     found = {name: LayerLoss(at=_weight_errors(source, plans, name), told="weights") for name in _open(plans)}
     return Losses(layers=found)
 
@@ -126,14 +126,9 @@ def halves(calls: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     return (some[::2], some[1::2]) if len(some) > 1 else (some, some)
 
 
-def _open(plans: ByWidth) -> set[str]:
-    """Names of the layers whose width can be chosen: some width quantizes them, and not all do the same."""
-    return {
-        name
-        for name in plans[2]
-        if any(plans[bits][name].spec is not None for bits in WIDTHS)
-        and len({plans[bits][name].layout for bits in plans}) > 1
-    }
+def _open(plans: ByForm) -> set[str]:
+    """Names of the layers of which there is a choice: some form quantizes them, and not all do the same."""
+    return {name for name in plans[NARROWEST] if len(forms_apart(plans, name)) > 1}
 
 
 def _seen_in_a_walk(
@@ -186,97 +181,105 @@ def _felt(
 
 
 class _Table:
-    """What is known of every layer at every width, in three units that are made one in the end."""
+    """What is known of every layer in every form, in three units that are made one in the end."""
 
     def __init__(self, run: FittedRun, names: Mapping[str, str]) -> None:
         """Know nothing; `names` are those of layers whose inputs may be seen, as values."""
         self._run = run
         calibrated = Calibrated(names=frozenset(names.values()), method=run.method)
-        self._plans = plans_by_width(run.source.tensors, run.config, calibrated)
+        self._plans = plans_by_form(run.source.tensors, run.config, calibrated)
+        self._alone = plans_by_form(run.source.tensors, run.config, replace(calibrated, names=frozenset()))
         self.open = _open(self._plans)
-        self.elements = {name: self._plans[8][name].tensor.numel for name in names.values()}
-        self.outputs: dict[str, dict[Bits, float]] = {}
-        self.inputs: dict[str, dict[Bits, float]] = {}
-        self.weights: dict[str, dict[Bits, float]] = {}
+        self.elements = {name: self._plans[NARROWEST][name].tensor.numel for name in names.values()}
+        self.outputs: dict[str, dict[Form, float]] = {}
+        self.inputs: dict[str, dict[Form, float]] = {}
+        self.weights: dict[str, dict[Form, float]] = {}
         self.equalized: dict[str, tuple[str, ...]] = {}
 
     def note_inputs(self, layers: Sequence[str], stats: InputStats) -> dict[str, Change | Pieces]:
-        """Quantize some rows of layers that share an input at each width, and note what their outputs lose."""
+        """Quantize some rows of layers that share an input in each form, and note what their outputs lose."""
         sight = sight_of(stats)
-        asked = {layer: self._at_each_width(layer, stats.absmax.device) for layer in layers}
+        asked = {layer: self._in_each_form(layer, stats.absmax.device) for layer in layers}
         if not sight.plain:
             return {layer: self._note_parts(layer, weights, sight) for layer, weights in asked.items()}
-        some = [(layer, bits, _some_rows(one)) for layer, weights in asked.items() for bits, one in weights.items()]
-        fitted = self._fitted([weight for _, _, weight in some], sight)
+        some = [(layer, form, _some_rows(one)) for layer, weights in asked.items() for form, one in weights.items()]
+        judges = [weight for _, form, weight in some if form in AS_ASKED]
+        fitted = self._fitted([weight for _, _, weight in some], sight, judges)
         if any(one.basis.equalization is not None for one in fitted):  # it is one basis for all of them
             self.equalized |= dict.fromkeys(layers, tuple(layers))
         changes: dict[str, Change | Pieces] = {}
         for layer in layers:
             values = next(weight.values for name, _, weight in some if name == layer)
-            left = dict.fromkeys(WIDTHS, torch.zeros_like(values))  # at a width that keeps it
-            left |= {bits: one.left for (name, bits, _), one in zip(some, fitted, strict=True) if name == layer}
+            left = dict.fromkeys(self._apart(layer), torch.zeros_like(values))  # in a form that keeps it
+            left |= {form: one.left for (name, form, _), one in zip(some, fitted, strict=True) if name == layer}
             changes[layer] = self._change(layer, values, left, stats)
         return changes
 
-    def _at_each_width(self, layer: str, device: torch.device) -> dict[Bits, Weight]:
-        """The weight, asked for at each width that quantizes it."""
-        plans = {bits: self._plans[bits][layer] for bits in WIDTHS if self._plans[bits][layer].spec is not None}
-        whole = weight_of(self._run.source, next(iter(plans.values()))).to(device)
+    def _in_each_form(self, layer: str, device: torch.device) -> dict[Form, Weight]:
+        """The weight, asked for in each form that quantizes it."""
+        plans = {form: self._plans[form][layer] for form in self._apart(layer)}
+        coded = next(plan for plan in plans.values() if plan.spec is not None)
+        whole = weight_of(self._run.source, coded).to(device)
         return {
-            bits: Weight(values=whole, info=plan.tensor, layout=plan.layout, spec=plan.spec)
-            for bits, plan in plans.items()
+            form: Weight(values=whole, info=plan.tensor, layout=plan.layout, spec=plan.spec)
+            for form, plan in plans.items()
             if plan.layout is not None and plan.spec is not None
         }
 
-    def _note_parts(self, layer: str, weights: Mapping[Bits, Weight], sight: Sight) -> Pieces:
+    def _apart(self, layer: str) -> tuple[Form, ...]:
+        """Its forms, in the order of all that is noted of them."""
+        return forms_apart(self._plans, layer)
+
+    def _note_parts(self, layer: str, weights: Mapping[Form, Weight], sight: Sight) -> Pieces:
         """Each part for its own inputs."""
         freedom = replace(self._run.freedom, refits=0)
-        judged = {bits: judged_parts(weight, sight, freedom) for bits, weight in weights.items()}
-        lost = {bits: lost_of(judged.get(bits, ())) for bits in WIDTHS}  # nothing at a width that keeps it
-        self.inputs[layer] = {bits: lost[bits][0] for bits in WIDTHS}
-        self.weights[layer] = {bits: lost[bits][1] for bits in WIDTHS}
-        pieces = (tuple(_piece(one, sight) for one in judged.get(bits, ())) for bits in WIDTHS)
+        judged = {form: judged_parts(weight, sight, freedom) for form, weight in weights.items()}
+        lost = {form: lost_of(judged.get(form, ())) for form in self._apart(layer)}  # nothing in a form that keeps it
+        self.inputs[layer] = {form: outputs for form, (outputs, _) in lost.items()}
+        self.weights[layer] = {form: size for form, (_, size) in lost.items()}
+        pieces = (tuple(_piece(one, sight) for one in judged.get(form, ())) for form in lost)
         columns = next(iter(weights.values())).values.shape[1]
         return Pieces(columns=columns, ways=tuple(pieces))
 
-    def _fitted(self, weights: Sequence[Weight], sight: Sight) -> list[Fitted]:
+    def _fitted(self, weights: Sequence[Weight], sight: Sight, judges: Sequence[Weight]) -> list[Fitted]:
         freedom = replace(self._run.freedom, refits=0)
         try:
-            return fit_together(weights, sight, freedom)
+            return fit_together(weights, sight, freedom, judges=judges)
         except QuantizationError:
             if not freedom.equalize:
                 raise
-            return fit_together(weights, sight, replace(freedom, equalize=False))  # as the run itself will do
+            plain = replace(freedom, equalize=False)  # as the run itself will do
+            return fit_together(weights, sight, plain, judges=judges)
 
-    def _change(self, layer: str, values: Tensor, left: Mapping[Bits, Tensor], stats: InputStats) -> Change:
+    def _change(self, layer: str, values: Tensor, left: Mapping[Form, Tensor], stats: InputStats) -> Change:
         second = stats.second.matrix
-        self.inputs[layer] = {bits: _relative(one, values, second) for bits, one in left.items()}
-        self.weights[layer] = {bits: _relative(one, values) for bits, one in left.items()}
-        shape = self._plans[2][layer].tensor.shape
-        errors = torch.stack([left[bits] for bits in WIDTHS]).unflatten(2, shape[1:])
+        self.inputs[layer] = {form: _relative(one, values, second) for form, one in left.items()}
+        self.weights[layer] = {form: _relative(one, values) for form, one in left.items()}
+        shape = self._plans[NARROWEST][layer].tensor.shape
+        errors = torch.stack(list(left.values())).unflatten(2, shape[1:])
         return Change(rows=spaced(shape[0], len(values)), errors=errors)
 
     def note_felt(self, felt: Felt, names: Mapping[str, str]) -> None:
         """Note what the model's outputs lose; `names` are those of the files, by those of the module."""
         for place, costs in felt.changes.items():
-            self._add(names[place], dict(zip(WIDTHS, costs.tolist(), strict=True)))
+            self._add(names[place], dict(zip(self._apart(names[place]), costs.tolist(), strict=True)))
         for place, there in felt.tables.items():
             squares = there.cpu()
             errors = {
-                bits: float((rows.to(torch.float64).square().mean(dim=0) * squares).sum())
-                for bits, rows in _table_errors(self._run.source, self._plans, names[place])
+                form: float((rows.to(torch.float64).square().mean(dim=0) * squares).sum())
+                for form, rows in _table_errors(self._run.source, self._followed(names[place]), names[place])
             }
             self._add(names[place], errors)
 
-    def _add(self, name: str, costs: Mapping[Bits, float]) -> None:
+    def _add(self, name: str, costs: Mapping[Form, float]) -> None:
         """A table that is also multiplied with, such as a tied head, costs both."""
         before = self.outputs.get(name, {})
-        self.outputs[name] = {bits: cost + before.get(bits, 0.0) for bits, cost in costs.items()}
+        self.outputs[name] = {form: cost + before.get(form, 0.0) for form, cost in costs.items()}
 
     def note_weights(self) -> None:
         """Note the errors of all weights of which nothing else is known."""
         for name in sorted(self.open - set(self.inputs) - set(self.outputs)):
-            self.weights[name] = _weight_errors(self._run.source, self._plans, name)
+            self.weights[name] = _weight_errors(self._run.source, self._alone, name)
 
     def losses(self) -> dict[str, LayerLoss]:
         """Each open layer's loss in one unit: what outputs lose, or what they are taken to."""
@@ -303,9 +306,13 @@ class _Table:
             found[name] = LayerLoss(at=at, told="inputs", equalized_with=scaled)
         return found
 
-    def _own_weights(self, name: str) -> dict[Bits, float]:
+    def _own_weights(self, name: str) -> dict[Form, float]:
         """Of a table, whose outputs are its rows, nothing but the outputs of the model is known yet."""
-        return self.weights.get(name) or _weight_errors(self._run.source, self._plans, name)
+        return self.weights.get(name) or _weight_errors(self._run.source, self._alone, name)
+
+    def _followed(self, name: str) -> ByForm:
+        """The plans of which the run will follow one: a layer whose inputs are not seen is not fitted to them."""
+        return self._plans if name in self.inputs else self._alone
 
 
 def _piece(judged: Judged, sight: Sight) -> Piece:
@@ -324,15 +331,15 @@ def _some_rows(weight: Weight) -> Weight:
     return weight.some(min(MOST_ROWS, max(FEWEST_ROWS, PROBED // weight.values.shape[1])))
 
 
-def _rate(known: Mapping[str, Mapping[Bits, float]], other: Mapping[str, Mapping[Bits, float]]) -> float:
+def _rate(known: Mapping[str, Mapping[Form, float]], other: Mapping[str, Mapping[Form, float]]) -> float:
     """How much one unit is of another, in the middle of the layers that are known in both; 1 where none is."""
-    pairs = ((known[name][2], other[name][2]) for name in known if name in other)
+    pairs = ((known[name][NARROWEST], other[name][NARROWEST]) for name in known if name in other)
     rates = [one / another for one, another in pairs if one > 0.0 and another > 0.0]
     return median(rates) if rates else 1.0
 
 
-def _times(errors: Mapping[Bits, float], rate: float) -> dict[Bits, float]:
-    return {bits: error * rate for bits, error in errors.items()}
+def _times(errors: Mapping[Form, float], rate: float) -> dict[Form, float]:
+    return {form: error * rate for form, error in errors.items()}
 
 
 def _relative(left: Tensor, values: Tensor, second: Tensor | None = None) -> float:
@@ -343,27 +350,33 @@ def _relative(left: Tensor, values: Tensor, second: Tensor | None = None) -> flo
     return lost / whole if whole else 0.0
 
 
-def _weight_errors(source: Source, plans: ByWidth, name: str) -> dict[Bits, float]:
-    """|dW|^2 / |W|^2 of some rows at each width, from the weights alone."""
-    values = _some_of(source, plans[8][name])
-    return {bits: _relative(left, values) for bits, left in _left_over(values, plans, name)}
+def _weight_errors(source: Source, plans: ByForm, name: str) -> dict[Form, float]:
+    """|dW|^2 / |W|^2 of some rows in each form, from the weights alone."""
+    values = _some_of(source, _coded(plans, name))
+    return {form: _relative(left, values) for form, left in _left_over(values, plans, name)}
 
 
-def _table_errors(source: Source, plans: ByWidth, name: str) -> Iterable[tuple[Bits, Tensor]]:
-    return _left_over(_some_of(source, plans[8][name]), plans, name)
+def _table_errors(source: Source, plans: ByForm, name: str) -> Iterable[tuple[Form, Tensor]]:
+    return _left_over(_some_of(source, _coded(plans, name)), plans, name)
 
 
-def _left_over(values: Tensor, plans: ByWidth, name: str) -> Iterable[tuple[Bits, Tensor]]:
-    """W - Q of some rows at each width, quantized from the weights alone; 0 at a width that keeps it."""
-    for bits in WIDTHS:
-        plan = plans[bits][name]
+def _left_over(values: Tensor, plans: ByForm, name: str) -> Iterable[tuple[Form, Tensor]]:
+    """W - Q of some rows in each form, quantized from the weights alone; 0 in a form that keeps it."""
+    for form in forms_apart(plans, name):
+        plan = plans[form][name]
         if plan.spec is None or plan.layout is None:
-            yield bits, torch.zeros_like(values)
+            yield form, torch.zeros_like(values)
             continue
         method = "clip" if plan.spec.method == "gptq" else plan.spec.method
         layout = replace(plan.layout, shape=tuple(values.shape), quant_axis=1)
         rows = quantizer(method)(values, replace(plan.spec, method=method))
-        yield bits, values - dequantized(rows.packed(name, "float32", layout))
+        yield form, values - dequantized(rows.packed(name, "float32", layout))
+
+
+def _coded(plans: ByForm, name: str) -> LayerPlan:
+    """A plan that quantizes a layer of which there is a choice."""
+    every = [planned[name] for planned in plans.values()]
+    return next((plan for plan in every if plan.layout is not None), every[0])
 
 
 def _some_of(source: Source, plan: LayerPlan) -> Tensor:

@@ -8,13 +8,14 @@ import warnings
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from arrow_quant_v2.config import LayerSpec
+from arrow_quant_v2.config_fields import LARGEST_GROUP
 from arrow_quant_v2.decisions import Decision
 from arrow_quant_v2.errors import ConfigurationError
 from arrow_quant_v2.fallback import wider
-from arrow_quant_v2.layer_widths import KEPT, LAYER_WIDTHS, LayerWidth
+from arrow_quant_v2.layer_widths import KEPT, LAYER_WIDTHS, Form, LayerWidth
 from arrow_quant_v2.packed import ITEM_BITS, Layout, TensorInfo
 from arrow_quant_v2.store.sizes import row_bytes, stored_bytes
 
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping, Sequence
 
     from arrow_quant_v2.config import DiffusionQuantConfig, Method, Modality
-    from arrow_quant_v2.layer_widths import Width
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 WEIGHTS_ALONE = ("clip", "rtn")
 LOOKUP = re.compile(r"(^|[._])(embed|embeddings?|embed_tokens|embed_positions|emb|wte|wpe|shared)(\.weight)?$")
 FEWEST_WEIGHTS = 1024  # below this the parameters and the file's own bytes eat what packing saves
 RESIDUAL_BELOW = 8  # bits: here the residual grid has too few codes for its second scale
+COARSER = 2  # times the columns that a group was asked to have
+COARSE: tuple[Literal[2, 4], ...] = (2, 4)  # bits at which parameters of groups are a large part of a layer
 LONGEST_KERNEL = 31  # a 3-D weight with a longer last axis is a stack of experts, not a 1-D convolution
 
 
@@ -120,22 +122,42 @@ def width_of(name: str, config: DiffusionQuantConfig, widths: Mapping[str, Layer
     return found or LayerWidth(bits=config.bit_width, because="")
 
 
-def plans_by_width(
+def plans_by_form(
     tensors: Sequence[TensorInfo],
     config: DiffusionQuantConfig,
     calibrated: Calibrated = NOTHING_CALIBRATED,
     plain: Container[str] = (),
-) -> dict[Width, dict[str, LayerPlan]]:
-    """What becomes of each tensor at each width, by name; of one that people named a width for always the same.
+) -> dict[Form, dict[str, LayerPlan]]:
+    """What becomes of each tensor in each form, by name; of one that people named a width for always the same.
 
     Input channels of those in `plain` are not equalized.
     """
     every = {}
-    for bits in LAYER_WIDTHS:
-        widths = {info.name: LayerWidth(bits=bits, because="", equalize=info.name not in plain) for info in tensors}
+    for form in _forms(config, calibrated):
+        widths = {info.name: LayerWidth.of(form, equalize=info.name not in plain) for info in tensors}
         plans = plan_model(tensors, config, calibrated, widths)
-        every[bits] = {plan.tensor.name: plan for plan in plans}
+        every[form] = {plan.tensor.name: plan for plan in plans}
     return every
+
+
+def _forms(config: DiffusionQuantConfig, calibrated: Calibrated) -> list[Form]:
+    """Every width as asked; and then at 2 and 4 bits what stores fewer parameters, where nobody asked for them by name.
+
+    That is the affine grid where modality alone chose the residual one, and groups of twice as many columns.
+    """
+    asked, residual = config.group_size, config.method is None and calibrated.method == "r2q"
+    coarse = None if asked is None or COARSER * asked > LARGEST_GROUP else COARSER * asked
+    found = [Form(bits) for bits in LAYER_WIDTHS]
+    found += [Form(bits, affine=True) for bits in COARSE if residual]
+    return found + [Form(bits, coarse, residual) for bits in COARSE if coarse]
+
+
+def forms_apart(plans: Mapping[Form, Mapping[str, LayerPlan]], name: str) -> tuple[Form, ...]:
+    """The forms of a layer that are stored in different ways; of those that are not, the first one."""
+    found: dict[Layout | None, Form] = {}
+    for form, planned in plans.items():
+        found.setdefault(planned[name].layout, form)
+    return tuple(found.values())
 
 
 def refuse_unused_names(tensors: Iterable[TensorInfo], config: DiffusionQuantConfig) -> None:
@@ -157,21 +179,28 @@ def refuse_unused_names(tensors: Iterable[TensorInfo], config: DiffusionQuantCon
         )
 
 
-def _method(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated, bits: int) -> Method:
+def _method(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated, width: LayerWidth) -> Method:
     if tensor.name in calibrated.names:
-        affine = config.method is None and bits >= RESIDUAL_BELOW
+        affine = width.affine or (config.method is None and width.bits >= RESIDUAL_BELOW)
         return "gptq" if affine else calibrated.method
     return config.method if config.method and config.method != "gptq" else "clip"
+
+
+def _group_size(tensor: TensorInfo, config: DiffusionQuantConfig, width: LayerWidth) -> int | None:
+    """As asked where a row has no more columns: larger groups would be the same ones."""
+    asked = config.group_size
+    columns = math.prod(tensor.shape[quant_axis(tensor.shape) :])
+    return asked if asked is None or columns <= asked else width.group_size or asked
 
 
 def _plan(tensor: TensorInfo, config: DiffusionQuantConfig, calibrated: Calibrated, width: LayerWidth) -> LayerPlan:
     reason, bits = _reason_to_keep(tensor, config), width.bits
     if reason is not None or bits == KEPT:
         return _kept(tensor, f"int{config.bit_width}", reason or width.because)
-    method = _method(tensor, config, calibrated, bits)
+    method = _method(tensor, config, calibrated, width)
     spec = LayerSpec(
         bits=bits,
-        group_size=config.group_size,
+        group_size=_group_size(tensor, config, width),
         method=method,
         symmetric=config.symmetric,
         equalize=width.equalize,
@@ -233,9 +262,14 @@ def _quantized(
         kind="fallback" if width.fallback else "quantized",
         asked=got if config.has_target and not width.fallback else f"int{config.bit_width}",
         got=got,
-        because=f"{rest} as asked{ragged}" + (f", {width.because}" if width.because else ""),
+        because=f"{rest}{_asked(width)}{ragged}" + (f", {width.because}" if width.because else ""),
         method=spec.method,
     )
+
+
+def _asked(width: LayerWidth) -> str:
+    """Whether more of a form than its bits was chosen by measuring, as a decision says it."""
+    return " as asked" if width.form == Form(width.bits) else " as chosen"
 
 
 def quant_axis(shape: tuple[int, ...]) -> int:

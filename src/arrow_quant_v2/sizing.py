@@ -17,6 +17,7 @@ from arrow_quant_v2.layer_widths import LayerWidth
 from arrow_quant_v2.losses import losses_of_weights, losses_on_stats, measured_losses
 from arrow_quant_v2.plan import Calibrated, likely_calibrated
 from arrow_quant_v2.preparation import tied_tensors
+from arrow_quant_v2.stats_reuse import calibrated_by_stats
 from arrow_quant_v2.trials import Trials
 from arrow_quant_v2.whole_plans import Spent, kept_plans, measured_plan, whole_plans
 
@@ -144,19 +145,27 @@ def refuse_sizes_out_of_reach(
     What calibration will reach is told before the model is opened; one that cannot be is told later.
 
     Raises:
-        ConfigurationError: says what is possible.
+        ConfigurationError: says what is possible; or stats are of another model.
+        StoreError: stats are damaged.
     """
     if not config.has_target:
         return
-    try:
-        tied = tied_tensors(model, config)
-    except (ConfigurationError, SourceError):
-        tied = {}
-    calibrated = likely_calibrated(source.tensors, config, modality, tied)
+    calibrated = _foreseen(source, model, modality, config)
     component = model.component if model else ""
     refuse_unreachable(
         Scope(tensors=source.tensors, config=config, modality=modality, component=component, calibrated=calibrated)
     )
+
+
+def _foreseen(source: Source, model: Model | None, modality: Modality, config: DiffusionQuantConfig) -> Calibrated:
+    """What will be fitted: as stats tell, or as names and shapes do."""
+    if config.stats is not None:
+        return calibrated_by_stats(config.stats, source, config, modality)
+    try:
+        tied = tied_tensors(model, config)
+    except (ConfigurationError, SourceError):
+        tied = {}
+    return likely_calibrated(source.tensors, config, modality, tied)
 
 
 def refuse_too_large(folder: Path, config: DiffusionQuantConfig, out: Path) -> None:

@@ -12,7 +12,7 @@ from arrow_quant_v2.calibration.stored_stats import KeptStats
 from arrow_quant_v2.engines.local import ordered_map
 from arrow_quant_v2.errors import ConfigurationError, StoreError
 from arrow_quant_v2.fallback import Bar
-from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
+from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, calibrated_method, plan_model, quant_axis
 from arrow_quant_v2.publish import content_hash, source_hash
 from arrow_quant_v2.sequential import Fitting, fit_input
 from arrow_quant_v2.store.crc32 import crc32
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.calibrated_run import CalibratedPlans, FittedRun
     from arrow_quant_v2.calibration.stored_stats import KeptInput
+    from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.packed import TensorInfo
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.sources.base import Source
@@ -50,11 +51,11 @@ def _checksum(source: Source, info: TensorInfo) -> int:
     return total
 
 
-def open_stats(path: str, source: Source) -> KeptStats:
-    """The stats in a folder, which must be of this very model.
+def stats_of(path: str, source: Source) -> KeptStats:
+    """The stats in a folder, which must be of a model with these tensors; their values are not read.
 
     Raises:
-        ConfigurationError: they are of another model, or of one with other values.
+        ConfigurationError: they are of another model.
         StoreError: they are damaged.
     """
     kept = KeptStats(Path(path))
@@ -62,11 +63,35 @@ def open_stats(path: str, source: Source) -> KeptStats:
         raise ConfigurationError(
             f"{path}: are stats of another model than {source.location}, with other tensors; calibrate this model"
         )
+    return kept
+
+
+def open_stats(path: str, source: Source) -> KeptStats:
+    """The stats in a folder, which must be of this very model.
+
+    Raises:
+        ConfigurationError: they are of another model, or of one with other values.
+        StoreError: they are damaged.
+    """
+    kept = stats_of(path, source)
     if kept.summary.model_content != values_hash(source):
         raise ConfigurationError(
             f"{path}: are stats of a model with the tensors of {source.location} but other values; calibrate this model"
         )
     return kept
+
+
+def calibrated_by_stats(path: str, source: Source, config: DiffusionQuantConfig, modality: Modality) -> Calibrated:
+    """Which layers will be fitted to the stats in a folder, and how; reads no values.
+
+    Raises:
+        ConfigurationError: they are of another model.
+        StoreError: they are damaged.
+    """
+    method = calibrated_method(config, modality)
+    if method is None:
+        return NOTHING_CALIBRATED
+    return Calibrated(names=frozenset(stats_of(path, source).summary.layers), method=method)
 
 
 def run_on_stats(run: FittedRun, kept: KeptStats) -> CalibratedPlans:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from arrow_quant_v2.allocation import LayerLoss, allocate
-from arrow_quant_v2.layer_widths import LayerWidth
-from arrow_quant_v2.packed import WIDTHS
+from arrow_quant_v2.layer_widths import Form, LayerWidth
 from arrow_quant_v2.plan import LOOKUP
 from arrow_quant_v2.workfolder import explained, write_whole
 
@@ -33,7 +33,7 @@ FIRST = 2.0**20  # times as much as the others, for layers that come before all 
 
 @dataclass(frozen=True, kw_only=True)
 class WholePlan:
-    """The width of every layer of which there was a choice; `lost` of the outputs, None where that is not known.
+    """The form of every layer of which there was a choice; `lost` of the outputs, None where that is not known.
 
     failed  why it could not be made, and so loses everything; empty where it could
     """
@@ -88,8 +88,8 @@ def whole_plans(scope: Scope, measured: Table, own: Table) -> tuple[WholePlan, .
     return tuple(_told(plan, first, len(found)) for plan in found.values())
 
 
-def _choice(plan: WholePlan) -> tuple[tuple[str, int, bool], ...]:
-    return tuple((name, one.bits, one.equalize) for name, one in sorted(plan.widths.items()))
+def _choice(plan: WholePlan) -> tuple[tuple[str, Form, bool], ...]:
+    return tuple((name, one.form, one.equalize) for name, one in sorted(plan.widths.items()))
 
 
 def _told(plan: WholePlan, measured: WholePlan, count: int) -> WholePlan:
@@ -100,27 +100,40 @@ def _told(plan: WholePlan, measured: WholePlan, count: int) -> WholePlan:
 
 
 def _tables(scope: Scope, measured: Table, own: Table) -> dict[str, Table]:
-    """What each layer is taken to lose in other ways, by their names."""
+    """What each layer is taken to lose in other ways, by their names; in none of them channels are equalized."""
     names = [info.name for info in scope.tensors if info.name in measured]
-    sizes = {info.name: info.numel for info in scope.tensors}
+    plain, alike = ({name: replace(table[name], equalized_with=()) for name in names} for table in (measured, own))
     ends = {*names[:1], *names[-1:], *(name for name in names if LOOKUP.search(name))}
     early = {name: EARLIEST ** (-place / len(names)) for place, name in enumerate(names)}
-    even = {name: replace(measured[name], at={bits: sizes[name] / 4.0**bits for bits in WIDTHS}) for name in names}
+    even = _even(scope, plain)
     return {
+        "no channels equalized": plain,
+        "between layers and outputs": {name: _between(plain[name], alike[name]) for name in names},
         "ends and tables first": {name: _times(even[name], FIRST if name in ends else early[name]) for name in names},
-        "between layers and outputs": {name: _between(measured[name], own[name]) for name in names},
-        "no channels equalized": {name: replace(one, equalized_with=()) for name, one in measured.items()},
-        "what each layer loses": own,
+        "what each layer loses": alike,
+    }
+
+
+def _even(scope: Scope, measured: Table) -> dict[str, LayerLoss]:
+    """The same for each weight: in each form what it loses, beside the narrowest one, in the middle of all layers."""
+    shares: dict[Form, list[float]] = {}
+    for one in measured.values():
+        for form, lost in one.at.items():
+            shares.setdefault(form, []).append(lost / one.at_most if one.at_most else 0.0)
+    usual = {form: median(found) for form, found in shares.items()}
+    sizes = {info.name: info.numel for info in scope.tensors}
+    return {
+        name: replace(one, at={form: sizes[name] * usual[form] for form in one.at}) for name, one in measured.items()
     }
 
 
 def _between(one: LayerLoss, other: LayerLoss) -> LayerLoss:
     """The geometric mean of both."""
-    return replace(one, at={bits: math.sqrt(one.at[bits] * other.at[bits]) for bits in WIDTHS})
+    return replace(one, at={form: math.sqrt(lost * other.at[form]) for form, lost in one.at.items()})
 
 
 def _times(loss: LayerLoss, factor: float) -> LayerLoss:
-    return replace(loss, at={bits: factor * lost for bits, lost in loss.at.items()})
+    return replace(loss, at={form: factor * lost for form, lost in loss.at.items()})
 
 
 # Kept
@@ -158,7 +171,7 @@ def _as_json(spent: Spent) -> str:
             "way": plan.way,
             "lost": plan.lost,
             "failed": plan.failed,
-            "widths": {name: [one.bits, one.because, one.equalize] for name, one in sorted(plan.widths.items())},
+            "widths": {name: [one.form, one.because, one.equalize] for name, one in sorted(plan.widths.items())},
         }
         for plan in spent.plans
     ]
@@ -174,6 +187,6 @@ def _spent(found: Mapping[str, Any]) -> Spent:
 
 def _widths(found: Mapping[str, Sequence[Any]]) -> dict[str, LayerWidth]:
     return {
-        name: LayerWidth(bits=bits, because=because, equalize=equalize)
-        for name, (bits, because, equalize) in found.items()
+        name: LayerWidth.of(Form(*form), because, equalize=equalize)
+        for name, (form, because, equalize) in found.items()
     }

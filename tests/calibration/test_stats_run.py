@@ -370,6 +370,18 @@ def test_stats_of_another_model_are_refused(model: Path, stats: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_doctor_says_what_the_stats_hold(model: Path, stats: Path, tmp_path: Path) -> None:
+    own = copied(stats, tmp_path / "stats")
+    kept = json.loads((own / "stats.json").read_text())
+    left_out = kept["inputs"].pop()
+    (own / "stats.json").write_text(json.dumps(kept))
+    found = [api.doctor(model, settings(stats=str(one)))["calibrated_layers"] for one in (stats, own)]
+    assert found == [14, 14 - len(left_out["layers"])]
+    save_folder(tmp_path / "third", small_module("BertForMaskedLM", hidden_size=64))
+    with pytest.raises(ConfigurationError, match="stats of another model than"):
+        api.doctor(tmp_path / "third", settings(stats=str(stats)))
+
+
 def test_stats_whose_layers_are_not_the_model_s_are_refused(model: Path, stats: Path, tmp_path: Path) -> None:
     own = copied(stats, tmp_path / "stats")
     text = (own / "stats.json").read_text()

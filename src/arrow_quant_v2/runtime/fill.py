@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from arrow_quant_v2.runtime.modules import Activations
-    from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.runtime.stacks import Stored
     from arrow_quant_v2.store.entries import LayerEntry
     from arrow_quant_v2.store.record import Payload

@@ -392,12 +392,17 @@ namespace {
 
 constexpr int64_t FEW_COLUMNS = 4096;  // whose floats, of two times as many rows, stay in the second-level cache
 
+// How many tiles a thread takes at a time, of rows that are decoded and meet all panels; a kernel begins with memory of its own.
+int64_t tiles_at_once(const TiledProduct& ask, int threads) {
+  return step_of(ask.tiles(), (1 + ask.panels()) * ask.of.columns * ask.tile_rows / 2, threads);
+}
+
 void multiply_tiles_of_floats(TiledProduct ask, int threads) {
   const KernelTable* table = chosen.load();
   std::vector<float> inputs(ask.panels() * ask.of.columns * ask.lanes);
   ask.inputs_of_panels = inputs.data();
   if (ask.of.columns <= FEW_COLUMNS) ask.tile_rows *= 2;
-  over_both(ask, table->fill_panels, ask.panels(), table->tiled_product, ask.tiles(), 1, threads);
+  over_both(ask, table->fill_panels, ask.panels(), table->tiled_product, ask.tiles(), tiles_at_once(ask, threads), threads);
 }
 
 void multiply_tiles_of_bytes(TiledProduct ask, int threads) {
@@ -407,7 +412,8 @@ void multiply_tiles_of_bytes(TiledProduct ask, int threads) {
   ask.inputs_of_panels = inputs.data();
   ask.steps = steps.data();
   ask.sums = sums.data();
-  over_both(ask, table->fill_rounded_panels, ask.panels(), table->rounded_tiled_product, ask.tiles(), 1, threads);
+  over_both(ask, table->fill_rounded_panels, ask.panels(), table->rounded_tiled_product, ask.tiles(),
+            tiles_at_once(ask, threads), threads);
 }
 
 // Lanes of a panel for so many rows of x, or their pieces.

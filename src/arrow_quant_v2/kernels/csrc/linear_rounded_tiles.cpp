@@ -39,7 +39,7 @@ namespace AQ_ISA {
 // Up to two sums of bytes are faster than one of floats; more are, as long as decoding takes most of the time.
 bool tiles_bytes(const Product& ask, int pieces) {
   const int sums = (ask.residual ? 2 : 1) * pieces;
-  return sums <= 2 || ask.count <= (sums == 3 ? 128 : sums == 4 ? 64 : 16);
+  return sums <= 2 || ask.count <= (sums == 3 ? 32 : sums == 4 ? 64 : 16);
 }
 constexpr int CODE_ROWS = 12;  // that meet a panel together
 #else
@@ -92,7 +92,8 @@ struct LaneRows {
   }
 
   void to_lane(const int8_t* from, int32_t* to) const {
-    for (int64_t w = 0; w < ask.words(); w++) std::memcpy(to + w * ask.lanes, from + w * 4, 4);
+    const int64_t words = ask.words(), lanes = ask.lanes;
+    for (int64_t w = 0; w < words; w++) std::memcpy(to + w * lanes, from + w * 4, 4);
   }
 };
 

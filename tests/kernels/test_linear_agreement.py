@@ -155,6 +155,47 @@ def test_beside_a_great_input_small_ones_keep_their_part(bits: int) -> None:
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("count", [1, 3, 9, 20])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_in_a_long_group_too_a_great_input_leaves_small_ones_their_part(bits: int, count: int) -> None:
+    weight, x = gaussian(8, 1024) * 0.02, gaussian(count, 1024)
+    weight[:, 70], x[:, 70] = 0.0, 2.0**14  # only the others are seen in the result
+    codes, scales, zeros, row_scales, _ = ops.quantize(weight, bits, 1024, True, ())
+    stored = (codes, scales, zeros, row_scales)
+    some = Case(stored=stored, bias=None, bits=bits, group_size=1024, grid="affine")
+    expected = x.bfloat16().double() @ some.weight(1024).T
+    added = gaussian(count, 1024).abs().double() @ some.weight(1024).abs().T
+    found = products.linear(x.bfloat16(), *some.arguments).double()
+    assert ((found - expected).abs() <= 2.0**-7 * added).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("count", "dtype"), [(300, FLOATS[0]), (1100, FLOATS[1]), (2100, FLOATS[2])])
+@pytest.mark.parametrize("grid", ["affine", "r2q"])
+@pytest.mark.parametrize("name", OPS)
+def test_many_rows_of_inputs_meet_every_column(name: str, grid: str, count: int, dtype: torch.dtype) -> None:
+    some = case(13, 1030, 64, 4, grid, bias=True)
+    assert error(name, gaussian(count, 1030).to(dtype), some) <= 1.0
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+@pytest.mark.parametrize("grid", ["affine", "r2q"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_row_of_the_weight_without_a_finite_scale_spoils_itself_alone(name: str, grid: str, scale: float) -> None:
+    some = case(20, 192, 64, 4, grid)
+    for count, dtype in ((1, FLOATS[1]), (3, FLOATS[0]), (9, FLOATS[1]), (40, FLOATS[2]), (70, FLOATS[1])):
+        x = gaussian(count, 192).to(dtype)
+        sound = getattr(products, name)(x, *some.arguments, *OPS[name])
+        row_scales = some.stored[3].clone()
+        row_scales[17] = scale
+        found = getattr(products, name)(x, *some.stored[:3], row_scales, *some.arguments[4:], *OPS[name])
+        assert not found[:, 17].isfinite().any()
+        found[:, 17] = sound[:, 17]
+        assert torch.equal(found, sound)
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("name", OPS)
 def test_groups_may_start_within_a_byte(name: str) -> None:
     zeros = torch.randint(256, (3, 7), dtype=torch.uint8)

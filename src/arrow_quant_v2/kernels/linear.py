@@ -3,7 +3,8 @@
 What is registered here is the meaning in plain torch, which runs everywhere; device kernels register beside it. They
 add up in another order, and are held to the meaning by its rounding. Where x is bfloat16, they may round W and what x
 is rounded to as well; where x of 16 bits is rounded to 8, they may round W so too, a run of a row by the greatest that
-its codes can mean. Of the x of a group they may leave out 2^-24 of its greatest.
+its codes can mean. Of the x of a group they may leave out 2^-24 of its greatest, 2^-16 where x is bfloat16 and the
+group has at most 256 columns.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ MOST_DIRECT = 4
 MOST_IN_PIECES = 2
 """The same where inputs go as they are to whole numbers, three for each, and there is a matrix unit."""
 MOST_IN_PANELS = 256
-"""Rows of x up to which our product of dequantized rows is faster than torch's of tiles."""
+"""Rows of x up to which our product of dequantized rows is faster than torch's of tiles; that of bytes always is."""
 MOST_IN_GROUP = 1 << 16
 """Columns of a group whose whole numbers still fit in 32 bits."""
 AS_IT_IS = (0, 0.0, 0)
@@ -56,6 +56,8 @@ OPERANDS = (
     POINTER, NUMBER, SIZE, POINTER, POINTER,  # inputs, their dtype and count; bias; result
 )  # fmt: skip
 """What every kernel of the library takes."""
+MEETS_BYTES = (SIZE, NUMBER, SIZE, NUMBER, NUMBER, SIZE)
+"""What the question takes whether x meets tiles of bytes: columns, bits, group, grid; dtype and count of x."""
 ROUNDING = (SIZE, ctypes.c_float, NUMBER)
 FURTHER = {
     "aq_linear": (NUMBER,),
@@ -77,6 +79,7 @@ def declare(library: ctypes.CDLL) -> None:
     for name, types in (taken | {"aq_dequantize": VALUES, "aq_dequantize_r2q": VALUES}).items():
         getattr(library, name).argtypes = types
         getattr(library, name).restype = None
+    library.aq_tiles_bytes.argtypes = MEETS_BYTES
 
 
 def register(library: ctypes.CDLL, threads: Callable[[], int]) -> None:
@@ -175,7 +178,7 @@ class Kernels:
         direct = groups_start_on_bytes(weight)
         if count > MOST_IN_PIECES and direct and self.library.aq_multiplies_blocks():
             return self._blocks(x, count, operand, bias, *AS_IT_IS)
-        if count > MOST_IN_PANELS or not direct or weight.group > MOST_IN_GROUP:
+        if not direct or weight.group > MOST_IN_GROUP or not self._faster_than_torch(x, count, weight):
             return by_tiles(x.reshape(count, -1), weight, bias).reshape(*x.shape[:-1], -1)
         kernel = self.library.aq_linear if count <= MOST_DIRECT else self.library.aq_linear_tiled
         return _call(kernel, x, count, operand, bias, self.threads())
@@ -209,6 +212,13 @@ class Kernels:
         kernel = self.library.aq_dequantize_r2q if weight.grid == "r2q" else self.library.aq_dequantize
         kernel(*addresses, made.data_ptr(), DTYPES[dtype], rows, columns, bits, group, self.threads())
         return made
+
+    def _faster_than_torch(self, x: Tensor, count: int, weight: Weight) -> bool:
+        """Whether so many rows of x as they are meet decoded rows here, and not torch's product of tiles."""
+        if count <= MOST_IN_PANELS:
+            return True
+        how = (weight.bits, weight.group, weight.grid == "r2q", DTYPES[x.dtype])
+        return bool(self.library.aq_tiles_bytes(weight.columns, *how, count))
 
     def _have_blocks(self, count: int, weight: Weight) -> bool:
         """Whether a matrix unit takes rounded inputs: in whole numbers or in bfloat16."""

@@ -238,7 +238,7 @@ Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* ze
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 10; }
+AQ_EXPORT int aq_abi() { return 11; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -392,12 +392,17 @@ namespace {
 
 constexpr int64_t FEW_COLUMNS = 4096;  // whose floats, of two times as many rows, stay in the second-level cache
 
+// How many tiles a thread takes at a time, of rows that are decoded and meet all panels; a kernel begins with memory of its own.
+int64_t tiles_at_once(const TiledProduct& ask, int threads) {
+  return step_of(ask.tiles(), (1 + ask.panels()) * ask.of.columns * ask.tile_rows / 2, threads);
+}
+
 void multiply_tiles_of_floats(TiledProduct ask, int threads) {
   const KernelTable* table = chosen.load();
   std::vector<float> inputs(ask.panels() * ask.of.columns * ask.lanes);
   ask.inputs_of_panels = inputs.data();
   if (ask.of.columns <= FEW_COLUMNS) ask.tile_rows *= 2;
-  over_both(ask, table->fill_panels, ask.panels(), table->tiled_product, ask.tiles(), 1, threads);
+  over_both(ask, table->fill_panels, ask.panels(), table->tiled_product, ask.tiles(), tiles_at_once(ask, threads), threads);
 }
 
 void multiply_tiles_of_bytes(TiledProduct ask, int threads) {
@@ -407,16 +412,34 @@ void multiply_tiles_of_bytes(TiledProduct ask, int threads) {
   ask.inputs_of_panels = inputs.data();
   ask.steps = steps.data();
   ask.sums = sums.data();
-  over_both(ask, table->fill_rounded_panels, ask.panels(), table->rounded_tiled_product, ask.tiles(), 1, threads);
+  over_both(ask, table->fill_rounded_panels, ask.panels(), table->rounded_tiled_product, ask.tiles(),
+            tiles_at_once(ask, threads), threads);
 }
 
-// Lanes of a panel for so many rows of x.
+// Lanes of a panel for so many rows of x, or their pieces.
 int64_t lanes_for(int64_t count) {
   const int64_t lanes = chosen.load()->lanes;
   return count > lanes ? 2 * lanes : lanes;
 }
 
+bool tiles_bytes(const Product& ask, int pieces) {
+  const bool whole_words = ask.of.group % TiledProduct::WORD_COLUMNS == 0 || ask.of.groups == 1;
+  return whole_words && chosen.load()->tiles_bytes(ask, pieces);
+}
+
+// As how many pieces x as it is meets tiles of bytes; 0 where floats are faster.
+int pieces_of_tiles(const Product& ask) {
+  const int pieces = chosen.load()->pieces(ask);
+  return pieces && tiles_bytes(ask, pieces) ? pieces : 0;
+}
+
 }  // namespace
+
+// 1 where so many rows of x meet tiles of bytes in aq_linear_tiled.
+AQ_EXPORT int aq_tiles_bytes(int64_t columns, int bits, int64_t group, int residual, int dtype, int64_t count) {
+  const Dequantize of = packed(nullptr, nullptr, nullptr, nullptr, columns, bits, group);
+  return pieces_of_tiles({of, residual != 0, 0, nullptr, (Dtype)dtype, count, nullptr, nullptr, nullptr, nullptr}) != 0;
+}
 
 // For many rows of x.
 AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, const uint8_t* zero_points,
@@ -425,8 +448,10 @@ AQ_EXPORT void aq_linear_tiled(const uint8_t* codes, const uint8_t* scales, cons
                                int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  const RoundedProduct as_it_is{ask, false, 0.0f, 0.0f, nullptr, nullptr, 1, of.group};
-  multiply_tiles_of_floats({as_it_is, false, lanes_for(count), nullptr}, threads);
+  const int pieces = pieces_of_tiles(ask);
+  const RoundedProduct as_it_is{ask, false, 0.0f, 0.0f, nullptr, nullptr, std::max(pieces, 1), of.group};
+  (pieces ? multiply_tiles_of_bytes : multiply_tiles_of_floats)(
+      {as_it_is, false, lanes_for(count * as_it_is.pieces), nullptr}, threads);
 }
 
 // For many rows of x, rounded as aq_linear_rounded does.
@@ -436,10 +461,8 @@ AQ_EXPORT void aq_linear_rounded_tiled(const uint8_t* codes, const uint8_t* scal
                                        const float* bias, void* y, int64_t run, float step, int zero, int threads) {
   const Dequantize of = packed(codes, scales, zero_points, row_scales, columns, bits, group);
   const Product ask{of, residual != 0, rows, x, (Dtype)dtype, count, nullptr, nullptr, bias, y};
-  const bool whole_words = group % TiledProduct::WORD_COLUMNS == 0 || of.groups == 1;
-  const bool bytes = !ask.residual && whole_words && chosen.load()->tiles_bytes(bits);
   const RoundedProduct rounded{ask, step > 0.0f, step, (float)zero, nullptr, nullptr, 1, run};
-  (bytes ? multiply_tiles_of_bytes : multiply_tiles_of_floats)({rounded, true, lanes_for(count), nullptr}, threads);
+  (tiles_bytes(ask, 1) ? multiply_tiles_of_bytes : multiply_tiles_of_floats)({rounded, true, lanes_for(count), nullptr}, threads);
 }
 
 namespace {

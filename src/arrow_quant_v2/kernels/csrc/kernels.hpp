@@ -93,6 +93,7 @@ struct Product {
   int64_t group_bytes() const { return (of.group * of.bits + 7) / 8; }
   int64_t blocks() const { return (group_bytes() + 15) / 16; }
   int64_t group_places() const { return blocks() * 16 * codes_of_byte(); }
+  int64_t columns_of(int64_t g) const { return g + 1 < of.groups ? of.group : of.columns - g * of.group; }
 };
 
 // The same with x rounded to whole numbers q of 8 bits: x ~ step * q, and for a fixed step x ~ step * (q + correction).
@@ -102,7 +103,7 @@ struct Product {
 //
 // Inputs as they are have some pieces, x = step * (q + q' / 254 + q'' / 254^2): what one leaves, at most half of its unit,
 // the next one has in a unit that is 254 times finer. Two leave 2^-16 of a group's greatest value, which is enough for
-// bfloat16; three leave 2^-24.
+// bfloat16 in groups of up to 256 columns; three leave 2^-24.
 struct RoundedProduct : Product {
   bool fixed;         // one step for all, else absmax / 127 of each run of a row
   float step;         // the fixed one
@@ -126,9 +127,9 @@ struct RoundedProduct : Product {
 // rows, and each meets the inputs of a whole panel.
 //
 //   floats   (panels, columns, lanes): x as it is, or rounded
-//   bytes    (panels, words of four columns, lanes): rounded x, which meets the affine grid only
+//   bytes    (panels, words of four columns, lanes): rounded x, or x as it is in pieces, one of all rows before the next
 //
-// `steps` and `sums` are (panels, groups, lanes), of bytes.
+// `steps` and `sums` are (panels, groups, lanes), of bytes; a piece has the step of its unit, and the first has the sum.
 struct TiledProduct : RoundedProduct {
   static constexpr int64_t TILE_ROWS = 12, WORD_COLUMNS = 4;
   bool rounded;
@@ -136,7 +137,8 @@ struct TiledProduct : RoundedProduct {
   void* inputs_of_panels;
   int64_t tile_rows = TILE_ROWS;
 
-  int64_t panels() const { return (count + lanes - 1) / lanes; }
+  int64_t rows_of_panel() const { return lanes / pieces; }
+  int64_t panels() const { return (count + rows_of_panel() - 1) / rows_of_panel(); }
   int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows; }
   int64_t words() const { return (of.columns + WORD_COLUMNS - 1) / WORD_COLUMNS; }
 };
@@ -238,7 +240,7 @@ struct KernelTable {
   int lanes;  // of one vector
   void (*fill_panels)(const TiledProduct&, int64_t first, int64_t last);  // panels
   void (*tiled_product)(const TiledProduct&, int64_t first, int64_t last);  // tiles
-  bool (*tiles_bytes)(int bits);  // whether bytes are faster than floats
+  bool (*tiles_bytes)(const Product&, int pieces);  // whether so many bytes for an input are faster than floats
   void (*fill_rounded_panels)(const TiledProduct&, int64_t first, int64_t last);
   void (*rounded_tiled_product)(const TiledProduct&, int64_t first, int64_t last);
   void (*fill_blocks)(const BlockProduct&, int64_t first, int64_t last);  // panels; null where there is no matrix unit

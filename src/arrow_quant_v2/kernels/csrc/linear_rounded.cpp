@@ -25,12 +25,15 @@
 
 namespace AQ_ISA {
 
+// Whether two pieces leave less than bfloat16 itself does: of a long group, one great value would take much from all others.
+[[maybe_unused]] static bool two_are_enough(const Product& ask) { return ask.dtype == BFLOAT16 && ask.of.group <= 256; }
+
 // Three products of bytes are faster than floats where one instruction adds them in words. Where it takes three, two are,
 // unless each is needed twice, for the residual grid, or in 16 bits, for codes of 8 bits.
 #if defined(__AVX512VNNI__)
-int pieces(const Product& ask) { return ask.dtype == BFLOAT16 ? 2 : 3; }
+int pieces(const Product& ask) { return two_are_enough(ask) ? 2 : 3; }
 #elif defined(__AVX2__)
-int pieces(const Product& ask) { return ask.dtype == BFLOAT16 && !ask.residual && ask.of.bits < 8 ? 2 : 0; }
+int pieces(const Product& ask) { return two_are_enough(ask) && !ask.residual && ask.of.bits < 8 ? 2 : 0; }
 #else
 int pieces(const Product&) { return 0; }
 #endif
@@ -58,63 +61,44 @@ struct RowInputs {
   const RoundedProduct& ask;
   const int64_t group_places, stream;
   RoundedRow row;
-  std::vector<float> group;
-  std::vector<int8_t> whole;
+  GroupPieces group;
 
   explicit RowInputs(const RoundedProduct& ask)
       : ask(ask),
         group_places(ask.group_words() * 4 * ask.codes_of_byte()),
         stream(ask.stream_places()),
         row(ask),
-        group((ask.of.group + LANES - 1) / LANES * LANES),
-        whole(ask.pieces * group.size()) {}
+        group(ask) {}
 
   // Rounded by runs.
   void read_rounded(int64_t m, int8_t* to) {
     row.read(m);
     for (int64_t g = 0; g < ask.of.groups; g++) {
       const int8_t* from = &row.whole[g * ask.of.group];
-      std::copy_n(from, columns_of(g), to + g * group_places);
+      std::copy_n(from, ask.columns_of(g), to + g * group_places);
       const float step = ask.steps[m * ask.of.groups + g] = row.step_at(g * ask.of.group);
-      ask.sums[m * ask.of.groups + g] = step * (float)std::accumulate(from, from + columns_of(g), 0);
+      ask.sums[m * ask.of.groups + g] = step * (float)std::accumulate(from, from + ask.columns_of(g), 0);
     }
   }
 
   // As they are: a sum of pieces.
   void read_pieces(int64_t m, int8_t* to) {
-    const int64_t padded = (int64_t)group.size();
     for (int64_t g = 0; g < ask.of.groups; g++) {
-      std::fill(group.begin(), group.end(), 0.0f);
-      read_floats(ask.x, ask.dtype, m * ask.of.columns + g * ask.of.group, columns_of(g), group.data());
-      ask.sums[m * ask.of.groups + g] = sum_of(group.data(), padded);
-      ask.steps[m * ask.of.groups + g] = round_pieces(columns_of(g));
+      group.read(m, g);
+      ask.sums[m * ask.of.groups + g] = group.sum;
+      ask.steps[m * ask.of.groups + g] = group.step;
       for (int p = 0; p < ask.pieces; p++)
-        std::copy_n(&whole[p * padded], columns_of(g), to + p * stream + g * group_places);
+        std::copy_n(group.piece(p), ask.columns_of(g), to + p * stream + g * group_places);
     }
   }
 
   // Of which the sums of W's rows come.
   void fill_with_ones(int64_t m, int8_t* to) {
     for (int64_t g = 0; g < ask.of.groups; g++) {
-      std::fill_n(to + g * group_places, columns_of(g), (int8_t)1);
+      std::fill_n(to + g * group_places, ask.columns_of(g), (int8_t)1);
       ask.steps[m * ask.of.groups + g] = 1.0f;
-      ask.sums[m * ask.of.groups + g] = (float)columns_of(g);
+      ask.sums[m * ask.of.groups + g] = (float)ask.columns_of(g);
     }
-  }
-
- private:
-  int64_t columns_of(int64_t g) const { return std::min(ask.of.group, ask.of.columns - g * ask.of.group); }
-
-  // Of the group that was read, of n columns.
-  float round_pieces(int64_t n) {
-    const int64_t padded = (int64_t)group.size();
-    const float step = round_group(ask, group.data(), n, padded, whole.data());
-    float unit = step;
-    for (int p = 1; p < ask.pieces; p++, unit = 1.0f) {
-      leave_rest(group.data(), padded, unit, &whole[(p - 1) * padded]);
-      round_lanes(group.data(), padded, 1.0f, ask.MIDDLE, &whole[p * padded]);
-    }
-    return step;
   }
 };
 

@@ -1,15 +1,26 @@
 // Many inputs rounded to 8 bits times packed weights, in whole numbers; compiled once per instruction set, for x86 only:
-// elsewhere floats are as fast.
+// elsewhere floats are as fast. Inputs as they are go the same way where one instruction adds products of bytes, as two or
+// three whole numbers each (RoundedProduct).
 //
-//   y = sum over groups of  step_x (step * sum code_j q_j + base * sum q_j)
+//   y = sum over groups of  step_x (step * sum code_j q_j + jump * sum top_j q_j + base * sum q_j)
 //
-// as in linear_rounded.cpp, on the affine grid: on the other one two sums for each code are no faster than one of floats,
-// nor are codes of 8 bits where the processor has no VNNI. The codes of a few rows are unpacked to bytes; a word of them,
-// that is four columns, meets the same columns of a panel of inputs, one word for each.
+// as in linear_rounded.cpp. A word of codes, that is four columns, meets the same columns of a panel of inputs, one word
+// for each lane; on the r2q grid the codes of a row are two rows of bytes:
 //
-// Two products of bytes are added in 16 bits: |2 * 3 * 128| and |2 * 15 * 128| leave room for 42 and 8 of them.
-// Measured on an EPYC 7003 (AVX2, 2 cores): python bench/linear.py.
+//   tile    (rows of codes, columns together): bytes
+//   panel   (words, lanes): all rows of x, or the first piece of some rows, then their second one
+//
+// Where both x and W may be rounded to 8 bits, codes of 2 and 4 bits on the r2q grid are: each group has 255 equal steps
+// from its lowest level to its highest, and is an affine one.
+//
+// The codes of so many columns as stay in the first-level cache meet all panels, while the next ones are asked for. Every
+// sum is added from the first group to the last, so that results depend neither on threads nor on tiles.
+//
+// Where there is no VNNI, two products of bytes are added in 16 bits: |2 * 3 * 128| and |2 * 15 * 128| leave room for 42 and
+// 8 of them; there two sums for each code are no faster than one of floats, nor are codes of 8 bits.
+// Measured on an EPYC 7003 (AVX2) and a Xeon with AVX-512 VNNI, 2 cores each: python bench/linear.py.
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -25,74 +36,206 @@ namespace AQ_ISA {
 #if defined(__AVX2__)
 
 #if defined(__AVX512VNNI__)
-bool tiles_bytes(int) { return true; }
+// Up to two sums of bytes are faster than one of floats; more are, as long as decoding takes most of the time.
+bool tiles_bytes(const Product& ask, int pieces) {
+  const int sums = (ask.residual ? 2 : 1) * pieces;
+  return sums <= 2 || ask.count <= (sums == 3 ? 32 : sums == 4 ? 64 : 16);
+}
+constexpr int CODE_ROWS = 12;  // that meet a panel together
 #else
-bool tiles_bytes(int bits) { return bits < 8; }
+bool tiles_bytes(const Product& ask, int pieces) { return pieces == 1 && !ask.residual && ask.of.bits < 8; }
+constexpr int CODE_ROWS = 4;
 #endif
 
-// The whole numbers of one row of x to one lane of a panel.
-static void to_lane(const std::vector<int8_t>& row, const TiledProduct& ask, int32_t* to) {
-  for (int64_t w = 0; w < ask.words(); w++) {
-    int8_t word[4];
-    std::memcpy(word, &row[w * 4], 4);
-    std::memcpy(to + w * ask.lanes, word, 4);
-  }
-}
+// Columns whose codes of a tile, and whose inputs of a panel, stay in the first-level cache; panels whose sums stay in the next.
+constexpr int64_t COLUMNS_TOGETHER = 512, PANELS_TOGETHER = 64;
 
-// One row of x, and nothing where there is none, to one lane of a panel.
-static void fill_lane(const TiledProduct& ask, int64_t panel, int64_t lane, RoundedRow& row) {
-  const int64_t m = panel * ask.lanes + lane;
-  if (m < ask.count)
-    row.read(m);
-  else
-    std::fill(row.whole.begin(), row.whole.end(), (int8_t)0);
-  for (int64_t g = 0; g < ask.of.groups; g++) {
-    const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
-    const int64_t at = (panel * ask.of.groups + g) * ask.lanes + lane;
-    ask.steps[at] = m < ask.count ? row.step_at(start) : 0.0f;
-    ask.sums[at] = ask.steps[at] * (float)std::accumulate(&row.whole[start], &row.whole[start] + n, 0);
+// Rows of x to the lanes of panels, which hold zeros before.
+struct LaneRows {
+  const TiledProduct& ask;
+  const int64_t width;
+  RoundedRow rounded;
+  GroupPieces group;
+  std::vector<int8_t> whole;  // (pieces, width): of the row that was read
+
+  explicit LaneRows(const TiledProduct& ask)
+      : ask(ask), width(ask.words() * TiledProduct::WORD_COLUMNS), rounded(ask), group(ask), whole(ask.pieces * width) {}
+
+  void fill(int64_t panel, int64_t i) {
+    const int64_t m = panel * ask.rows_of_panel() + i, at = panel * ask.of.groups * ask.lanes + i;
+    ask.rounded ? read_rounded(m, at) : read_pieces(m, at);
+    for (int p = 0; p < ask.pieces; p++)
+      to_lane(&whole[p * width], (int32_t*)ask.inputs_of_panels + panel * ask.words() * ask.lanes + p * ask.rows_of_panel() + i);
   }
-}
+
+ private:
+  void read_rounded(int64_t m, int64_t at) {
+    rounded.read(m);
+    std::copy_n(rounded.whole.begin(), ask.of.columns, whole.begin());
+    for (int64_t g = 0; g < ask.of.groups; g++, at += ask.lanes) {
+      const auto first = whole.begin() + g * ask.of.group;
+      ask.steps[at] = rounded.step_at(g * ask.of.group);
+      ask.sums[at] = ask.steps[at] * (float)std::accumulate(first, first + ask.columns_of(g), 0);
+    }
+  }
+
+  void read_pieces(int64_t m, int64_t at) {
+    for (int64_t g = 0; g < ask.of.groups; g++, at += ask.lanes) {
+      group.read(m, g);
+      ask.sums[at] = group.sum;
+      float step = group.step;
+      for (int p = 0; p < ask.pieces; p++, step /= ask.FINER) {
+        ask.steps[at + p * ask.rows_of_panel()] = step;
+        std::copy_n(group.piece(p), ask.columns_of(g), &whole[p * width + g * ask.of.group]);
+      }
+    }
+  }
+
+  void to_lane(const int8_t* from, int32_t* to) const {
+    const int64_t words = ask.words(), lanes = ask.lanes;
+    for (int64_t w = 0; w < words; w++) std::memcpy(to + w * lanes, from + w * 4, 4);
+  }
+};
 
 void fill_rounded_panels(const TiledProduct& ask, int64_t first, int64_t last) {
-  RoundedRow row(ask);
+  LaneRows rows(ask);
   for (int64_t p = first; p < last; p++)
-    for (int64_t lane = 0; lane < ask.lanes; lane++) {
-      fill_lane(ask, p, lane, row);
-      to_lane(row.whole, ask, (int32_t*)ask.inputs_of_panels + p * ask.words() * ask.lanes + lane);
-    }
+    for (int64_t i = 0; i < std::min(ask.rows_of_panel(), ask.count - p * ask.rows_of_panel()); i++) rows.fill(p, i);
 }
 
-// The codes of some rows as bytes, and what they mean.
-struct CodeTile {
-  int64_t stride;  // bytes of a row
-  std::vector<uint8_t> all;
-  std::vector<RowLevels> levels;
-  std::vector<float> correction;  // of all inputs
+static void highest_bits(const uint8_t* __restrict codes, int64_t count, int half, uint8_t* __restrict to) {
+  for (int64_t j = 0; j < count; j++) to[j] = codes[j] >= half;
+}
 
-  explicit CodeTile(const TiledProduct& ask)
-      : stride((ask.words() * 4 + 63) / 64 * 64 + 64),  // not a multiple of 4 KiB, of which a cache keeps few lines
-        all(TiledProduct::TILE_ROWS * stride),
-        levels(TiledProduct::TILE_ROWS, RowLevels(ask)),
-        correction(TiledProduct::TILE_ROWS) {}
+// Whether W is rounded as x is.
+static bool rounds_weight(const TiledProduct& ask) {
+  return ask.residual && ask.rounded && ask.dtype != FLOAT32 && ask.of.bits < 8;
+}
 
-  void read(const TiledProduct& ask, int64_t row, int64_t count) {
-    for (int64_t r = 0; r < count; r++) {
-      levels[r].read(ask, row + r);
-      uint8_t* bytes = &all[r * stride];
-      unpack_row(ask.of.codes + (row + r) * ask.of.row_bytes, bytes, ask.of.columns, ask.of.bits);
-      if (ask.correction() != 0.0f) correction[r] = ask.step * ask.correction() * sum_of_row(ask, levels[r], bytes);
+#if defined(__AVX512VNNI__)
+// What each code of a group of the r2q grid becomes, 0 to 255, so that the grid is an affine one.
+struct CodeLists {
+  const Product& ask;
+  std::vector<uint8_t> lists;          // (groups, 16)
+  std::vector<float> lowest, inverse;  // (groups,): of levels beyond the base, and 255 / their range
+
+  explicit CodeLists(const Product& ask)
+      : ask(ask), lists(16 * ask.of.groups), lowest(ask.of.groups), inverse(ask.of.groups) {}
+
+  void read(RowLevels& levels) {
+    measure(levels);
+    const __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 upper = (__mmask16)(0xFFFFu << (1 << (ask.of.bits - 1)));
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      const __m512 level = _mm512_fmsub_ps(code, _mm512_set1_ps(levels.step[g]), _mm512_set1_ps(lowest[g]));
+      const __m512 all = _mm512_mask_add_ps(level, upper, level, _mm512_set1_ps(levels.jump[g]));
+      const __m512i place = _mm512_cvtps_epi32(_mm512_mul_ps(all, _mm512_set1_ps(inverse[g])));
+      _mm_storeu_si128((__m128i*)&lists[16 * g], _mm512_cvtepi32_epi8(place));
+    }
+    for (int64_t g = 0; g < ask.of.groups; g++) {
+      levels.base[g] += lowest[g];
+      levels.step[g] = 1.0f / inverse[g];
+    }
+  }
+
+  // Codes of a row from one group on.
+  void translate(int64_t g, uint8_t* codes, int64_t count) const {
+    for (; count > 0; count -= ask.of.group, codes += ask.of.group, g++) {
+      const __m512i list = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)&lists[16 * g]));
+      for (int64_t j = 0; j < ask.columns_of(g); j += 64) {
+        const __mmask64 some = ~0ull >> (64 - std::min<int64_t>(64, ask.columns_of(g) - j));
+        _mm512_mask_storeu_epi8(codes + j, some, _mm512_shuffle_epi8(list, _mm512_loadu_si512(codes + j)));
+      }
     }
   }
 
  private:
-  static float sum_of_row(const TiledProduct& ask, const RowLevels& of, const uint8_t* bytes) {
-    float sum = 0.0f;
+  // The lowest and the highest level are that of the first or last code without the highest bit, or with it.
+  void measure(const RowLevels& levels) {
+    const float half = (float)(1 << (ask.of.bits - 1)), least = std::numeric_limits<float>::min();
+    const float *__restrict step = levels.step.data(), *__restrict jump = levels.jump.data();
+    float *__restrict low = lowest.data(), *__restrict by = inverse.data();
     for (int64_t g = 0; g < ask.of.groups; g++) {
-      const int64_t start = g * ask.of.group, n = std::min(ask.of.group, ask.of.columns - start);
-      int32_t codes = 0;
-      for (int64_t j = 0; j < n; j++) codes += bytes[start + j];
-      sum += of.base[g] * (float)n + of.step[g] * (float)codes;
+      const float last = (half - 1.0f) * step[g], upper = half * step[g] + jump[g], last_upper = upper + last;
+      const float under = last < 0.0f ? last : 0.0f, over = last > 0.0f ? last : 0.0f;
+      const float least_upper = upper < last_upper ? upper : last_upper, most_upper = upper < last_upper ? last_upper : upper;
+      low[g] = under < least_upper ? under : least_upper;
+      const float range = (over > most_upper ? over : most_upper) - low[g], spoiled = last_upper - last_upper;
+      by[g] = 255.0f / ((range > 255.0f * least ? range : 255.0f * least) + spoiled);
+    }
+  }
+};
+#else
+struct CodeLists {
+  explicit CodeLists(const Product&) {}
+  void read(RowLevels&) {}
+  void translate(int64_t, uint8_t*, int64_t) const {}
+};
+#endif
+
+// The codes of some rows and columns as bytes, on the r2q grid with a row of their highest bits behind each.
+struct CodeTile {
+  const TiledProduct& ask;
+  const bool listed, two_rows;
+  const int64_t columns, stride;  // decoded together; bytes of a row, not a multiple of 4 KiB, of which a cache keeps few lines
+  int64_t first_row = 0, count = 0;
+  std::vector<uint8_t> all;
+  std::vector<RowLevels> levels;
+  std::vector<CodeLists> lists;
+  std::vector<float> more;  // what each row gets besides
+
+  explicit CodeTile(const TiledProduct& ask)
+      : ask(ask),
+        listed(rounds_weight(ask)),
+        two_rows(ask.residual && !listed),
+        columns(ask.of.groups == 1 ? ask.of.columns : std::max<int64_t>(1, COLUMNS_TOGETHER / ask.of.group) * ask.of.group),
+        stride((columns + 63) / 64 * 64 + 64),
+        all((two_rows ? 2 : 1) * TiledProduct::TILE_ROWS * stride),
+        levels(TiledProduct::TILE_ROWS, RowLevels(ask)),
+        lists(listed ? TiledProduct::TILE_ROWS : 0, CodeLists(ask)),
+        more(TiledProduct::TILE_ROWS) {}
+
+  void begin(int64_t tile) {
+    first_row = tile * TiledProduct::TILE_ROWS;
+    count = std::min(TiledProduct::TILE_ROWS, ask.rows - first_row);
+    for (int64_t r = 0; r < count; r++) {
+      levels[r].read(ask, first_row + r);
+      if (listed) lists[r].read(levels[r]);
+    }
+  }
+
+  // Columns from `start` on, the first ones first.
+  void decode(int64_t start) {
+    const int64_t some = std::min(columns, ask.of.columns - start);
+    for (int64_t r = 0; r < count; r++) {
+      uint8_t* bytes = row(r);
+      unpack_row(codes_of(r, start), bytes, some, ask.of.bits);
+      if (listed) lists[r].translate(start / ask.of.group, bytes, some);
+      if (two_rows) highest_bits(bytes, stride, 1 << (ask.of.bits - 1), bytes + stride);
+      if (start == 0) more[r] = 0.0f;
+      if (ask.correction() != 0.0f) more[r] += ask.step * ask.correction() * sum_of_row(r, start, some);
+    }
+  }
+
+  uint8_t* row(int64_t r) { return &all[(two_rows ? 2 : 1) * r * stride]; }
+
+  // Where those lie that are decoded after these, of this tile or, at the end of its rows, of the next one.
+  const uint8_t* next(int64_t start) const {
+    return start + columns < ask.of.columns ? codes_of(0, start + columns) : codes_of(TiledProduct::TILE_ROWS, 0);
+  }
+
+ private:
+  const uint8_t* codes_of(int64_t r, int64_t start) const {
+    return ask.of.codes + (first_row + r) * ask.of.row_bytes + start * ask.of.bits / 8;
+  }
+
+  float sum_of_row(int64_t r, int64_t start, int64_t some) {
+    float sum = 0.0f;
+    const uint8_t* first = row(r);
+    for (int64_t g = start / ask.of.group; g * ask.of.group < start + some; g++, first += ask.of.group) {
+      const int64_t n = ask.columns_of(g);
+      sum += levels[r].base[g] * (float)n + levels[r].step[g] * (float)std::accumulate(first, first + n, 0);
+      if (two_rows) sum += levels[r].jump[g] * (float)std::accumulate(first + stride, first + stride + n, 0);
     }
     return sum;
   }
@@ -104,102 +247,129 @@ AQ_INLINE WordPart everywhere(const uint8_t* word) {
   return WordPart{} + x;
 }
 
-template <int ROWS, int VECTORS>
-struct Whole {
-  WordPart sum[ROWS][VECTORS] = {};
-
-  // `words` words of codes, of rows that are `stride` bytes long, times those of a panel.
+// What so many words of all rows of codes, `stride` bytes long, and of a panel are together: (CODE_ROWS, VECTORS).
 #if defined(__AVX512VNNI__)
-  template <int BITS>
-  AQ_INLINE_MEMBER void add(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words) {
-    for (int64_t w = 0; w < words; w++, x += VECTORS * WIDTH)
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) {
-          const WordPart some = everywhere(codes + r * stride + 4 * w), inputs = load_bytes(x + v * WIDTH);
-          sum[r][v] = (WordPart)_mm512_dpbusd_epi32((__m512i)sum[r][v], (__m512i)some, (__m512i)inputs);
-        }
-  }
-#else
-  template <int BITS>
-  AQ_INLINE_MEMBER void add(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words) {
-    constexpr int64_t ROOM = BITS == 2 ? 32 : 8;
-    for (int64_t first = 0; first < words; first += ROOM) {
-      WordPart pairs[ROWS][VECTORS] = {};
-      const int64_t last = first + ROOM < words ? first + ROOM : words;
-      for (int64_t w = first; w < last; w++, x += VECTORS * WIDTH)
-        for (int r = 0; r < ROWS; r++)
-          for (int v = 0; v < VECTORS; v++) {
-            const WordPart some = everywhere(codes + r * stride + 4 * w), inputs = load_bytes(x + v * WIDTH);
-            pairs[r][v] = add_pairs(pairs[r][v], products_of_pairs(some, inputs));
-          }
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) sum[r][v] += multiply_pairs(pairs[r][v], WordPart{} + 0x00010001);
+template <int, int VECTORS>
+AQ_INLINE void add_words(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words, WordPart* to) {
+  WordPart sums[CODE_ROWS][VECTORS];
+  for (int r = 0; r < CODE_ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) sums[r][v] = WordPart{};
+  for (int64_t w = 0; w < words; w++, x += VECTORS * WIDTH)
+    for (int r = 0; r < CODE_ROWS; r++) {
+      const __m512i some = (__m512i)everywhere(codes + r * stride + 4 * w);
+      for (int v = 0; v < VECTORS; v++)
+        sums[r][v] = (WordPart)_mm512_dpbusd_epi32((__m512i)sums[r][v], some, (__m512i)load_bytes(x + v * WIDTH));
     }
+  for (int r = 0; r < CODE_ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) to[r * VECTORS + v] = sums[r][v];
+}
+#else
+template <int BITS, int VECTORS>
+AQ_INLINE void add_words(const uint8_t* codes, int64_t stride, const int32_t* x, int64_t words, WordPart* to) {
+  constexpr int64_t ROOM = BITS == 2 ? 32 : 8;
+  for (int i = 0; i < CODE_ROWS * VECTORS; i++) to[i] = WordPart{};
+  for (int64_t first = 0; first < words; first += ROOM) {
+    WordPart pairs[CODE_ROWS * VECTORS] = {};
+    const int64_t last = first + ROOM < words ? first + ROOM : words;
+    for (int64_t w = first; w < last; w++, x += VECTORS * WIDTH)
+      for (int i = 0; i < CODE_ROWS * VECTORS; i++) {
+        const WordPart some = everywhere(codes + i / VECTORS * stride + 4 * w), inputs = load_bytes(x + i % VECTORS * WIDTH);
+        pairs[i] = add_pairs(pairs[i], products_of_pairs(some, inputs));
+      }
+    for (int i = 0; i < CODE_ROWS * VECTORS; i++) to[i] += multiply_pairs(pairs[i], WordPart{} + 0x00010001);
   }
+}
 #endif
+
+// The decoded codes of some rows of W, from one on, and a panel, from the columns on that were decoded first. Codes that
+// are decoded next may be asked for on the way.
+struct Meeting {
+  int64_t row, panel, start;
+  const uint8_t* next;
+  float* sums;  // (rows, lanes)
 };
 
-template <int BITS, int ROWS, int VECTORS>
-static void multiply_rows(const TiledProduct& ask, const CodeTile& tile, int64_t at, int64_t panel, float* to) {
-  constexpr int64_t STEP = VECTORS * WIDTH;
-  const int32_t* x = (const int32_t*)ask.inputs_of_panels + panel * ask.words() * STEP;
-  const int64_t group_words = ask.of.groups == 1 ? ask.words() : ask.of.group / TiledProduct::WORD_COLUMNS;
-  FloatPart total[ROWS][VECTORS] = {};
-  for (int64_t g = 0; g < ask.of.groups; g++) {
-    const int64_t start = g * group_words, words = std::min(group_words, ask.words() - start);
-    const float *steps = ask.steps + (panel * ask.of.groups + g) * STEP, *sums = ask.sums + (steps - ask.steps);
-    const int64_t byte = at * tile.stride + 4 * start;
-    Whole<ROWS, VECTORS> all;
-    all.template add<BITS>(&tile.all[byte], tile.stride, x + start * STEP, words);
-    for (int r = 0; r < ROWS; r++) {
-      const RowLevels& levels = tile.levels[at + r];
-      const FloatPart step = levels.step[g] - FloatPart{}, base = levels.base[g] - FloatPart{};
-      for (int v = 0; v < VECTORS; v++) {
-        const FloatPart level = to_float_part(all.sum[r][v]) * step;
-        total[r][v] = product_part(level, load_part(steps + v * WIDTH), total[r][v]);
-        total[r][v] = product_part(load_part(sums + v * WIDTH), base, total[r][v]);
-      }
+// What the whole numbers of a group give: of ROWS rows of W, each with sums of codes and, on the r2q grid, of highest bits.
+template <bool RESIDUAL, int ROWS, int VECTORS>
+AQ_INLINE void add_levels(const WordPart* all, const RowLevels* levels, int64_t g, const float* steps, const float* inputs,
+                          FloatPart (&total)[ROWS][VECTORS]) {
+  constexpr int OF_ROW = RESIDUAL ? 2 : 1;
+  for (int r = 0; r < ROWS; r++) {
+    const FloatPart step = levels[r].step[g] - FloatPart{}, base = levels[r].base[g] - FloatPart{};
+    for (int v = 0; v < VECTORS; v++) {
+      FloatPart level = to_float_part(all[r * OF_ROW * VECTORS + v]) * step;
+      if (RESIDUAL)
+        level = product_part(to_float_part(all[(r * OF_ROW + 1) * VECTORS + v]), levels[r].jump[g] - FloatPart{}, level);
+      total[r][v] = product_part(level, load_part(steps + v * WIDTH), total[r][v]);
+      total[r][v] = product_part(load_part(inputs + v * WIDTH), base, total[r][v]);
     }
+  }
+}
+
+template <int BITS, bool RESIDUAL, int VECTORS>
+static void multiply_rows(const TiledProduct& ask, CodeTile& tile, const Meeting& of) {
+  constexpr int64_t STEP = VECTORS * WIDTH, WORD = TiledProduct::WORD_COLUMNS;
+  constexpr int ROWS = CODE_ROWS / (RESIDUAL ? 2 : 1);
+  const int32_t* x = (const int32_t*)ask.inputs_of_panels + (of.panel * ask.words() + of.start / WORD) * STEP;
+  const int64_t first = of.start / ask.of.group, last = std::min(ask.of.groups, first + tile.columns / ask.of.group);
+  const int64_t at = of.panel * ask.of.groups * STEP, stride = tile.stride, row_bytes = ask.of.row_bytes;
+  const float *steps = ask.steps + at, *inputs = ask.sums + at;
+  const RowLevels* levels = &tile.levels[of.row];
+  const uint8_t *codes = tile.row(of.row), *next = of.next ? of.next + of.row * row_bytes : nullptr;
+  float* to = of.sums + of.row * STEP;
+  FloatPart total[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) total[r][v] = load_part(to + r * STEP + v * WIDTH);
+  for (int64_t g = first; g < last; g++) {
+    if (next)
+      for (int r = 0; r < ROWS; r++) ask_for(next + r * row_bytes + (g - first) * ask.group_bytes(), ask.group_bytes());
+    const int64_t words = (ask.columns_of(g) + WORD - 1) / WORD;
+    WordPart all[CODE_ROWS * VECTORS];
+    add_words<BITS, VECTORS>(codes, stride, x, words, all);
+    add_levels<RESIDUAL, ROWS, VECTORS>(all, levels, g, steps + g * STEP, inputs + g * STEP, total);
+    codes += words * WORD, x += words * STEP;
   }
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++) *(AnyFloats*)(to + r * STEP + v * WIDTH) = total[r][v];
 }
 
-template <int BITS, int VECTORS>
-static void multiply_tile(const TiledProduct& ask, const CodeTile& tile, int64_t first, int64_t count, int64_t panel) {
-  constexpr int MOST = 4, STEP = VECTORS * WIDTH;
-  float sums[TiledProduct::TILE_ROWS * STEP];
-  int64_t r = 0;
-  for (; r + MOST <= count; r += MOST) multiply_rows<BITS, MOST, VECTORS>(ask, tile, r, panel, sums + r * STEP);
-  for (; r < count; r++) multiply_rows<BITS, 1, VECTORS>(ask, tile, r, panel, sums + r * STEP);
-  write_panel(ask, sums, first, count, panel, tile.correction.data());
-}
-
-template <int BITS>
+// Rows beyond the last one have sums, too, which are not written.
+template <int BITS, bool RESIDUAL>
 static void multiply_tiles(const TiledProduct& ask, int64_t first, int64_t last) {
+  constexpr int ROWS = CODE_ROWS / (RESIDUAL ? 2 : 1);
   CodeTile tile(ask);
+  const int64_t of_panel = TiledProduct::TILE_ROWS * ask.lanes;
+  std::vector<float> sums(std::min(PANELS_TOGETHER, ask.panels()) * of_panel + 4);
+  const auto multiply = ask.lanes == WIDTH ? multiply_rows<BITS, RESIDUAL, 1> : multiply_rows<BITS, RESIDUAL, 2>;
   for (int64_t t = first; t < last; t++) {
-    const int64_t row = t * TiledProduct::TILE_ROWS, count = std::min(TiledProduct::TILE_ROWS, ask.rows - row);
-    tile.read(ask, row, count);
-    for (int64_t p = 0; p < ask.panels(); p++)
-      if (ask.lanes == WIDTH)
-        multiply_tile<BITS, 1>(ask, tile, row, count, p);
-      else
-        multiply_tile<BITS, 2>(ask, tile, row, count, p);
+    tile.begin(t);
+    for (int64_t begin = 0; begin < ask.panels(); begin += PANELS_TOGETHER) {
+      const int64_t panels = std::min(PANELS_TOGETHER, ask.panels() - begin);
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t start = 0; start < ask.of.columns; start += tile.columns) {
+        tile.decode(start);
+        for (int64_t p = 0; p < panels; p++)
+          for (int64_t r = 0; r < tile.count; r += ROWS)
+            multiply(ask, tile, {r, begin + p, start, p ? nullptr : tile.next(start), &sums[p * of_panel]});
+      }
+      for (int64_t p = 0; p < panels; p++)
+        write_panel(ask, &sums[p * of_panel], tile.first_row, tile.count, begin + p, tile.more.data());
+    }
   }
 }
 
 void rounded_tiled_product(const TiledProduct& ask, int64_t first, int64_t last) {
-  if (ask.of.bits == 2) multiply_tiles<2>(ask, first, last);
-  if (ask.of.bits == 4) multiply_tiles<4>(ask, first, last);
 #if defined(__AVX512VNNI__)
-  if (ask.of.bits == 8) multiply_tiles<8>(ask, first, last);
+  (ask.residual && !rounds_weight(ask) ? multiply_tiles<8, true> : multiply_tiles<8, false>)(ask, first, last);
+#else
+  if (ask.of.bits == 2) multiply_tiles<2, false>(ask, first, last);
+  if (ask.of.bits == 4) multiply_tiles<4, false>(ask, first, last);
 #endif
 }
 
 #else
 
-bool tiles_bytes(int) { return false; }
+bool tiles_bytes(const Product&, int) { return false; }
 void fill_rounded_panels(const TiledProduct&, int64_t, int64_t) {}
 void rounded_tiled_product(const TiledProduct&, int64_t, int64_t) {}
 

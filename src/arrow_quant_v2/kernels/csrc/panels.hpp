@@ -38,18 +38,26 @@ static inline void to_lanes(const float* from, int64_t stride, int64_t n, float*
   }
 }
 
-// `count` rows of W from `row` on, all lanes of a panel: sums (count filled up to fours, lanes), and what each row gets
-// more, to where they belong. A few lanes at a time, so that what is written stays in the cache until its lines are full.
+// Those of four rows of W, `lanes` long, and four rows of x, turned; each has a sum of every piece, so many lanes apart.
+AQ_INLINE void read_sums(const float* sums, int64_t lanes, int pieces, int64_t apart, Quad (&v)[4]) {
+  for (int k = 0; k < 4; k++) {
+    v[k] = load_quad(sums + k * lanes);
+    for (int p = 1; p < pieces; p++) v[k] += load_quad(sums + k * lanes + p * apart);
+  }
+  turn(v);
+}
+
+// `count` rows of W from `row` on, all lanes of a panel: sums (count filled up to fours, lanes) and four more floats, and what
+// each row gets besides, to where they belong. A few lanes at a time, so that what is written stays in the cache until its lines are full.
 static inline void write_panel(const TiledProduct& ask, const float* sums, int64_t row, int64_t count, int64_t panel,
                                const float* more) {
-  const int64_t first = panel * ask.lanes, lanes = std::min(ask.lanes, ask.count - first);
+  const int64_t apart = ask.rows_of_panel(), first = panel * apart, lanes = std::min(apart, ask.count - first);
   for (int64_t i = 0; i < lanes; i += 4)
     for (int64_t r = 0; r < count; r += 4) {
       const int64_t some = std::min<int64_t>(4, count - r);
       Quad v[4], added{};
       for (int k = 0; k < some; k++) added[k] = (more ? more[r + k] : 0.0f) + (ask.bias ? ask.bias[row + r + k] : 0.0f);
-      for (int k = 0; k < 4; k++) v[k] = load_quad(sums + (r + k) * ask.lanes + i);
-      turn(v);
+      read_sums(sums + r * ask.lanes + i, ask.lanes, ask.pieces, apart, v);
       for (int k = 0; k < std::min<int64_t>(4, lanes - i); k++)
         write_sums(ask, (first + i + k) * ask.rows + row + r, v[k] + added, some);
     }

@@ -67,6 +67,32 @@ static inline void leave_rest(float* x, int64_t padded, float step, const int8_t
   for (int64_t i = 0; i < padded; i++) x[i] = step > 0.0f ? (x[i] / step - taken[i]) * RoundedProduct::FINER : 0.0f;
 }
 
+// A group of a row of x in pieces, each filled up with zeros: x = step * (q + q' / FINER + q'' / FINER^2).
+struct GroupPieces {
+  const RoundedProduct& ask;
+  std::vector<float> group;
+  std::vector<int8_t> whole;  // (pieces, group)
+  float step = 0.0f, sum = 0.0f;
+
+  explicit GroupPieces(const RoundedProduct& ask)
+      : ask(ask), group((ask.of.group + LANES - 1) / LANES * LANES), whole(ask.pieces * group.size()) {}
+
+  void read(int64_t m, int64_t g) {
+    const int64_t n = ask.columns_of(g), padded = (int64_t)group.size();
+    std::fill(group.begin(), group.end(), 0.0f);
+    read_floats(ask.x, ask.dtype, m * ask.of.columns + g * ask.of.group, n, group.data());
+    sum = sum_of(group.data(), padded);
+    step = round_group(ask, group.data(), n, padded, whole.data());
+    float unit = step;
+    for (int p = 1; p < ask.pieces; p++, unit = 1.0f) {
+      leave_rest(group.data(), padded, unit, &whole[(p - 1) * padded]);
+      round_lanes(group.data(), padded, 1.0f, ask.MIDDLE, &whole[p * padded]);
+    }
+  }
+
+  const int8_t* piece(int p) const { return &whole[p * group.size()]; }
+};
+
 // A row of x in whole numbers, with room for whole lanes behind them, and the step of each run.
 struct RoundedRow {
   const RoundedProduct& ask;

@@ -668,7 +668,7 @@ void round_inputs(const RoundedProduct& ask, int64_t first, int64_t last);
 void rounded_product(const RoundedProduct& ask, int64_t first, int64_t last);
 void fill_panels(const TiledProduct& ask, int64_t first, int64_t last);  // linear_tiles.cpp
 void tiled_product(const TiledProduct& ask, int64_t first, int64_t last);
-bool tiles_bytes(int bits);  // linear_rounded_tiles.cpp
+bool tiles_bytes(const Product& ask, int pieces);  // linear_rounded_tiles.cpp
 void fill_rounded_panels(const TiledProduct& ask, int64_t first, int64_t last);
 void rounded_tiled_product(const TiledProduct& ask, int64_t first, int64_t last);
 #if defined(__AMX_BF16__)

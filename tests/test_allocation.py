@@ -347,7 +347,7 @@ WITHOUT_GRADIENTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:bits are spent")
+@pytest.mark.filterwarnings("ignore:bits are spent", "ignore:all tokens count alike")
 @pytest.mark.parametrize("kind", WITHOUT_GRADIENTS)
 def test_where_gradients_tell_nothing_each_layers_own_outputs_do(kind: str, tmp_path: Path) -> None:
     make, because = WITHOUT_GRADIENTS[kind]
@@ -400,7 +400,7 @@ def test_what_measuring_noted_is_told_by_the_run_that_goes_on_too(tmp_path: Path
     assert kept_plans(path, lambda: other) == other
 
 
-@pytest.mark.filterwarnings("ignore:bits are spent")
+@pytest.mark.filterwarnings("ignore:bits are spent", "ignore:all tokens count alike")
 def test_a_run_killed_while_it_wrote_its_widths_goes_on(tmp_path: Path) -> None:
     unfinished = tmp_path / "out.partial"
     unfinished.mkdir()

@@ -85,7 +85,7 @@ def test_quantize_tells_what_it_did(model: Path, tmp_path: Path, arrow_quant: Co
     assert first.endswith("times smaller")
     assert second.startswith("  text, ")
     assert second.endswith(", from the weights alone")
-    assert "12 layers at 8.3" in third
+    assert "12 layers at 8.250" in third
     assert "weight cosine 0.9999" in fourth
     assert verdict == "  weight cosine of each layer: bar 0.85 passed"
     assert kept == "  12 kept: a bias, norm or other 1-D tensor"

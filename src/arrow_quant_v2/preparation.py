@@ -116,8 +116,6 @@ def with_importance(
     """The same once it is known how much rows of inputs count, where that is asked for; or why it cannot be told."""
     if not config.enable_importance:
         return prepared, ()
-    if prepared.runnable.on_demand is not None:
-        return prepared, ("larger than memory: all tokens count alike",)
     calls = prepared.samples.calls
     try:
         found = importance(

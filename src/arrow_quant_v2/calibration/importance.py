@@ -62,7 +62,7 @@ ALIKE = Importance()
 def importance(
     runnable: Runnable, samples: Sequence[Sample], *, seed: int = 0, tell: Callable[[int], object] = int
 ) -> Importance:
-    """That of every matrix of the model in these calls; `tell` hears how many are done.
+    """That of every linear layer and convolution of the model in these calls; `tell` hears how many are done.
 
     Raises:
         RuntimeError: the model, or one of its operators, has no gradient, or it cannot be called.
@@ -70,8 +70,9 @@ def importance(
     """
     parameters = {name: p for name, p in runnable.module.named_parameters(remove_duplicate=False) if p.ndim > 1}
     ways_back = backwards(runnable, samples, lambda: _Feeling(parameters), seed=seed, block_by_block=True, tell=tell)
-    felt = [watch.felt for watch in ways_back]
-    if not any(felt):
+    seen = list(ways_back)
+    felt = [watch.felt for watch in seen]
+    if not any(felt) and any(watch.waits for watch in seen):
         raise RuntimeError("no output depends on a weight, or the model runs without gradients")
     calls = [{name: rows[0] for name, rows in one.items() if len(rows) == 1} for one in felt]
     everywhere = {name: [call[name] for call in calls] for name in calls[0] if all(name in call for call in calls)}
@@ -95,6 +96,8 @@ class _Feeling(Watch):
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__(parameters, keep=False)
         self._seen: dict[str, list[Tensor]] = {}
+        self.waits = False
+        """Whether any gradient was to be seen."""
 
     @property
     def felt(self) -> dict[str, list[Tensor]]:
@@ -117,4 +120,5 @@ class _Feeling(Watch):
             squares = gradient.detach().square().sum(dim=axis).flatten()
             self._seen.setdefault(name, []).append(squares.to("cpu", torch.float32))
 
+        self.waits = True
         return in_the_graph(result, add)

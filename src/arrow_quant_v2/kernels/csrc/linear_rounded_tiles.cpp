@@ -1,6 +1,6 @@
 // Many inputs rounded to 8 bits times packed weights, in whole numbers; compiled once per instruction set, for x86 only:
-// elsewhere floats are as fast. Inputs as they are go the same way where one instruction adds products of bytes, as two or
-// three whole numbers each (RoundedProduct).
+// elsewhere floats are as fast. Inputs as they are go the same way, as two or three whole numbers each (RoundedProduct),
+// where that is faster than floats.
 //
 //   y = sum over groups of  step_x (step * sum code_j q_j + jump * sum top_j q_j + base * sum q_j)
 //
@@ -17,7 +17,7 @@
 // sum is added from the first group to the last, so that results depend neither on threads nor on tiles.
 //
 // Where there is no VNNI, two products of bytes are added in 16 bits: |2 * 3 * 128| and |2 * 15 * 128| leave room for 42 and
-// 8 of them; there two sums for each code are no faster than one of floats, nor are codes of 8 bits.
+// 8 of them; there two sums for each code are no faster than one of floats with many rows, nor are codes of 8 bits.
 // Measured on an EPYC 7003 (AVX2) and a Xeon with AVX-512 VNNI, 2 cores each: python bench/linear.py.
 #include <algorithm>
 #include <limits>
@@ -43,7 +43,9 @@ bool tiles_bytes(const Product& ask, int pieces) {
 }
 constexpr int CODE_ROWS = 12;  // that meet a panel together
 #else
-bool tiles_bytes(const Product& ask, int pieces) { return pieces == 1 && !ask.residual && ask.of.bits < 8; }
+bool tiles_bytes(const Product& ask, int pieces) {
+  return !ask.residual && ask.of.bits < 8 && (pieces == 1 || ask.count <= 16);
+}
 constexpr int CODE_ROWS = 4;
 #endif
 

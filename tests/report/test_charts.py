@@ -114,6 +114,12 @@ def test_names_beside_a_chart_are_short_and_end_as_they_do(name: str, short: str
     assert short_names([name]) == [short]
 
 
+def test_names_that_would_be_alike_keep_their_block() -> None:
+    names = [f"transformer_blocks.{n}.norm1.emb.timestep_embedder.linear_1.weight" for n in (0, 11)]
+    assert short_names([*names, "proj_out"]) == ["0…linear_1", "11…linear_1", "proj_out"]
+    assert short_names(names[:1]) == ["…linear_1"]
+
+
 def test_no_name_is_markup_in_a_chart() -> None:
     told = json.dumps([chart.figure for chart in charts(hostile())])
     assert HOSTILE[:9] not in told

@@ -19,6 +19,7 @@ from text_models import SPECIAL, WORDS, save_bert, save_folder, small_module
 from arrow_quant_v2 import ArrowQuantV2, ConfigurationError, DiffusionQuantConfig
 from arrow_quant_v2.calibration import chance, remembered
 from arrow_quant_v2.errors import SourceError, ValidationError
+from arrow_quant_v2.runtime.spectrogram import Spectrogram
 from arrow_quant_v2.validation import judge
 from arrow_quant_v2.validation.judge import Heard, Wish, find_out, gather
 
@@ -128,6 +129,17 @@ def test_sounds_are_compared_as_sounds(tmp_path: Path) -> None:
     assert 0.0 <= got["log-mel distance"] < 10.0
     assert found.samples[0].kind == "audio"
     assert found.samples[0].original[:4] == b"RIFF"
+
+
+def test_pictures_that_are_sounds_are_compared_as_sounds(tmp_path: Path) -> None:
+    PIPELINES["ddpm"].save(tmp_path / "original")
+    shown = Spectrogram(rate=8000, bands=16, window=320, size=512, hop=128, range=60.0)
+    (tmp_path / "original" / "spectrogram.json").write_text(json.dumps(shown.json()))
+    copy = quantized(tmp_path / "original", tmp_path / "int8", 8)
+    found = find_out(tmp_path / "original", copy, Wish(count=4, steps=3, pairs=1))
+    assert (found.samples[0].kind, found.samples[0].quantized[:4]) == ("audio", b"RIFF")
+    assert {"SNR", "log-mel distance"} <= set(figures(found))
+    assert "PSNR" not in figures(found)
 
 
 def test_a_masked_text_model_is_judged_by_losses_and_by_what_it_writes(masked: Path, tmp_path: Path) -> None:

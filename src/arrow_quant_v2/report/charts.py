@@ -139,8 +139,20 @@ def group_labels(findings: Findings) -> list[str]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without ".weight", and without as much of their beginning as makes them fit beside a chart."""
-    return [_safe(_short(name.removesuffix(".weight"))) for name in names]
+    """Names without ".weight", and without as much of their beginning as makes them fit beside a chart.
+
+    Those that would be alike keep the last number of what is left out: "3…linear_1" of the third block.
+    """
+    plain = [name.removesuffix(".weight") for name in names]
+    short = [_short(name) for name in plain]
+    return [
+        _safe(_numbered(name, end) if short.count(end) > 1 else end) for name, end in zip(plain, short, strict=True)
+    ]
+
+
+def _numbered(name: str, short: str) -> str:
+    left_out = name[: len(name) - len(short) + 1].split(".")
+    return next((part for part in reversed(left_out) if part.isdecimal()), "") + short
 
 
 def _short(name: str) -> str:

@@ -26,6 +26,7 @@ from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceE
 from arrow_quant_v2.preparation import open_runnable
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.publish import source_hash
+from arrow_quant_v2.runtime.spectrogram import spectrogram_of
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.sources.folder import PIPELINE, open_model
 from arrow_quant_v2.sources.modality import detect_modality
@@ -424,7 +425,15 @@ class _Shown:
             return metrics, []
         try:
             pipeline = open_original_pipeline(model.root, model.component, self.runnable)
-            pairs = media_pairs(pipeline, self.runnable, self.other, count=wish.pairs, seed=seed, steps=wish.steps)
+            pairs = media_pairs(
+                pipeline,
+                self.runnable,
+                self.other,
+                count=wish.pairs,
+                seed=seed,
+                steps=wish.steps,
+                spectrogram=spectrogram_of(model.root),
+            )
         except UNRUNNABLE as error:
             return [*metrics, Metric(name="samples at equal seed", value=None, note=str(error))], []
         return [*metrics, *pair_metrics(pairs)], pairs

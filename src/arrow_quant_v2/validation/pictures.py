@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.sample import Sample
+    from arrow_quant_v2.runtime.spectrogram import Spectrogram
 
     Other = Callable[[], AbstractContextManager[None]]
 
@@ -59,9 +60,18 @@ def open_original_pipeline(root: Path, component: str, runnable: Runnable) -> An
 
 
 def media_pairs(
-    pipeline: Any, runnable: Runnable, other: Other, *, count: int, seed: int, steps: int
+    pipeline: Any,
+    runnable: Runnable,
+    other: Other,
+    *,
+    count: int,
+    seed: int,
+    steps: int,
+    spectrogram: Spectrogram | None = None,
 ) -> list[SamplePair]:
     """`count` pictures or sounds, each made by both models from one seed in `steps` steps.
+
+    With `spectrogram` the pipeline's pictures are sounds.
 
     Raises:
         ConfigurationError: the pipeline needs more than a prompt or a class.
@@ -73,7 +83,8 @@ def media_pairs(
         out = Path(scratch) / f"made{ending_of(runnable.modality)}"
 
         def made(number: int) -> tuple[str, bytes]:
-            kind = generate_file(pipeline, told[number], out, seed=seed + number, steps=steps, told=_untold).kind
+            asked: dict[str, Any] = {"seed": seed + number, "steps": steps, "spectrogram": spectrogram}
+            kind = generate_file(pipeline, told[number], out, told=_untold, **asked).kind
             return kind, out.read_bytes()
 
         own = [made(number) for number in range(count)]
@@ -82,7 +93,7 @@ def media_pairs(
     return [
         SamplePair(
             kind="audio" if kind == "audio" else "image",
-            title=told[number] or f"sample {number + 1}",
+            title=_title(told[number], number),
             seed=seed + number,
             original=original,
             quantized=theirs[number][1],
@@ -98,6 +109,13 @@ def _prompts(pipeline: Any, runnable: Runnable, count: int) -> list[str | None]:
         known = PROMPTS[runnable.modality]
         return [known[number % len(known)] for number in range(count)]
     return [str(number) if "class_labels" in takes else None for number in range(count)]
+
+
+def _title(told: str | None, number: int) -> str:
+    """The words that were told, or the class."""
+    if told is None:
+        return f"sample {number + 1}"
+    return f"class {told}" if told.isdecimal() else told
 
 
 def _untold(_step: int, _steps: int, _text: str) -> None:

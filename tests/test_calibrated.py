@@ -261,7 +261,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SETTINGS: dict[str, Any] = {
-    "bit_width": 2, "group_size": 32, "num_time_groups": 3, "calibration_samples": 4, "min_accuracy": 0.5, "threads": 2,
+    "bit_width": 2, "group_size": 32, "num_time_groups": 3, "calibration_samples": 4, "min_accuracy": 0.4, "threads": 2,
 }  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def test_threads_make_no_difference(threads: int, model: Path, whole: Path, tmp_
 
 
 def test_kernels_make_no_difference(model: Path, whole: Path, tmp_path: Path) -> None:
-    options = "--bits 2 --group-size 32 --samples 4 --min-accuracy 0.5 --quiet"
+    options = "--bits 2 --group-size 32 --samples 4 --min-accuracy 0.4 --quiet"
     environment = CALIBRATED | {"ARROW_QUANT_KERNELS": "reference", "ARROW_QUANT_NUM_TIME_GROUPS": "3"}
     ran = run_command("quantize", model, tmp_path / "out", *options.split(), timeout=600, **environment)
     assert ran.code == 0, ran.err

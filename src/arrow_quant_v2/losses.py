@@ -22,8 +22,6 @@ from arrow_quant_v2.calibration.sensitivity import Change, Felt, sensitivity
 from arrow_quant_v2.calibration.weight_gradient import Piece, Pieces
 from arrow_quant_v2.errors import InterruptedRunError, QuantizationError
 from arrow_quant_v2.kernels.tensors import dequantized
-from arrow_quant_v2.layer_widths import Form
-from arrow_quant_v2.packed import WIDTHS
 from arrow_quant_v2.plan import Calibrated, forms_apart, plans_by_form
 from arrow_quant_v2.progress import Progress
 from arrow_quant_v2.quantizers import quantizer
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from arrow_quant_v2.calibration.stats import InputStats
     from arrow_quant_v2.calibration.stored_stats import KeptStats
     from arrow_quant_v2.config import DiffusionQuantConfig
+    from arrow_quant_v2.layer_widths import Form
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.quantizers.calibrated import Fitted, Sight
     from arrow_quant_v2.quantizers.parts import Judged
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
 SAMPLES = 32  # calls of the model in each half
 PROBED = 2**17  # weights of each layer, as whole rows
 FEWEST_ROWS, MOST_ROWS = 16, 64
-AS_ASKED = tuple(map(Form, WIDTHS))  # by which a basis is chosen: others of the same width would choose alike
 RUNS, RUN_ROWS = 16, 128  # of a weight whose inputs are not seen: so many times some rows that lie together
 
 
@@ -203,8 +201,7 @@ class _Table:
         if not sight.plain:
             return {layer: self._note_parts(layer, weights, sight) for layer, weights in asked.items()}
         some = [(layer, form, _some_rows(one)) for layer, weights in asked.items() for form, one in weights.items()]
-        judges = [weight for _, form, weight in some if form in AS_ASKED]
-        fitted = self._fitted([weight for _, _, weight in some], sight, judges)
+        fitted = self._fitted([weight for _, _, weight in some], sight)
         if any(one.basis.equalization is not None for one in fitted):  # it is one basis for all of them
             self.equalized |= dict.fromkeys(layers, tuple(layers))
         changes: dict[str, Change | Pieces] = {}
@@ -241,15 +238,14 @@ class _Table:
         columns = next(iter(weights.values())).values.shape[1]
         return Pieces(columns=columns, ways=tuple(pieces))
 
-    def _fitted(self, weights: Sequence[Weight], sight: Sight, judges: Sequence[Weight]) -> list[Fitted]:
+    def _fitted(self, weights: Sequence[Weight], sight: Sight) -> list[Fitted]:
         freedom = replace(self._run.freedom, refits=0)
         try:
-            return fit_together(weights, sight, freedom, judges=judges)
+            return fit_together(weights, sight, freedom)
         except QuantizationError:
             if not freedom.equalize:
                 raise
-            plain = replace(freedom, equalize=False)  # as the run itself will do
-            return fit_together(weights, sight, plain, judges=judges)
+            return fit_together(weights, sight, replace(freedom, equalize=False))  # as the run itself will do
 
     def _change(self, layer: str, values: Tensor, left: Mapping[Form, Tensor], stats: InputStats) -> Change:
         second = stats.second.matrix

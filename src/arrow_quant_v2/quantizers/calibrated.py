@@ -21,7 +21,7 @@ from arrow_quant_v2.quantizers.smoothing import rounding_loss
 from arrow_quant_v2.quantizers.spatial import ALPHAS, SpatialQuantizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -124,19 +124,13 @@ class Fitted:
     remarks: tuple[str, ...] = ()
 
 
-def fit_together(
-    weights: Sequence[Weight], sight: Sight, freedom: Freedom, *, judges: Sequence[Weight] | None = None
-) -> list[Fitted]:
+def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> list[Fitted]:
     """Each weight by its spec, all of them in the one basis that loses least of their outputs.
-
-    `judges` are those by whose outputs it is chosen, where they are not all.
 
     Raises:
         QuantizationError: H has no Cholesky factor, or a weight is not finite.
     """
-    chosen_by = judges or weights
-    best = _best(chosen_by, sight, every_basis(chosen_by, sight, freedom), smooth=freedom.smooth)
-    best.factorize({weight.layout.group for weight in weights})
+    best = _best(weights, sight, every_basis(weights, sight, freedom), smooth=freedom.smooth)
     if len(weights) == 1:
         return [best.fitted(weights[0], freedom.refits)]  # its rows are shared out instead
     return each_on_one_core(lambda weight: best.fitted(weight, freedom.refits), weights)
@@ -186,14 +180,8 @@ class InBasis:
     def __init__(self, basis: Basis, sight: Sight, groups: Sequence[int]) -> None:
         self.basis, self.sight = basis, sight
         self.hessian = basis.moment(sight.hessian)
-        self.damping = suitable_damping(len(self.hessian), sight.count)
-        self.factors: dict[int, Factor] = {}
-        self.factorize(groups)
-
-    def factorize(self, groups: Iterable[int]) -> None:
-        """Have H's factor for these sizes of groups too."""
-        for group in sorted(set(groups) - set(self.factors)):
-            self.factors[group] = factorize(self.hessian, group, self.damping)
+        damping = suitable_damping(len(self.hessian), sight.count)
+        self.factors: dict[int, Factor] = {group: factorize(self.hessian, group, damping) for group in groups}
 
     def loss(self, weight: Weight, *, smooth: bool = False) -> float:
         """tr(dW H dW^T), without refits; to `smooth`, also what inputs of a linear layer cost that are rounded."""

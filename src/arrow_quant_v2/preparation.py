@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from arrow_quant_v2.calibration.transformers_model import open_transformers, tie
 from arrow_quant_v2.engines.devices import CPU, free_bytes
 from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
 from arrow_quant_v2.plan import WEIGHTS_ALONE
+from arrow_quant_v2.progress import duration
 from arrow_quant_v2.sources.files import read_json
 from arrow_quant_v2.time_groups import uniform_groups
 
@@ -116,14 +118,14 @@ def with_importance(
     """The same once it is known how much rows of inputs count, where that is asked for; or why it cannot be told."""
     if not config.enable_importance:
         return prepared, ()
-    calls = prepared.samples.calls
+    calls, began = prepared.samples.calls, time.monotonic()
+
+    def looked_at(done: int) -> None:
+        left = (time.monotonic() - began) / done * (len(calls) - done)
+        tell(f"{done}/{len(calls)} samples looked at for what outputs feel, about {duration(left)} more")
+
     try:
-        found = importance(
-            prepared.runnable,
-            calls,
-            seed=config.seed,
-            tell=lambda done: tell(f"{done}/{len(calls)} samples looked at for what outputs feel"),
-        )
+        found = importance(prepared.runnable, calls, seed=config.seed, tell=looked_at)
     except torch.cuda.OutOfMemoryError:  # a RuntimeError too, but the model has gradients
         raise
     except (RuntimeError, NotImplementedError) as error:

@@ -54,7 +54,8 @@ class Weighed(nn.Module):
 
 
 def opened(module: nn.Module) -> Runnable:
-    return Runnable(module=module.eval().requires_grad_(requires_grad=False), modality="image", names={})
+    names = {name: name for name, _ in module.named_parameters()}
+    return Runnable(module=module.eval().requires_grad_(requires_grad=False), modality="image", names=names)
 
 
 def samples(count: int, *shape: int) -> list[Sample]:

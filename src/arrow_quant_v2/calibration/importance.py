@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from arrow_quant_v2.calibration.backwards import backwards, in_the_graph
+from arrow_quant_v2.calibration.blocks import matrices
 from arrow_quant_v2.calibration.collect import Watch, kept_rows
 from arrow_quant_v2.calibration.products import CONVOLUTIONS
 
@@ -68,7 +69,8 @@ def importance(
         RuntimeError: the model, or one of its operators, has no gradient, or it cannot be called.
         NotImplementedError: one of its functions has no gradient.
     """
-    parameters = {name: p for name, p in runnable.module.named_parameters(remove_duplicate=False) if p.ndim > 1}
+    known = matrices(runnable.module)
+    parameters = runnable.parameters([place for place in runnable.names.values() if place in known])
     ways_back = backwards(runnable, samples, lambda: _Feeling(parameters), seed=seed, block_by_block=True, tell=tell)
     seen = list(ways_back)
     felt = [watch.felt for watch in seen]

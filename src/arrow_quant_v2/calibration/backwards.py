@@ -41,6 +41,7 @@ def backwards(
     *,
     seed: int,
     block_by_block: bool,
+    at_once: int = AT_ONCE,
     tell: Callable[[int], object] = int,
 ) -> Iterator[Watching]:
     """For each sample in order what watched the model's call with it and the way back; `tell` hears how many are done.
@@ -53,8 +54,8 @@ def backwards(
     """
     now = _Now()
     with _remembering(runnable, now) if block_by_block else nullcontext():
-        for start in range(0, len(samples), AT_ONCE):
-            numbers = range(start, min(start + AT_ONCE, len(samples)))
+        for start in range(0, len(samples), at_once):
+            numbers = range(start, min(start + at_once, len(samples)))
             yield from each_on_one_core(lambda n: _of_one(runnable, watching(), samples[n], seed + n, now), numbers)
             tell(numbers.stop)
 

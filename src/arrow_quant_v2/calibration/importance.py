@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
-from arrow_quant_v2.calibration.backwards import backwards, in_the_graph
+from arrow_quant_v2.calibration.backwards import AT_ONCE, backwards, in_the_graph
 from arrow_quant_v2.calibration.blocks import matrices
 from arrow_quant_v2.calibration.collect import Watch, kept_rows
 from arrow_quant_v2.calibration.products import CONVOLUTIONS
@@ -71,7 +71,15 @@ def importance(
     """
     known = matrices(runnable.module)
     parameters = runnable.parameters([place for place in runnable.names.values() if place in known])
-    ways_back = backwards(runnable, samples, lambda: _Feeling(parameters), seed=seed, block_by_block=True, tell=tell)
+    ways_back = backwards(
+        runnable,
+        samples,
+        lambda: _Feeling(parameters),
+        seed=seed,
+        block_by_block=True,
+        at_once=AT_ONCE if runnable.on_demand is None else 1,  # so that one block's weights are in memory
+        tell=tell,
+    )
     seen = list(ways_back)
     felt = [watch.felt for watch in seen]
     if not any(felt) and any(watch.waits for watch in seen):

@@ -25,8 +25,8 @@ from arrow_quant_v2.one_tensor import dequantize_tensor, quantize_tensor
 from arrow_quant_v2.packed import sparing
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq import gptq
-from arrow_quant_v2.quantizers.gptq_affine import AffineGrid
-from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
+from arrow_quant_v2.quantizers.gptq_affine import AffineGrid, RowGrid
+from arrow_quant_v2.quantizers.gptq_core import Ask, Whitened, calibrated_rows
 from arrow_quant_v2.quantizers.gptq_factor import Factor, factorize, group_aware_order, to_upper_root
 from arrow_quant_v2.quantizers.result import joined
 
@@ -269,6 +269,30 @@ def test_a_row_of_one_group_has_one_scale_and_loses_nothing_by_it(
         output_error(weight, quantized, calibrator.hessian) for quantized in (dequantize_tensor(packed), stored_in_two)
     ]
     assert lost[0] < 1.03 * lost[1]
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, False), (8, True)])
+def test_a_refit_of_a_row_of_one_group_tries_another_scale_each_time_and_keeps_what_loses_less(
+    bits: Any, symmetric: bool
+) -> None:
+    weight, factor = normal(64, 150), observed(inputs(400, 150), bits, group_size=None).factor
+    block, none = weight[:, factor.order], torch.empty(0, dtype=torch.bfloat16)
+    ask = Ask(grid="row", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=2)
+    grid = RowGrid.fitted(block, torch.ones(150), none, ask)
+    codes, _ = grid.columns(block, torch.eye(150), bits)
+    again = grid.refitted(codes, Whitened(block, factor.root.triu()), none, ask)
+    assert isinstance(again, RowGrid)
+    assert (again.scale != grid.scale).all()
+    for one in (grid, again):
+        assert torch.equal(one.scale.bfloat16().float(), one.scale)
+        assert (one.scales == 255).all()
+    lost = [
+        output_error(weight, dequantize_tensor(other.calibrate(weight)), other.hessian)
+        for other in (
+            observed(inputs(400, 150), bits, group_size=None, symmetric=symmetric, refits=refits) for refits in (0, 4)
+        )
+    ]
+    assert lost[1] < lost[0]
 
 
 def test_rows_of_zeros_and_of_the_smallest_numbers_that_are_one_group_are_kept() -> None:

@@ -38,8 +38,7 @@ class AffineGrid:
         """The grid by clip search of one group, its squares weighted by importance (columns,)."""
         return cls._stored(_fitted(block, block.shape[1], importance, ask), row_scales, ask)
 
-    @classmethod
-    def refitted(cls, codes: Tensor, seen: Whitened, row_scales: Tensor, ask: Ask) -> AffineGrid:
+    def refitted(self, codes: Tensor, seen: Whitened, row_scales: Tensor, ask: Ask) -> AffineGrid:
         """Scale s and zero point z with the least ||y - s (c - z 1) R||^2 for codes c that stay.
 
         With <a, b> of what is seen, the free z is <c, 1>/<1, 1> - <y, 1>/(<1, 1> s'), s' the slope of y on c after both
@@ -57,7 +56,7 @@ class AffineGrid:
             zero = (free.nan_to_num(nan=0.0).clamp(0.0, most) * unit).round() / unit
         step = ((cy - zero * y1) / (cc - 2.0 * zero * c1 + zero * zero * one)).to(torch.float32)
         fit = Fit(step=step, full=step, mean_q=zero.to(torch.float32), mean_w=torch.zeros_like(step))
-        return cls._stored(fit, row_scales, ask)
+        return self._stored(fit, row_scales, ask)
 
     def values(self, codes: Tensor, bits: int) -> Tensor:  # noqa: ARG002 - the other grid asks for the width
         """(rows, n) codes -> (code - zero) * scale, as dequantize has it."""
@@ -72,7 +71,7 @@ class AffineGrid:
     def where(self, wins: Tensor, other: AffineGrid) -> AffineGrid:
         """For each row the other grid where that wins (rows, 1)."""
         names = ("scales", "zero_points", "scale", "inverse", "zero")
-        return AffineGrid(**{name: chosen(wins, getattr(self, name), getattr(other, name)) for name in names})
+        return type(self)(**{name: chosen(wins, getattr(self, name), getattr(other, name)) for name in names})
 
     @classmethod
     def _stored(cls, fit: Fit, row_scales: Tensor, ask: Ask) -> AffineGrid:
@@ -91,11 +90,25 @@ class AffineGrid:
 
 
 class RowGrid(AffineGrid):
-    """The same where a row is one group: its scale is that of the row, with nothing above it."""
+    """The same where a row is one group: its scale is that of the row, a bfloat16 with nothing above it."""
+
+    def refitted(self, codes: Tensor, seen: Whitened, row_scales: Tensor, ask: Ask) -> AffineGrid:  # noqa: ARG002
+        """The same; where the nearest scale is the one that is there, the next one on the other side of the best."""
+        return super().refitted(codes, seen, self.scale[:, 0].to(torch.bfloat16), ask)
 
     @classmethod
-    def _scales(cls, step: Tensor, row_scales: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG003 - it is what is sought
-        return reference.stored_scales(step, cover_all=False)
+    def _scales(cls, step: Tensor, row_scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The scales (rows,) and their codes of 255; `row_scales` are those that were tried already, or none."""
+        scales, nearest = reference.stored_scales(step, cover_all=False)
+        if not len(row_scales):
+            return scales, nearest
+        return scales, torch.where(nearest == row_scales, _beside(nearest, step[:, 0]), nearest)
+
+
+def _beside(scales: Tensor, step: Tensor) -> Tensor:
+    """(rows,) bfloat16 above 0: the next one in the direction of the step, within what a row's scale may be."""
+    bits = scales.view(torch.int16) + torch.where(step > scales.to(torch.float32), 1, -1).to(torch.int16)
+    return bits.view(torch.bfloat16).clamp(reference.SMALLEST_STEP, reference.LARGEST_ROW_SCALE)
 
 
 def chosen(wins: Tensor, one: Tensor, other: Tensor) -> Tensor:

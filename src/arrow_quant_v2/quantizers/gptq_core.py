@@ -187,7 +187,7 @@ def _best(block: Tensor, group: Group, factor: Factor, row_scales: Tensor, ask: 
         return best
     seen = Whitened(block, factor.root[here, here].triu())
     for _ in range(ask.refits):
-        grid = grids.refitted(best.codes, seen, row_scales, ask)
+        grid = best.grid.refitted(best.codes, seen, row_scales, ask)
         best = _better(best, _chosen(block, group, factor, grid, ask.bits))
     return best
 

@@ -36,6 +36,7 @@ DEFAULTS = {
     "enable_importance": True,
     "enable_rotation": True,
     "grid_refits": 2,
+    "code_sweeps": 3,
     "error_correction": 0.5,
     "tuning_steps": 0,
     "seed": 0,
@@ -378,7 +379,7 @@ def test_the_yaml_that_is_written_is_frozen(tmp_path: Path) -> None:
         "calibration_tokens: 32768\ndeployment_profile: edge\n"
         "fallback: layer\nfail_fast: false\nmethod: null\nenable_calibration: true\ncalibration_data: null\n"
         "stats: null\nmask_token: null\nenable_importance: true\nenable_rotation: true\n"
-        "grid_refits: 2\nerror_correction: 0.5\ntuning_steps: 0\nseed: 0\ndevice: cpu\n"
+        "grid_refits: 2\ncode_sweeps: 3\nerror_correction: 0.5\ntuning_steps: 0\nseed: 0\ndevice: cpu\n"
         "time_groups: uniform\nsymmetric: false\ncomponent: null\nmax_memory: 4000000000\n"
         "threads: null\nkeep:\n- '*.bias'\n"
         "layer_bit_widths:\n  lm_head: 8\nsensitive_layer_names: []\nsensitive_layer_patterns: []\n"

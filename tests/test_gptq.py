@@ -26,9 +26,10 @@ from arrow_quant_v2.packed import sparing
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq import gptq
 from arrow_quant_v2.quantizers.gptq_affine import AffineGrid, RowGrid
-from arrow_quant_v2.quantizers.gptq_core import Ask, Whitened, calibrated_rows
+from arrow_quant_v2.quantizers.gptq_core import Ask, calibrated_rows
 from arrow_quant_v2.quantizers.gptq_factor import Factor, factorize, group_aware_order, to_upper_root
 from arrow_quant_v2.quantizers.result import joined
+from arrow_quant_v2.quantizers.whitened import Whitened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,10 +100,10 @@ WEIGHT = normal(160, COLUMNS, seed=3)
 @pytest.mark.parametrize(
     ("bits", "symmetric", "nearest", "clip", "ours"),
     [
-        (2, False, 0.21, 0.11, 0.021),
-        (4, False, 0.0083, 0.0072, 0.0013),
-        (2, True, 0.52, 0.155, 0.054),
-        (4, True, 0.012, 0.0096, 0.0024),
+        (2, False, 0.21, 0.11, 0.0182),
+        (4, False, 0.0083, 0.0072, 0.00117),
+        (2, True, 0.52, 0.155, 0.0468),
+        (4, True, 0.012, 0.0096, 0.0022),
     ],
 )
 def test_output_error_on_inputs_that_were_not_seen(
@@ -193,7 +194,7 @@ def test_it_is_the_loop_of_the_paper(seen: Tensor, group_size: int | None, monke
         zero=zero,
     )
     monkeypatch.setattr(AffineGrid, "fitted", lambda *_: grid)
-    ask = Ask(grid="affine", bits=4, symmetric=False, stretches=(1.0,), refits=0)
+    ask = Ask(grid="affine", bits=4, symmetric=False, stretches=(1.0,), refits=0, sweeps=0)
     ours = calibrated_rows(weight, factor, ask).values[:, factor.order.argsort()]
     upper = torch.linalg.cholesky(torch.linalg.inv(damped(hessian, factor)), upper=True)
     paper = paper_loop(weight[:, factor.order], upper, scale[:, 0].double(), zero[:, 0].double(), 15)
@@ -240,7 +241,8 @@ def test_what_is_stored_means_what_was_chosen(rows: int, group_size: int | None,
     calibrator = observed(x, bits, group_size=group_size, symmetric=symmetric)
     packed = calibrator.calibrate(weight)
     grid = sparing("affine", len(calibrator.factor.groups))
-    ask = Ask(grid=grid, bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
+    own = {"refits": calibrator.refits, "sweeps": calibrator.sweeps}
+    ask = Ask(grid=grid, bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], **own)
     chosen = calibrated_rows(weight, calibrator.factor, ask).values
     assert torch.equal(dequantize_tensor(packed)[:, calibrator.factor.order], chosen)
     assert output_error(weight, dequantize_tensor(packed), calibrator.hessian) < {2: 0.2, 4: 0.02, 8: 1e-3}[bits]
@@ -263,7 +265,8 @@ def test_a_row_of_one_group_has_one_scale_and_loses_nothing_by_it(
     packed = calibrator.calibrate(weight)
     assert packed.layout.grid == "row"
     assert packed.nbytes == 96 * (packed.layout.row_bytes + (2 if symmetric else 3))
-    two = Ask(grid="affine", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=calibrator.refits)
+    own = {"refits": calibrator.refits, "sweeps": calibrator.sweeps}
+    two = Ask(grid="affine", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], **own)
     stored_in_two = calibrated_rows(weight, calibrator.factor, two).values[:, calibrator.factor.order.argsort()]
     lost = [
         output_error(weight, quantized, calibrator.hessian) for quantized in (dequantize_tensor(packed), stored_in_two)
@@ -277,10 +280,10 @@ def test_a_refit_of_a_row_of_one_group_tries_another_scale_each_time_and_keeps_w
 ) -> None:
     weight, factor = normal(64, 150), observed(inputs(400, 150), bits, group_size=None).factor
     block, none = weight[:, factor.order], torch.empty(0, dtype=torch.bfloat16)
-    ask = Ask(grid="row", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=2)
+    ask = Ask(grid="row", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=2, sweeps=0)
     grid = RowGrid.fitted(block, torch.ones(150), none, ask)
     codes, _ = grid.columns(block, torch.eye(150), bits)
-    again = grid.refitted(codes, Whitened(block, factor.root.triu()), none, ask)
+    again = grid.refitted(codes, Whitened(block @ factor.root, factor.root), none, ask)
     assert isinstance(again, RowGrid)
     assert (again.scale != grid.scale).all()
     for one in (grid, again):
@@ -302,7 +305,7 @@ def test_rows_of_zeros_and_of_the_smallest_numbers_that_are_one_group_are_kept()
         calibrator = observed(inputs(400, 150), bits, group_size=None, symmetric=symmetric)
         found = dequantize_tensor(calibrator.calibrate(weight))
         assert not found[[0, 2]].any()
-        assert torch.cosine_similarity(found[1] * 1e36, weight[1] * 1e36, dim=0) > 0.8
+        assert torch.cosine_similarity(found[1] * 1e36, weight[1] * 1e36, dim=0) > 0.75
 
 
 def test_the_sums_are_the_error_of_the_weights(seen: Tensor) -> None:
@@ -523,6 +526,7 @@ def test_gptq_takes_a_matrix_of_floats(weight: Tensor) -> None:
         ({"damping": float("nan")}, "damping is nan; allowed"),
         ({"refits": -1}, "refits is -1; allowed: 0 to 100"),
         ({"refits": 1.5}, "refits is 1.5; allowed: 0 to 100"),
+        ({"sweeps": True}, "sweeps is True; allowed: 0 to 100"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None:

@@ -77,6 +77,7 @@ class FittedRun:
             equalize=self.config.equalizes(self.modality),
             smooth=self.config.activation_smoothing,
             refits=self.config.grid_refits,
+            sweeps=self.config.code_sweeps,
         )
 
 

@@ -101,6 +101,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_importance     tokens count by how much the model's outputs feel what becomes of them; False: all alike
     enable_rotation       turn input channels in blocks where that loses less of a layer's outputs
     grid_refits           how often the grid of a group is fitted again to the codes it got
+    code_sweeps           how often all groups of a fitted layer are visited again when the last one has its codes
     error_correction      how much of what quantized layers did to its inputs a weight makes up for, 0 (none) to 1
     tuning_steps          of codes, scales and zero points after all, by what the whole model says; 0: none
     seed                  of every random choice of calibration
@@ -156,6 +157,7 @@ class DiffusionQuantConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     enable_importance: bool = Field(default=True, description="True or False")
     enable_rotation: bool = Field(default=True, description="True or False")
     grid_refits: int = Field(default=2, ge=0, le=100, description="a whole number from 0 to 100")
+    code_sweeps: int = Field(default=3, ge=0, le=100, description="a whole number from 0 to 100")
     error_correction: float = Field(default=0.5, ge=0, le=1, description="a number from 0 to 1")
     tuning_steps: int = Field(default=0, ge=0, le=100_000, description="a whole number from 0 to 100000")
     seed: int = Field(default=0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")

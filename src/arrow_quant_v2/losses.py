@@ -229,7 +229,7 @@ class _Table:
 
     def _note_parts(self, layer: str, weights: Mapping[Form, Weight], sight: Sight) -> Pieces:
         """Each part for its own inputs."""
-        freedom = replace(self._run.freedom, refits=0)
+        freedom = self._run.freedom.quick
         judged = {form: judged_parts(weight, sight, freedom) for form, weight in weights.items()}
         lost = {form: lost_of(judged.get(form, ())) for form in self._apart(layer)}  # nothing in a form that keeps it
         self.inputs[layer] = {form: outputs for form, (outputs, _) in lost.items()}
@@ -239,7 +239,7 @@ class _Table:
         return Pieces(columns=columns, ways=tuple(pieces))
 
     def _fitted(self, weights: Sequence[Weight], sight: Sight) -> list[Fitted]:
-        freedom = replace(self._run.freedom, refits=0)
+        freedom = self._run.freedom.quick
         try:
             return fit_together(weights, sight, freedom)
         except QuantizationError:

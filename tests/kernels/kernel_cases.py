@@ -94,6 +94,18 @@ def residual_columns_case(rows: int, columns: int, bits: int, seed: int = 0) -> 
     return block, upper, torch.randn(rows, generator=random), a1, a2, inverse
 
 
+def descent_case(rows: int, columns: int, bits: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """What `ops.descend_columns` takes: any codes, P and G of some weights and inputs, and the grids of r2q."""
+    random = torch.Generator().manual_seed(seed)
+    weight, _, mu, a1, a2, inverse = residual_columns_case(rows, columns, bits, seed)
+    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=random)
+    inputs = torch.randn(2 * columns + 3, columns, generator=random)
+    gram = inputs.T @ inputs
+    grid = reference.Residual(mu=mu[:, None], a1=a1[:, None], a2=a2[:, None])
+    pull = (weight - reference.residual_level(codes, grid, bits)) @ gram
+    return codes, pull, gram, mu, a1, a2, inverse
+
+
 @st.composite
 def rows(draw: st.DrawFn, columns: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
     """One row: noise of any magnitude and offset, an outlier, one value, zeros, or whatever hypothesis likes."""

@@ -9,7 +9,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import STRETCHES, columns_case, gaussian, group_sizes, residual_columns_case, weights, widths
+from kernel_cases import (
+    STRETCHES,
+    columns_case,
+    descent_case,
+    gaussian,
+    group_sizes,
+    residual_columns_case,
+    weights,
+    widths,
+)
 from torch import Tensor
 
 from arrow_quant_v2.kernels import cpu, ops, reference
@@ -226,6 +235,28 @@ def test_quantize_columns_r2q_is_the_references_for_any_weight(weight: Tensor, b
     assert same(ops.quantize_columns_r2q(*case, bits), reference.quantize_columns_r2q(*case, bits))
 
 
+def descended_by_the_reference(case: tuple[Tensor, ...], bits: int) -> Tensor:
+    codes, pull, gram, mu, a1, a2, inverse = case
+    return reference.descend_columns(codes, pull, gram, reference.Residual(mu=mu, a1=a1, a2=a2), inverse, bits)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("shape", [(0, 9), (1, 1), (1, 64), (15, 24), (16, 8), (33, 100), (700, 129)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_descend_columns_is_the_references(shape: tuple[int, int], bits: int) -> None:
+    case = descent_case(*shape, bits, seed=bits)
+    assert same([ops.descend_columns(*case, bits)], [descended_by_the_reference(case, bits)])
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(pull=weights(most_rows=20, most_columns=40), bits=widths, seed=st.integers(0, 99))
+def test_descend_columns_is_the_references_for_any_pull(pull: Tensor, bits: int, seed: int) -> None:
+    codes, _, *others = descent_case(*pull.shape, bits, seed=seed)
+    case = (codes, pull, *others)
+    assert same([ops.descend_columns(*case, bits)], [descended_by_the_reference(case, bits)])
+
+
 @pytest.mark.parametrize("block", ROTATIONS)
 @pytest.mark.parametrize("shape", [(0, 1), (1,), (3, 2), (2, 5, 3), (700, 1)], ids=str)
 @pytest.mark.usefixtures("isa")
@@ -325,11 +356,16 @@ def test_the_residual_grid_and_the_turn_do_not_depend_on_the_number_of_threads()
     packed, scales = torch.randint(256, (2, 1024, 512), dtype=torch.uint8).unbind()
     stored = (packed, scales[:, :64], scales[:, :32], gaussian(1024, 1)[:, 0].bfloat16(), 2, 2048, 64, torch.bfloat16)
     torch.set_num_threads(1)
-    alone = (*ops.quantize_columns_r2q(*case, 4), ops.hadamard(weight, 128), ops.dequantize_r2q(*stored))
+    descent = descent_case(2000, 72, 4)
+
+    def found() -> tuple[Tensor, ...]:
+        columns, moved = ops.quantize_columns_r2q(*case, 4), ops.descend_columns(*descent, 4)
+        return (*columns, moved, ops.hadamard(weight, 128), ops.dequantize_r2q(*stored))
+
+    alone = found()
     for threads in (2, 5, 64):
         torch.set_num_threads(threads)
-        found = (*ops.quantize_columns_r2q(*case, 4), ops.hadamard(weight, 128), ops.dequantize_r2q(*stored))
-        assert same(found, alone)
+        assert same(found(), alone)
 
 
 @pytest.mark.usefixtures("library")
@@ -367,6 +403,11 @@ def test_strides_do_not_matter(bits: int) -> None:
         ops.quantize_columns_r2q(*(tensor.t().contiguous().t() for tensor in residual), bits),
         ops.quantize_columns_r2q(*residual, bits),
     )
+    descent = descent_case(9, 24, bits)
+    assert same(
+        [ops.descend_columns(*(tensor.t().contiguous().t() for tensor in descent), bits)],
+        [ops.descend_columns(*descent, bits)],
+    )
     pairs = found[1].repeat_interleave(2, dim=1)
     plain = ops.dequantize_r2q(found[0], pairs, *found[2:4], bits, 96, 32, torch.float32)
     spread = (columnwise[0], pairs.t().contiguous().t(), columnwise[2], alternate)
@@ -395,6 +436,7 @@ def operator_calls() -> list[Any]:
             ops.dequantize_r2q, (stored[0], codes[:, :6], codes[:, :3], stored[3], 2, 40, 16, torch.float16), id="r2q"
         ),
         pytest.param(ops.quantize_columns_r2q, (*residual_columns_case(3, 40, 2), 2), id="quantize_columns_r2q"),
+        pytest.param(ops.descend_columns, (*descent_case(3, 40, 2), 2), id="descend_columns"),
         pytest.param(ops.hadamard, (weight.reshape(3, 5, 8), 8), id="hadamard"),
     ]
 

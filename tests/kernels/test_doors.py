@@ -101,6 +101,26 @@ def test_quantize_columns_refuses(changes: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        refused({"bits": 3}, "descend_columns: bits is 3; allowed: 2, 4, 8"),
+        refused({"codes": WEIGHT}, "descend_columns: codes is torch.float32 with 2 dimensions; allowed: a matrix of"),
+        refused({"pull": WEIGHT[:, :3]}, "descend_columns: pull is torch.float32 (4, 3); the codes ask for float32 (4"),
+        refused({"gram": torch.eye(19)}, "descend_columns: gram is torch.float32 (19, 19); the codes ask for float32"),
+        refused({"a2": torch.ones(3)}, "descend_columns: a2 is torch.float32 (3,); the codes ask for float32 (4,)"),
+        refused({"gram": torch.zeros(20, 20)}, "descend_columns: the diagonal of gram goes down to 0.0; allowed: abo"),
+    ],
+)
+def test_descend_columns_refuses(changes: dict[str, Any], message: str) -> None:
+    row = torch.ones(4)
+    asked: dict[str, Any] = {"codes": torch.zeros(4, 20, dtype=torch.uint8), "pull": WEIGHT, "gram": torch.eye(20)}
+    asked |= {"mu": row, "a1": row, "a2": row, "inverse": row, "bits": 4}
+    with pytest.raises(QuantizationError) as raised:
+        ops.descend_columns(**(asked | changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         refused({"bits": 3}, "quantize_columns_r2q: bits is 3; allowed: 2, 4, 8"),
         refused({"block": WEIGHT.double()}, "quantize_columns_r2q: block is torch.float64 with 2 dimensions; allowed"),
         refused({"upper": torch.eye(19)}, "quantize_columns_r2q: upper is torch.float32 (19, 19); the block asks for"),

@@ -11,6 +11,7 @@ from kernel_cases import (
     STRETCHES,
     Quantized,
     columns_case,
+    descent_case,
     gaussian,
     group_sizes,
     quantized,
@@ -317,6 +318,42 @@ def test_the_errors_of_the_columns_are_the_whole_error_on_the_residual_grid_too(
     restored = reference.residual_level(codes, grid, bits).double()
     difference, size = errors.double() @ upper.double(), errors.double().abs() @ upper.double().abs()
     assert ((difference - (block - restored)).abs() <= 2**-20 * (size + block.abs() + 1.0)).all()
+
+
+# Descent
+
+
+def lost(case: tuple[Tensor, ...], codes: Tensor, bits: int) -> Tensor:
+    """How much more (W - Q) G (W - Q)^T is for these codes than for those of the case, (rows,) float64."""
+    before, pull, gram, *grid = (tensor.double() if tensor.is_floating_point() else tensor for tensor in case[:6])
+    on = reference.Residual(*(part[:, None] for part in grid))
+    change = reference.residual_level(before, on, bits) - reference.residual_level(codes, on, bits)
+    return ((2.0 * pull + change @ gram) * change).sum(dim=1)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 20), columns=st.integers(1, 40), bits=widths, seed=st.integers(0, 99))
+def test_a_descent_never_loses_more_and_one_code_alone_cannot_gain_behind_it(
+    rows: int, columns: int, bits: int, seed: int
+) -> None:
+    case = descent_case(rows, columns, bits, seed)
+    _, pull, gram = case[:3]
+    found = ops.descend_columns(*case, bits)
+    size = pull.double().square().sum(dim=1) / gram.diagonal().min()
+    assert (lost(case, found, bits) <= 1e-6 * size).all()
+    for code in range(2**bits) if bits < 8 else ():  # the last column met all that the others became
+        other = found.clone()
+        other[:, -1] = code
+        assert (lost(case, other, bits) >= lost(case, found, bits) - 1e-5 * size).all()
+
+
+@settings(deadline=None)
+@given(columns=st.integers(1, 40), bits=widths, seed=st.integers(0, 99))
+def test_codes_that_nothing_pulls_at_stay(columns: int, bits: int, seed: int) -> None:
+    codes, pull, gram, mu, a1, a2, _ = descent_case(5, columns, bits, seed)
+    apart = 0.01  # no two levels are the same
+    grid = mu, a1 + apart * (reference.largest_low(bits) + 1), a2 + apart, 0.5 / (a2 + apart)
+    assert torch.equal(ops.descend_columns(codes, torch.zeros_like(pull), gram, *grid, bits), codes)
 
 
 # The reference's own arithmetic

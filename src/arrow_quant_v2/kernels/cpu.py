@@ -157,7 +157,19 @@ def _register_columns(library: ctypes.CDLL) -> None:
         ops.check_columns("quantize_columns_r2q", block, upper, rows, bits)
         return _columns(library.aq_quantize_columns_r2q, block, (upper, *rows.values()), bits)
 
+    def descend_columns_cpp(
+        codes: Tensor, pull: Tensor, gram: Tensor, mu: Tensor, a1: Tensor, a2: Tensor, inverse: Tensor, bits: int
+    ) -> Tensor:
+        rows = {"mu": mu, "a1": a1, "a2": a2, "inverse": inverse}
+        ops.check_descent(codes, pull, gram, rows, bits)
+        given = [tensor.contiguous() for tensor in (codes, pull, gram, *rows.values())]
+        found = torch.empty_like(given[0])
+        pointers = [pointer(tensor) for tensor in given]
+        library.aq_descend_columns(*pointers, *_sizes(*codes.shape), bits, pointer(found), _threads())
+        return found
+
     ops.register_kernel("fit_grid", "CPU", fit_grid_cpp)
+    ops.register_kernel("descend_columns", "CPU", descend_columns_cpp)
     ops.register_kernel("quantize_columns", "CPU", quantize_columns_cpp)
     ops.register_kernel("quantize_columns_r2q", "CPU", quantize_columns_r2q_cpp)
 

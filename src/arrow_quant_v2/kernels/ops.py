@@ -42,6 +42,10 @@ QUANTIZE_COLUMNS_R2Q_SCHEMA = (
     "quantize_columns_r2q(Tensor block, Tensor upper, Tensor mu, Tensor a1, Tensor a2, Tensor inverse, int bits)"
     " -> (Tensor, Tensor)"
 )
+DESCEND_COLUMNS_SCHEMA = (
+    "descend_columns(Tensor codes, Tensor pull, Tensor gram, Tensor mu, Tensor a1, Tensor a2, Tensor inverse, int bits)"
+    " -> Tensor"
+)
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
 # Not torch.library.custom_op: its first call loads torch.compile's machinery, 80 MB and more than a second.
@@ -364,6 +368,55 @@ def _(
     return empty_columns(block)
 
 
+@operator(DESCEND_COLUMNS_SCHEMA)
+def descend_columns(
+    codes: Tensor, pull: Tensor, gram: Tensor, mu: Tensor, a1: Tensor, a2: Tensor, inverse: Tensor, bits: int
+) -> Tensor:
+    """Coordinate descent over the codes of one group (QuantEase, Behdin et al., 2023, arXiv 2309.01885).
+
+    For column t = 0, 1, ...: v_t = the level of c_t, c_t becomes the code nearest to v_t + p_t / G_tt, and every later
+    column t' gets p_t' + (v_t - v_t') G_tt', v_t' being the new level. codes c (rows, n) uint8; pull p = (W - Q) H for
+    these columns, (rows, n), and gram G = H between them, (n, n), with G_tt > 0, float32; mu, a1, a2 and inverse as
+    `quantize_columns_r2q` has them, of which the affine grid of scale s is the one with a1 = 2^(bits-2) s, a2 = s / 2.
+
+    Returns codes (rows, n) uint8. tr((W - Q) H (W - Q)^T) is never larger for them, but for rounding.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or the diagonal of G is not one of these.
+    """
+    check_descent(codes, pull, gram, {"mu": mu, "a1": a1, "a2": a2, "inverse": inverse}, bits)
+    return reference.descend_columns(codes, pull, gram, reference.Residual(mu=mu, a1=a1, a2=a2), inverse, bits)
+
+
+@shapes_of("descend_columns")
+def _(
+    codes: Tensor,
+    pull: Tensor,  # noqa: ARG001
+    gram: Tensor,  # noqa: ARG001
+    mu: Tensor,  # noqa: ARG001
+    a1: Tensor,  # noqa: ARG001
+    a2: Tensor,  # noqa: ARG001
+    inverse: Tensor,  # noqa: ARG001
+    bits: int,  # noqa: ARG001
+) -> Tensor:
+    return codes.new_empty(codes.shape)
+
+
+def check_descent(codes: Tensor, pull: Tensor, gram: Tensor, of_rows: Mapping[str, Tensor], bits: int) -> None:
+    """Refuse what the kernels of `descend_columns` must not see.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or the diagonal of G does not fit.
+    """
+    who = "descend_columns"
+    _check_bits(who, bits)
+    _check_matrix(f"{who}: codes", codes, (torch.uint8,))
+    rows, columns = codes.shape
+    _check_beside(who, "the codes ask", {"pull": (pull, (rows, columns)), "gram": (gram, (columns, columns))})
+    _check_beside(who, "the codes ask", {what: (tensor, (rows,)) for what, tensor in of_rows.items()})
+    _check_diagonal(who, "gram", gram)
+
+
 def check_columns(who: str, block: Tensor, upper: Tensor, of_rows: Mapping[str, Tensor], bits: int) -> None:
     """Refuse what the kernels of `quantize_columns` and `quantize_columns_r2q` must not see; `who` is asked.
 
@@ -373,15 +426,24 @@ def check_columns(who: str, block: Tensor, upper: Tensor, of_rows: Mapping[str, 
     _check_bits(who, bits)
     _check_matrix(f"{who}: block", block, (torch.float32,))
     rows, columns = block.shape
-    wanted = {"upper": (upper, (columns, columns))} | {what: (tensor, (rows,)) for what, tensor in of_rows.items()}
+    _check_beside(who, "the block asks", {"upper": (upper, (columns, columns))})
+    _check_beside(who, "the block asks", {what: (tensor, (rows,)) for what, tensor in of_rows.items()})
+    _check_diagonal(who, "upper", upper)
+
+
+def _check_beside(who: str, asking: str, wanted: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Refuse what is not float32, or has another shape than is asked for."""
     for what, (tensor, shape) in wanted.items():
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
             raise QuantizationError(
-                f"{who}: {what} is {tensor.dtype} {tuple(tensor.shape)}; the block asks for float32 {shape}"
+                f"{who}: {what} is {tensor.dtype} {tuple(tensor.shape)}; {asking} for float32 {shape}"
             )
-    if columns and not float(upper.diagonal().min()) > 0.0:
+
+
+def _check_diagonal(who: str, what: str, matrix: Tensor) -> None:
+    if len(matrix) and not float(matrix.diagonal().min()) > 0.0:
         raise QuantizationError(
-            f"{who}: the diagonal of upper goes down to {float(upper.diagonal().min())}; allowed: above 0"
+            f"{who}: the diagonal of {what} goes down to {float(matrix.diagonal().min())}; allowed: above 0"
         )
 
 

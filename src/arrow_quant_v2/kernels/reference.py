@@ -387,6 +387,17 @@ def quantize_columns_r2q(
     return codes, errors
 
 
+def descend_columns(codes: Tensor, pull: Tensor, gram: Tensor, grid: Residual, inverse: Tensor, bits: int) -> Tensor:
+    """Coordinate descent over the codes (rows, n) of one group, grid of (rows,); see ops.descend_columns."""
+    found, pull = codes.clone(), pull.clone()
+    for t in range(codes.shape[1]):
+        before = residual_level(codes[:, t], grid, bits)
+        found[:, t] = residual_codes(before + pull[:, t] / gram[t, t], grid, inverse, bits)
+        change = before - residual_level(found[:, t], grid, bits)
+        pull[:, t + 1 :] = pull[:, t + 1 :] + change[:, None] * gram[t, t + 1 :]
+    return found
+
+
 def quantize(
     weight: Tensor,
     bits: int,

@@ -14,7 +14,7 @@ import torch
 from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.quantizers.basis import Basis, rotation_block
-from arrow_quant_v2.quantizers.gptq import ROWS, gptq
+from arrow_quant_v2.quantizers.gptq import REFITS, ROWS, SWEEPS, gptq
 from arrow_quant_v2.quantizers.gptq_factor import factorize, suitable_damping
 from arrow_quant_v2.quantizers.result import joined, not_finite, weight_error
 from arrow_quant_v2.quantizers.smoothing import rounding_loss
@@ -60,7 +60,7 @@ class Sight:
 
 @dataclass(frozen=True, kw_only=True)
 class Freedom:
-    """What the fit may try: turned channels, equalized channels, and refits of each group's grid.
+    """What the fit may try: turned channels, equalized channels, refits of each group's grid, and sweeps after all.
 
     smooth  a basis counts by what the outputs lose when inputs are rounded to 8 bits as well
     """
@@ -68,7 +68,13 @@ class Freedom:
     rotate: bool = True
     equalize: bool = False
     smooth: bool = False
-    refits: int = 2
+    refits: int = REFITS
+    sweeps: int = SWEEPS
+
+    @property
+    def quick(self) -> Freedom:
+        """The same without refits and sweeps, which change little in which of two things loses less."""
+        return replace(self, refits=0, sweeps=0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,8 +138,8 @@ def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
     """
     best = _best(weights, sight, every_basis(weights, sight, freedom), smooth=freedom.smooth)
     if len(weights) == 1:
-        return [best.fitted(weights[0], freedom.refits)]  # its rows are shared out instead
-    return each_on_one_core(lambda weight: best.fitted(weight, freedom.refits), weights)
+        return [best.fitted(weights[0], freedom)]  # its rows are shared out instead
+    return each_on_one_core(lambda weight: best.fitted(weight, freedom), weights)
 
 
 def _best(weights: Sequence[Weight], sight: Sight, bases: Sequence[Basis], *, smooth: bool) -> InBasis:
@@ -184,17 +190,19 @@ class InBasis:
         self.factors: dict[int, Factor] = {group: factorize(self.hessian, group, damping) for group in groups}
 
     def loss(self, weight: Weight, *, smooth: bool = False) -> float:
-        """tr(dW H dW^T), without refits; to `smooth`, also what inputs of a linear layer cost that are rounded."""
-        lost, ranges = loss_of(self.basis.weight(self.fitted(weight, 0).left), self.hessian), self.sight.ranges
+        """tr(dW H dW^T) of a quick fit; to `smooth`, also what inputs of a linear layer cost that are rounded."""
+        left, ranges = self.fitted(weight, Freedom().quick).left, self.sight.ranges
+        lost = loss_of(self.basis.weight(left), self.hessian)
         if smooth and ranges is not None and weight.is_linear:
             lost += rounding_loss(weight.aim, ranges, self.basis)
         return lost
 
-    def fitted(self, weight: Weight, refits: int) -> Fitted:
+    def fitted(self, weight: Weight, freedom: Freedom) -> Fitted:
         """The weight by its spec."""
         factor = self.factors[weight.layout.group]
         changed = (self.basis.weight(weight.aim[rows]).contiguous() for rows in tiles(len(weight.aim), AT_ONCE))
-        rows = joined([gptq(part, weight.spec, factor, refits=refits) for part in changed])
+        own = {"refits": freedom.refits, "sweeps": freedom.sweeps}
+        rows = joined([gptq(part, weight.spec, factor, **own) for part in changed])
         if not np.isfinite(rows.sums).all():
             raise not_finite(weight.values, weight.info.name, weight.info.shape)
         scale = self.basis.equalization

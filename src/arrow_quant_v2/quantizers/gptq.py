@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from arrow_quant_v2.packed import Bits
 
 REFITS = 2
+SWEEPS = 3
 ROWS = 1024  # rows that one core works on: fewer keep more cores busy, and pay more for Python
-MOST_REFITS = 100
+MOST = 100  # refits, and sweeps
 
 
 class GridParameters(NamedTuple):
@@ -37,7 +38,13 @@ class GridParameters(NamedTuple):
 
 
 def gptq(
-    weight: Tensor, spec: LayerSpec, hessian: Tensor | Factor, *, damping: float = DAMPING, refits: int = REFITS
+    weight: Tensor,
+    spec: LayerSpec,
+    hessian: Tensor | Factor,
+    *,
+    damping: float = DAMPING,
+    refits: int = REFITS,
+    sweeps: int = SWEEPS,
 ) -> QuantizedRows:
     """GPTQ (Frantar et al., 2022, arXiv 2210.17323) on the grid of `spec`: its method says no more.
 
@@ -67,6 +74,7 @@ def gptq(
         symmetric=spec.symmetric,
         stretches=STRETCHES[spec.bits],
         refits=refits,
+        sweeps=sweeps,
     )
     pieces = tiles(weight.shape[0], ROWS)
     return joined(each_on_one_core(lambda rows: _quantized(weight[rows].to(torch.float32), factor, ask), pieces))
@@ -103,8 +111,9 @@ class GPTQCalibrator:
         symmetric: bool = False,
         damping: float | None = None,
         refits: int = REFITS,
+        sweeps: int = SWEEPS,
     ) -> None:
-        """Choose the grid, the least damping (a part of the mean of diag H) and the refits tried for each group.
+        """Choose the grid, the least damping (a part of the mean of diag H), refits tried for each group, and sweeps.
 
         Damping None follows how much was seen: 0.1 columns / tokens, but 0.01 to 1. With few tokens H fits what was
         seen, not what will be: at as many tokens as columns 0.01 costs a sixth more error than 0.1.
@@ -114,10 +123,11 @@ class GPTQCalibrator:
         """
         if damping is not None and not 0.0 < damping <= 1.0:
             raise ConfigurationError(f"damping is {damping}; allowed: above 0, at most 1, or None")
-        if type(refits) is not int or not 0 <= refits <= MOST_REFITS:
-            raise ConfigurationError(f"refits is {refits!r}; allowed: 0 to {MOST_REFITS}")
+        for what, count in (("refits", refits), ("sweeps", sweeps)):
+            if type(count) is not int or not 0 <= count <= MOST:
+                raise ConfigurationError(f"{what} is {count!r}; allowed: 0 to {MOST}")
         self.spec = LayerSpec(bits=bits, group_size=group_size, method="clip", symmetric=symmetric)
-        self.damping, self.refits = damping, refits
+        self.damping, self.refits, self.sweeps = damping, refits, sweeps
         self._seen: SecondMoment | None = None
         self._factor: Factor | None = None
 
@@ -183,7 +193,7 @@ class GPTQCalibrator:
         layout = self._layout(weight, name)
         matrix = weight.detach().to("cpu").reshape(layout.rows, layout.columns)
         native = matrix if matrix.dtype in ops.FLOATS else matrix.to(torch.float32)
-        rows = gptq(native, self.spec, self.factor, refits=self.refits)
+        rows = gptq(native, self.spec, self.factor, refits=self.refits, sweeps=self.sweeps)
         if not np.isfinite(rows.sums).all():
             raise not_finite(matrix, name, tuple(weight.shape))
         return rows.packed(name, str(weight.dtype).removeprefix("torch."), layout)

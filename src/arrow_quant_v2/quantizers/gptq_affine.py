@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from arrow_quant_v2.kernels import ops, reference
-from arrow_quant_v2.kernels.reference import Fit
+from arrow_quant_v2.kernels.reference import Fit, Residual
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from arrow_quant_v2.quantizers.gptq_core import Ask, Whitened
+    from arrow_quant_v2.quantizers.gptq_core import Ask
+    from arrow_quant_v2.quantizers.whitened import Whitened
 
 MARGIN = 1.25  # updated weights may want larger steps than the weights that a row's scale is chosen by
 
@@ -67,6 +68,11 @@ class AffineGrid:
         scale, inverse, zero = (part[:, 0] for part in (self.scale, self.inverse, self.zero))
         codes, errors = ops.quantize_columns(block, upper, scale, inverse, zero, bits)
         return codes, errors
+
+    def residual(self, bits: int) -> Residual:
+        """The residual grid (rows, 1) with the same levels, but for rounding."""
+        mu = self.scale * (0.5 * (2**bits - 1) - self.zero)
+        return Residual(mu=mu, a1=self.scale * 2.0 ** (bits - 2), a2=0.5 * self.scale)
 
     def where(self, wins: Tensor, other: AffineGrid) -> AffineGrid:
         """For each row the other grid where that wins (rows, 1)."""

@@ -15,7 +15,8 @@ update written with R instead of U. For a group g of columns and the columns p b
     columns of B with U_gg gives Q_g.
 
 A refit keeps the codes and moves the grid's parameters to the minimum of ||(B - Q_g) R_gg||^2 (BPDQ's whitened least
-squares), runs the loop again, and keeps for each row whichever has the smaller ||E_g||^2.
+squares), runs the loop again, and keeps for each row whichever has the smaller ||E_g||^2. When all groups are settled,
+sweeps (gptq_descent) visit them again.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import torch
 
 from arrow_quant_v2.kernels import reference
 from arrow_quant_v2.quantizers.gptq_affine import AffineGrid, RowGrid
+from arrow_quant_v2.quantizers.gptq_descent import sweep
 from arrow_quant_v2.quantizers.gptq_factor import blocks
 from arrow_quant_v2.quantizers.gptq_r2q import ResidualGrid
+from arrow_quant_v2.quantizers.whitened import Whitened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,13 +47,14 @@ GRIDS: dict[Grid, Any] = {"affine": AffineGrid, "r2q": ResidualGrid, "row": RowG
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What the grid may be, and how many refits each group gets. A stretch is 1 / clipping ratio."""
+    """What the grid may be, how many refits each group gets, and sweeps after all. A stretch is 1 / clipping ratio."""
 
     grid: Grid
     bits: int
     symmetric: bool
     stretches: Sequence[float]
     refits: int
+    sweeps: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,10 +74,11 @@ class Calibrated:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """A grid, the codes on it, and what they cost: ||E||^2 of each row, (rows, 1)."""
+    """A grid, the codes on it, E of the group's columns, and what they cost: ||E||^2 of each row, (rows, 1)."""
 
     grid: Any
     codes: Tensor
+    errors: Tensor
     cost: Tensor
 
 
@@ -85,6 +90,8 @@ def calibrated_rows(weight: Tensor, factor: Factor, ask: Ask) -> Calibrated:
         for group in span:
             work.settle(group, _best(work.updated(group, span[0].start), group, factor, work.row_scales, ask))
         work.feed(span[0].start, span[-1].stop)
+    for _ in range(ask.sweeps):
+        sweep(work)
     return work.result(weight)
 
 
@@ -114,14 +121,17 @@ def spans(groups: Sequence[Group]) -> list[list[Group]]:
 class Work:
     """The rows on their way, columns in the order of work.
 
-    left  (rows, columns)  W where a column is still to be settled, W - Q where it is
-    cost  (rows, columns)  Z of all spans that are done
+    left    (rows, columns)  W where a column is still to be settled, W - Q where it is
+    cost    (rows, columns)  Z of all spans that are done
+    errors  (rows, columns)  E of what is settled; once all is, it is (W - Q) R
+    grids   of each group, by its index
     """
 
     def __init__(self, weight: Tensor, factor: Factor, ask: Ask, row_scales: Tensor) -> None:
         self.factor, self.left, self.ask, self.row_scales = factor, weight, ask, row_scales
-        self.values, self.codes = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.uint8)
-        self.cost = torch.zeros_like(weight)
+        self.values, self.codes = torch.zeros_like(weight), torch.empty_like(weight, dtype=torch.uint8)
+        self.cost, self.errors = torch.zeros_like(weight), torch.empty_like(weight)
+        self.grids: list[Any] = [None] * len(factor.groups)
         shape = weight.shape[0], len(factor.groups)
         per_group = 2 if ask.grid == "r2q" else 1
         self.scales = weight.new_empty((*shape, per_group), dtype=torch.uint8)
@@ -135,15 +145,34 @@ class Work:
 
     def settle(self, group: Group, choice: Choice) -> None:
         """Keep what was chosen for a group."""
+        self.errors[:, group.start : group.stop] = choice.errors
+        self._keep(group, choice.grid, choice.codes)
+
+    def pull(self, group: Group) -> Tensor:
+        """((W - Q) H) of the columns of a group, (rows, n), once all are settled."""
+        rows = self.factor.root[group.start : group.stop, group.start :]
+        result: Tensor = self.errors[:, group.start :] @ rows.mT
+        return result
+
+    def settle_again(self, group: Group, grid: Any, codes: Tensor) -> None:
+        """Keep what a sweep made of a group, and E with it."""
+        change = self._keep(group, grid, codes)
+        self.errors[:, group.start :].addmm_(change, self.factor.root[group.start : group.stop, group.start :])
+
+    def _keep(self, group: Group, grid: Any, codes: Tensor) -> Tensor:
+        """Write down a group; what was there - what is, (rows, n)."""
         here = slice(group.start, group.stop)
-        values = choice.grid.values(choice.codes, self.ask.bits)
-        self.codes[:, here], self.values[:, here] = choice.codes, values
-        self.left[:, here] -= values
-        self.scales[:, group.index] = choice.grid.scales
-        if choice.grid.zero_points.numel():
-            self.zero_points[:, group.index] = choice.grid.zero_points[:, 0]
+        values = grid.values(codes, self.ask.bits)
+        change: Tensor = self.values[:, here] - values
+        self.codes[:, here], self.values[:, here] = codes, values
+        self.left[:, here] += change
+        self.grids[group.index] = grid
+        self.scales[:, group.index] = grid.scales
+        if grid.zero_points.numel():
+            self.zero_points[:, group.index] = grid.zero_points[:, 0]
         if self.ask.grid == "row":
-            self.row_scales = choice.grid.scale[:, 0].to(torch.bfloat16)  # exactly
+            self.row_scales = grid.scale[:, 0].to(torch.bfloat16)  # exactly
+        return change
 
     def feed(self, start: int, stop: int) -> None:
         """Z of all later columns += (W - Q) R of the columns [start, stop)."""
@@ -185,7 +214,8 @@ def _best(block: Tensor, group: Group, factor: Factor, row_scales: Tensor, ask: 
     best = _chosen(block, group, factor, grid, ask.bits)
     if not ask.refits:
         return best
-    seen = Whitened(block, factor.root[here, here].triu())
+    root = factor.root[here, here]
+    seen = Whitened(block @ root, root)
     for _ in range(ask.refits):
         grid = best.grid.refitted(best.codes, seen, row_scales, ask)
         best = _better(best, _chosen(block, group, factor, grid, ask.bits))
@@ -194,30 +224,15 @@ def _best(block: Tensor, group: Group, factor: Factor, row_scales: Tensor, ask: 
 
 def _chosen(block: Tensor, group: Group, factor: Factor, grid: Any, bits: int) -> Choice:
     """The column loop, in blocks: B of a later block takes the errors of the earlier ones as a group does."""
-    codes, cost = torch.empty_like(block, dtype=torch.uint8), block.new_zeros(len(block), 1)
+    codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
     for b in blocks(group.start, group.stop):
         done, here = slice(0, b.start - group.start), slice(b.start - group.start, b.stop - group.start)
         updated = block[:, here]
         if done.stop:
-            errors = block[:, done] - grid.values(codes[:, done], bits)
-            updated = updated + errors @ factor.root[group.start : b.start, b] @ factor.upper[b.start]
-        codes[:, here], e = grid.columns(updated, factor.upper[b.start], bits)
-        cost += e.square().sum(dim=1, keepdim=True)
-    return Choice(grid=grid, codes=codes, cost=cost)
-
-
-class Whitened:
-    """What a refit fits: y = B R, seen through R, where the codes are c R and a zero point is 1 R; sums are float64."""
-
-    def __init__(self, block: Tensor, root: Tensor) -> None:
-        self.root, self.y = root, block @ root
-        self.one = root.sum(dim=0)
-        self.one_one = self.one.to(torch.float64).square().sum()
-        self.one_y = self.inner(self.y, self.one)
-
-    def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        """(rows, 1) float64: <a, b> of each row."""
-        return (a * b).sum(dim=1, keepdim=True).to(torch.float64)
+            left = block[:, done] - grid.values(codes[:, done], bits)
+            updated = updated + left @ factor.root[group.start : b.start, b] @ factor.upper[b.start]
+        codes[:, here], errors[:, here] = grid.columns(updated, factor.upper[b.start], bits)
+    return Choice(grid=grid, codes=codes, errors=errors, cost=errors.square().sum(dim=1, keepdim=True))
 
 
 def _better(one: Choice, other: Choice) -> Choice:
@@ -226,5 +241,6 @@ def _better(one: Choice, other: Choice) -> Choice:
     return Choice(
         grid=one.grid.where(wins, other.grid),
         codes=torch.where(wins, other.codes, one.codes),
+        errors=torch.where(wins, other.errors, one.errors),
         cost=torch.where(wins, other.cost, one.cost),
     )

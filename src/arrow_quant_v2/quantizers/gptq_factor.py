@@ -45,8 +45,7 @@ class Factor:
 
     order    int64 (columns,)              the column that is worked on at each position
     groups   one for each group            in the order of work
-    root     float32 (columns, columns)    R of the ordered, damped H / mean(diag H); what lies below its diagonal
-                                           means nothing
+    root     float32 (columns, columns)    R of the ordered, damped H / mean(diag H); 0 below its diagonal
     upper    one for each block of a group U_bb = R_bb^-1 of the columns from that position on
     dead     bool (columns,)               columns whose input was always 0
     damping  what was added to the diagonal in the end, as a part of its mean
@@ -68,6 +67,25 @@ class Factor:
         """
         return self.root.diagonal().square().masked_fill(self.dead[self.order], 0.0)
 
+    @cached_property
+    def corners(self) -> tuple[Corner, ...]:
+        """H between the columns of each group, in the order of work."""
+        return tuple(_corner(self.root[group.start : group.stop, group.start :]) for group in self.groups)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corner:
+    """H between the columns of one group: gram G = L L^T, L lower triangular, both (n, n) float32."""
+
+    gram: Tensor
+    lower: Tensor
+
+
+def _corner(rows: Tensor) -> Corner:
+    """From the rows of R, beginning with the group's own columns; a Gram matrix in float64 has its root."""
+    gram = (rows @ rows.mT).to(torch.float64)
+    return Corner(gram=gram.to(torch.float32), lower=torch.linalg.cholesky(gram).to(torch.float32))
+
 
 def factorize(hessian: Tensor, group_size: int | None, damping: float = DAMPING) -> Factor:
     """R R^T = H / mean(diag H) + damping I, columns in group-aware order; damping grows tenfold until it exists.
@@ -88,7 +106,7 @@ def factorize(hessian: Tensor, group_size: int | None, damping: float = DAMPING)
         root.diagonal().add_(damping).add_(dead[order].to(torch.float32))
         if to_upper_root(root):
             size = group_size or len(hessian)
-            upper = _diagonal_inverses(root, groups)
+            upper = _diagonal_inverses(root.triu_(), groups)
             return Factor(
                 order=order, groups=groups, root=root, upper=upper, dead=dead, damping=damping, group_size=size
             )

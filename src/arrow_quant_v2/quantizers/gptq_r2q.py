@@ -15,7 +15,8 @@ from arrow_quant_v2.quantizers.r2q_core import fit_r2q, inverse_of, stored_r2q
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from arrow_quant_v2.quantizers.gptq_core import Ask, Whitened
+    from arrow_quant_v2.quantizers.gptq_core import Ask
+    from arrow_quant_v2.quantizers.whitened import Whitened
 
 MARGIN = 1.5  # updated weights may want a larger a1 than half the weights' own affine range
 SINGULAR = 1e-6  # of the product of two variances: the two stages say the same, or one says nothing
@@ -67,6 +68,10 @@ class ResidualGrid:
         mu, a1, a2, inverse = (part[:, 0].contiguous() for part in (*self.grid, inverse_of(self.grid.a2)))
         codes, errors = ops.quantize_columns_r2q(block, upper, mu, a1, a2, inverse, bits)
         return codes, errors
+
+    def residual(self, bits: int) -> Residual:  # noqa: ARG002 - the other grid asks for the width
+        """The grid itself, (rows, 1)."""
+        return self.grid
 
     def where(self, wins: Tensor, other: ResidualGrid) -> ResidualGrid:
         """For each row the other grid where that wins (rows, 1)."""

@@ -92,7 +92,7 @@ def judged_parts(weight: Weight, sight: Sight, freedom: Freedom) -> list[Judged]
     if sight.transposed:
         return [_judged_columns(part, others) for part in judges]
     basis = _basis(parts, weight, sight, replace(freedom, equalize=False))
-    return [_judged_rows(part, basis, sight, freedom.refits, others) for part in judges]
+    return [_judged_rows(part, basis, sight, freedom, others) for part in judges]
 
 
 def lost_of(judged: Sequence[Judged]) -> tuple[float, float]:
@@ -102,9 +102,9 @@ def lost_of(judged: Sequence[Judged]) -> tuple[float, float]:
     return lost / whole if whole else 0.0, changed / size if size else 0.0
 
 
-def _judged_rows(part: _Part, basis: Basis, sight: Sight, refits: int, others: float) -> Judged:
+def _judged_rows(part: _Part, basis: Basis, sight: Sight, freedom: Freedom, others: float) -> Judged:
     some = replace(part, weight=part.weight.some(JUDGED_ROWS))
-    left, aim = _better(some, basis, sight, refits)[0].left, some.weight.aim
+    left, aim = _better(some, basis, sight, freedom)[0].left, some.weight.aim
     return Judged(
         rows=part.first + spaced(len(part.weight.values), JUDGED_ROWS),
         columns=torch.arange(aim.shape[1]),
@@ -148,7 +148,7 @@ def _by_columns(weight: Weight, sight: Sight, freedom: Freedom) -> Fitted:
     basis = _basis(parts, weight, sight, replace(freedom, equalize=False))
 
     def fitted(part: _Part) -> tuple[Fitted, str]:
-        return _better(part, basis, sight, freedom.refits)
+        return _better(part, basis, sight, freedom)
 
     found = each_on_one_core(fitted, parts) if len(parts) > 1 else [fitted(part) for part in parts]
     packed = _joined(weight, [one.packed for one, _ in found], basis)
@@ -220,13 +220,13 @@ def _loss(basis: Basis, part: _Part) -> float:
     return InBasis(basis, part.sight, [part.weight.layout.group]).loss(part.weight.some(JUDGED_ROWS))
 
 
-def _better(part: _Part, basis: Basis, sight: Sight, refits: int) -> tuple[Fitted, str]:
+def _better(part: _Part, basis: Basis, sight: Sight, freedom: Freedom) -> tuple[Fitted, str]:
     """A part fitted, and by what: of few tokens in two ways, of which those tokens choose."""
     groups = [part.weight.layout.group]
     if part.by != SHARED:
-        return InBasis(basis, part.sight, groups).fitted(part.weight, refits), part.by
+        return InBasis(basis, part.sight, groups).fitted(part.weight, freedom), part.by
     ways = ((SHARED, sight), (ALONE, _blind(sight, part.weight)))
-    found = [(InBasis(basis, one, groups).fitted(part.weight, refits), by) for by, one in ways]
+    found = [(InBasis(basis, one, groups).fitted(part.weight, freedom), by) for by, one in ways]
     return min(found, key=lambda pair: loss_of(pair[0].left, part.sight.hessian))
 
 

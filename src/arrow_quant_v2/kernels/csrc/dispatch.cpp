@@ -238,7 +238,7 @@ Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* ze
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 11; }
+AQ_EXPORT int aq_abi() { return 12; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -318,6 +318,13 @@ AQ_EXPORT void aq_quantize_columns_r2q(const float* block, const float* upper, c
                                        uint8_t* codes, float* errors, int threads) {
   const ResidualColumns ask{block, upper, mu, a1, a2, inverse, codes, errors, columns, bits};
   over_rows(ask, chosen.load()->quantize_columns_r2q, rows, 8 * columns, threads);  // each value costs a loop
+}
+
+AQ_EXPORT void aq_descend_columns(const uint8_t* codes, const float* pull, const float* gram, const float* mu,
+                                  const float* a1, const float* a2, const float* inverse, int64_t rows,
+                                  int64_t columns, int bits, uint8_t* found, int threads) {
+  const Descent ask{codes, pull, gram, mu, a1, a2, inverse, found, columns, bits};
+  over_rows(ask, chosen.load()->descend_columns, rows, 8 * columns, threads);  // each value costs a loop
 }
 
 AQ_EXPORT void aq_hadamard(const float* from, float* to, int64_t rows, int64_t block, int threads) {

@@ -54,6 +54,17 @@ struct ResidualColumns {
   int bits;
 };
 
+// Codes of one group that may move, on the r2q grid; `found` are those that they become.
+struct Descent {
+  const uint8_t* codes;                 // (rows, columns)
+  const float* pull;                    // (rows, columns)
+  const float* gram;                    // (columns, columns)
+  const float *mu, *a1, *a2, *inverse;  // (rows,)
+  uint8_t* found;                       // (rows, columns)
+  int64_t columns;
+  int bits;
+};
+
 // Rows of one block each, turned by Sylvester's matrix over the root of its size.
 struct Hadamard {
   const float* from;  // (rows, block)
@@ -231,6 +242,7 @@ struct KernelTable {
   void (*unpack)(const Repack&, int64_t first, int64_t last);
   void (*dequantize_r2q)(const Dequantize&, int64_t first, int64_t last);
   void (*quantize_columns_r2q)(const ResidualColumns&, int64_t first, int64_t last);
+  void (*descend_columns)(const Descent&, int64_t first, int64_t last);
   void (*hadamard)(const Hadamard&, int64_t first, int64_t last);
   int (*pieces)(const Product&);  // as which x meets codes as bytes, where that is faster than floats; else 0
   void (*split)(const Product&, int64_t first, int64_t last);  // rows of x; null where it always is

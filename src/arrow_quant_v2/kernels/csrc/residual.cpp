@@ -1,16 +1,12 @@
 // The residual grid (r2q) and the block-Hadamard turn; compiled once per instruction set, with the same bits from each.
 //
-//   m = 2^(bits-1) - 1,  top = the highest bit of a code,  low = its other bits
-//   centre = mu + a1 where top, else mu - a1
-//   weight = centre + a2 (2 low - m)
-//   stored: a = row_scale * (s / 255)^2 for the two scales of a group,  mu = (a1 + m a2) ((255 - 2 z) / 255), or 0
-//
-//   nearest: top = w >= mu,  low = round(clip((w - centre) / (2 a2) + m / 2, 0, m)),  where a1 >= m a2
+//   stored: a = row_scale * (s / 255)^2 for the two scales of a group,  mu = (a1 + m a2) ((255 - 2 z) / 255), or 0,
+//           and the weights are those of residual.hpp
 //
 //   hadamard: for h = 1, 2, 4 ... block / 2:  x_i, x_{i+h} = x_i + x_{i+h}, x_i - x_{i+h}  wherever i has no bit h
 //
 // Every element sees the same operations in the same order as in kernels/reference.py. Assumes what kernels/ops.py has
-// checked: shapes, widths, contiguity, U_tt > 0, blocks of at least 8. Measured: python bench/kernels.py.
+// checked: shapes, widths, contiguity, U_tt > 0, blocks of at least 8. Measured: python bench/gptq.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,33 +15,10 @@
 
 #include "kernels.hpp"
 #include "lanes.hpp"
+#include "residual.hpp"
 #include "stored.hpp"
 
 namespace AQ_ISA {
-
-static inline Lanes at_least(Lanes x, Lanes limit, Lanes yes, Lanes no) {
-  AQ_EACH(x.part[i] >= limit.part[i] ? yes.part[i] : no.part[i])
-}
-
-// What a code adds to the centre of its half, and which half it is.
-struct Halves {
-  float most;   // m
-  float first;  // 2^(bits-1), the first code on top
-
-  explicit Halves(int bits) : most((float)((1 << (bits - 1)) - 1)), first((float)(1 << (bits - 1))) {}
-};
-
-struct Levels {
-  Lanes above, below, a2;  // mu + a1, mu - a1
-};
-
-// Not left to the compiler: a call would pass sixteen floats through memory, at four times the cost.
-__attribute__((always_inline)) static inline Lanes level(Lanes code, const Levels& of, Halves halves) {
-  const Lanes first = fill(halves.first), most = fill(halves.most);
-  const Lanes centre = at_least(code, first, of.above, of.below);
-  const Lanes low = code - at_least(code, first, first, fill(0.0f));
-  return centre + of.a2 * (low + low - most);
-}
 
 // Some codes of a row; the first one begins a byte.
 template <int BITS, class Item>
@@ -131,18 +104,15 @@ struct ResidualTile {
 
 static void residual_loop(const float* upper, Halves halves, ResidualTile& tile) {
   const int64_t n = tile.columns;
-  const Lanes mu = load(tile.mu), a1 = load(tile.a1), a2 = load(tile.a2), inverse = load(tile.inverse);
-  const Lanes above = mu + a1, below = mu - a1, none = fill(0.0f);
-  const Lanes most = fill(halves.most), middle = fill(halves.most * 0.5f), first = fill(halves.first);
+  const Lanes mu = load(tile.mu), a1 = load(tile.a1), inverse = load(tile.inverse);
+  const Levels levels{mu + a1, mu - a1, load(tile.a2)};
   float* w = tile.weights.data();
   for (int64_t t = 0; t < n; t++) {
     const float* u = upper + t * n;
     const Lanes now = load(w + t * LANES);
-    const Lanes centre = at_least(now, mu, above, below);
-    const Lanes place = min(max((now - centre) * inverse + middle, none), most);
-    const Lanes low = code_of(shift_to_code(place));
-    const Lanes error = (now - (centre + a2 * (low + low - most))) / fill(u[t]);
-    const Codes codes = codes_of(shift_to_code(low + at_least(now, mu, first, none)));
+    const Nearest found = nearest(now, mu, inverse, levels, halves);
+    const Lanes error = (now - found.value) / fill(u[t]);
+    const Codes codes = codes_of(shift_to_code(found.code));
     std::memcpy(&tile.codes[t * LANES], &codes, LANES);
     store(&tile.errors[t * LANES], error);
     for (int64_t s = t + 1; s < n; s++) store(w + s * LANES, load(w + s * LANES) - error * fill(u[s]));

@@ -2,7 +2,7 @@
 
 Both take the same H (8192 correlated tokens), damping, order of columns and kind of grid. The plain loop is the usual
 one: H^-1 by Cholesky and back, blocks of 128 columns, a dozen torch calls a column, one product for all later columns.
-The bar is for the same mathematics, that is, without refits.
+The bar is for the same mathematics, that is, without refits and sweeps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BAR = 3.0
-SAME = "ours, no refits"  # the same mathematics as the plain loop, and the same error
+SAME = "ours, no refits, no sweeps"  # the same mathematics as the plain loop, and the same error
 BLOCK = 128
 PARTS = {  # what is timed inside our loop
     "grid fits": (ops, "fit_grid"),
@@ -39,6 +39,7 @@ PARTS = {  # what is timed inside our loop
     "least-squares refits": (AffineGrid, "refitted"),
     "products into later spans": (gptq_core.Work, "feed"),
     "products inside a span": (gptq_core.Work, "updated"),
+    "sweeps, with their refits": (gptq_core, "sweep"),
 }
 
 
@@ -138,7 +139,7 @@ def timed_parts() -> Iterator[dict[str, float]]:
 
 
 def where_it_goes(weight: Tensor, hessian: Tensor, spec: LayerSpec) -> dict[str, float]:
-    """Seconds of each part of one run with the default refits; the parts of the rows shared by the threads."""
+    """Seconds of each part of one run as it is by default; the parts of the rows shared by the threads."""
     start = time.perf_counter()
     factor = factorize(hessian, spec.group_size)
     middle = time.perf_counter()
@@ -159,8 +160,9 @@ def measure(weight: Tensor, hessian: Tensor, spec: LayerSpec, rounds: int) -> di
     """The best of some rounds of each, one after the other in each round, and what they are worth."""
     runs: dict[str, Callable[[], Any]] = {
         "plain PyTorch loop": lambda: plain_gptq(weight, hessian, spec),
-        SAME: lambda: gptq.gptq(weight, spec, hessian, refits=0),
-        f"ours, {gptq.REFITS} refits": lambda: gptq.gptq(weight, spec, hessian),
+        SAME: lambda: gptq.gptq(weight, spec, hessian, refits=0, sweeps=0),
+        f"ours, {gptq.REFITS} refits": lambda: gptq.gptq(weight, spec, hessian, sweeps=0),
+        f"ours, {gptq.REFITS} refits, {gptq.SWEEPS} sweeps": lambda: gptq.gptq(weight, spec, hessian),
     }
     found: dict[str, Any] = {name: {"seconds": float("inf")} for name in runs}
     for _ in range(rounds):

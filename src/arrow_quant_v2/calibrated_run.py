@@ -123,7 +123,8 @@ def run_calibrated(run: CalibratedRun) -> CalibratedPlans:
         keeper = Keeper(run, plans, names)
         fitting = _fitting(run, plans, module_names, keeper)
         device = torch.device(run.config.device)
-        seconds = seconds_to_fit(walk, fitting.plans, reading, beside=fitting.strength > 0.0, device=device)
+        beside, sweeps = fitting.strength > 0.0, run.config.code_sweeps
+        seconds = seconds_to_fit(walk, fitting.plans, reading, beside=beside, sweeps=sweeps, device=device)
         run.progress.begin(sum(effort(plan, names) for plan in plans))
         run.progress.tell(f"{_announcement(walk, run, len(names))}, about {_told_time(walk, run, seconds)}")
         fit_in_sequence(walk, fitting)

@@ -13,7 +13,7 @@ from arrow_quant_v2.engines.one_core import each_on_one_core
 from arrow_quant_v2.judging import MOST_CALLS
 from arrow_quant_v2.kernels.cpu import threads_per_call
 from arrow_quant_v2.quantizers.calibrated import TRIED_ROWS
-from arrow_quant_v2.quantizers.gptq import gptq
+from arrow_quant_v2.quantizers.gptq import SWEEPS, gptq
 from arrow_quant_v2.quantizers.gptq_factor import factorize
 from arrow_quant_v2.tuning import FEWEST, HELD_OUT, LOOKS
 from arrow_quant_v2.tuning import SAMPLES as AT_ONCE
@@ -35,9 +35,15 @@ FACTORS = 3  # of H: one for each basis, and the best one again where H is large
 
 
 def seconds_to_fit(
-    walk: Walk, plans: Mapping[str, LayerPlan], reading: float, *, beside: bool = False, device: torch.device = CPU
+    walk: Walk,
+    plans: Mapping[str, LayerPlan],
+    reading: float,
+    *,
+    beside: bool = False,
+    sweeps: int = SWEEPS,
+    device: torch.device = CPU,
 ) -> float:
-    """Seconds for all blocks of the walk: calls of the model, what is made of H, the column loops; `reading` more.
+    """Seconds for all blocks of the walk: calls of the model, what is made of H, column loops, sweeps; `reading` more.
 
     `plans` are by the module's own names of the weights; `beside`: the original blocks run too, and D is added up; on
     the device layers are fitted.
@@ -48,8 +54,8 @@ def seconds_to_fit(
         return reading
     weights = sum(plan.tensor.numel for plan in layers)
     rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples) * (3 if beside else 1)  # H is half of a matrix
-    products = sum(_products(block, plans, rows) for block in walk.blocks)
-    per_weight, per_product = each_on_one_core(lambda spec: _timed(spec, device), [spec])[0]
+    products = sum(_products(block, plans, rows, sweeps) for block in walk.blocks)
+    per_weight, per_product = each_on_one_core(lambda spec: _timed(spec, sweeps, device), [spec])[0]
     cores = (threads_per_call.get() or torch.get_num_threads()) if device == CPU else 1  # they share one device
     return reading + ((2 if beside else 1) * _calls(walk) + weights * per_weight + products * per_product) / cores
 
@@ -88,18 +94,19 @@ def _size(sample: Sample) -> int:
     return max((leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)), default=0) or 1
 
 
-def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int) -> float:
-    """Multiplications, each with its addition, that H, its factors, and errors fed into later columns need."""
+def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int, sweeps: int) -> float:
+    """Multiplications, each with its addition, that H, its factors, errors fed into later columns, and sweeps need."""
     total = 0.0
     for inputs in block.inputs:
         layouts = (plans[layer].layout for layer in inputs)
         columns = max(layout.columns for layout in layouts if layout is not None)
         out = sum(plans[layer].tensor.numel // columns for layer in inputs)
-        total += columns**2 * (rows / 2.0 + FACTORS * columns / 6.0 + (out + 2 * BASES * TRIED_ROWS) / 2.0)
+        of_h = rows / 2.0 + FACTORS * columns / 6.0
+        total += columns**2 * (of_h + (out + 2 * BASES * TRIED_ROWS) / 2.0 + sweeps * out)
     return total
 
 
-def _timed(spec: LayerSpec, device: torch.device = CPU) -> tuple[float, float]:
+def _timed(spec: LayerSpec, sweeps: int, device: torch.device = CPU) -> tuple[float, float]:
     """Seconds of one core for one weight in the column loop, and for one multiplication and addition."""
     draw = torch.Generator().manual_seed(0)
     square = torch.randn(PRODUCT, PRODUCT, generator=draw).to(device)
@@ -109,7 +116,7 @@ def _timed(spec: LayerSpec, device: torch.device = CPU) -> tuple[float, float]:
     factor = factorize(seen.mT @ seen, group)
     torch.mm(square, square)[0, 0].item()  # a device has done all that came before, and its library is loaded
     moments = [time.perf_counter()]
-    gptq(weight, spec, factor)
+    gptq(weight, spec, factor, sweeps=sweeps)
     moments.append(time.perf_counter())
     torch.mm(square, square)[0, 0].item()
     moments.append(time.perf_counter())

@@ -145,23 +145,22 @@ class Work:
 
     def settle(self, group: Group, choice: Choice) -> None:
         """Keep what was chosen for a group."""
-        self.errors[:, group.start : group.stop] = choice.errors
-        self._keep(group, choice.grid, choice.codes)
+        here = slice(group.start, group.stop)
+        self.errors[:, here] = choice.errors
+        self._keep(group, choice.grid, choice.codes, here)
 
-    def pull(self, group: Group) -> Tensor:
-        """((W - Q) H) of the columns of a group, (rows, n), once all are settled."""
-        rows = self.factor.root[group.start : group.stop, group.start :]
-        result: Tensor = self.errors[:, group.start :] @ rows.mT
+    def pull(self, here: slice) -> Tensor:
+        """((W - Q) H) of some columns, (rows, n), once all are settled."""
+        result: Tensor = self.errors[:, here.start :] @ self.factor.root[here, here.start :].mT
         return result
 
-    def settle_again(self, group: Group, grid: Any, codes: Tensor) -> None:
-        """Keep what a sweep made of a group, and E with it."""
-        change = self._keep(group, grid, codes)
-        self.errors[:, group.start :].addmm_(change, self.factor.root[group.start : group.stop, group.start :])
+    def settle_again(self, group: Group, grid: Any, codes: Tensor, here: slice) -> None:
+        """Keep what a sweep made of a group, or of some of its columns, and E with it."""
+        change = self._keep(group, grid, codes, here)
+        self.errors[:, here.start :].addmm_(change, self.factor.root[here, here.start :])
 
-    def _keep(self, group: Group, grid: Any, codes: Tensor) -> Tensor:
-        """Write down a group; what was there - what is, (rows, n)."""
-        here = slice(group.start, group.stop)
+    def _keep(self, group: Group, grid: Any, codes: Tensor, here: slice) -> Tensor:
+        """Write down some columns of a group; what was there - what is, (rows, n)."""
         values = grid.values(codes, self.ask.bits)
         change: Tensor = self.values[:, here] - values
         self.codes[:, here], self.values[:, here] = codes, values

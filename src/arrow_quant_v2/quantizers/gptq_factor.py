@@ -70,21 +70,34 @@ class Factor:
     @cached_property
     def corners(self) -> tuple[Corner, ...]:
         """H between the columns of each group, in the order of work."""
-        return tuple(_corner(self.root[group.start : group.stop, group.start :]) for group in self.groups)
+        return tuple(_corner(self.root, group) for group in self.groups)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corner:
-    """H between the columns of one group: gram G = L L^T, L lower triangular, both (n, n) float32."""
+    """H between the columns of one group, (n, n) float32: a root L, H_gg = L L^T, and H_bb of each of its blocks.
 
-    gram: Tensor
-    lower: Tensor
+    L is lower triangular, but for the group that comes last: its own part of R, so that a row of one group, however
+    long it is, costs no further root.
+    """
+
+    root: Tensor
+    blocks: tuple[Tensor, ...]
 
 
-def _corner(rows: Tensor) -> Corner:
-    """From the rows of R, beginning with the group's own columns; a Gram matrix in float64 has its root."""
-    gram = (rows @ rows.mT).to(torch.float64)
-    return Corner(gram=gram.to(torch.float32), lower=torch.linalg.cholesky(gram).to(torch.float32))
+def _corner(root: Tensor, group: Group) -> Corner:
+    found = [root[block, block.start :] for block in blocks(group.start, group.stop)]
+    rows = root[group.start : group.stop, group.start :]
+    return Corner(
+        root=rows if group.stop == len(root) else _lower(rows), blocks=tuple(block @ block.mT for block in found)
+    )
+
+
+def _lower(rows: Tensor) -> Tensor:
+    """Of rows of R: L L^T = R_g R_g^T; made in float64, where every such matrix has its root."""
+    exact = rows.to(torch.float64)
+    result: Tensor = torch.linalg.cholesky(exact @ exact.mT)
+    return result.to(torch.float32)
 
 
 def factorize(hessian: Tensor, group_size: int | None, damping: float = DAMPING) -> Factor:

@@ -39,7 +39,9 @@ PARTS = {  # what is timed inside our loop
     "least-squares refits": (AffineGrid, "refitted"),
     "products into later spans": (gptq_core.Work, "feed"),
     "products inside a span": (gptq_core.Work, "updated"),
-    "sweeps, with their refits": (gptq_core, "sweep"),
+    "sweeps: codes": (ops, "descend_columns"),
+    "sweeps: products with R": (gptq_core.Work, "pull"),
+    "sweeps: products into E": (gptq_core.Work, "feed_again"),
 }
 
 

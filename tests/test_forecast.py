@@ -49,12 +49,12 @@ def plans(module: nn.Module, bits: int = 4) -> dict[str, LayerPlan]:
     return {plan.tensor.name: plan for plan in plan_model(infos, config, Calibrated(names=names))}
 
 
-def foretold(rows: int, samples: int, cores: int = 1, reading: float = 0.0) -> float:
+def foretold(rows: int, samples: int, cores: int = 1, reading: float = 0.0, sweeps: int = 3) -> float:
     with torch.random.fork_rng(devices=()):
         module = Slow()
     calls = [Sample(arguments=(torch.ones(rows, 64),), timestep=0.0) for _ in range(samples)]
     with cores_at_most(cores), walking(module, calls, dict(module.named_parameters())) as walk:
-        return seconds_to_fit(walk, plans(module), reading)
+        return seconds_to_fit(walk, plans(module), reading, sweeps=sweeps)
 
 
 @pytest.fixture
@@ -79,6 +79,12 @@ def test_weights_and_products_take_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert foretold(rows=4, samples=1) == pytest.approx(4 * 64 * 64, rel=0.01)
     monkeypatch.setattr(forecast, "_timed", lambda *_: (0.0, 1.0))
     assert foretold(rows=2048, samples=64) > 4 * 64 * 64 * 64 * 2048 / 2
+
+
+def test_sweeps_are_two_half_products_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_timed", lambda *_: (0.0, 1.0))
+    found = foretold(rows=4, samples=1), foretold(rows=4, samples=1, sweeps=0)
+    assert found[0] - found[1] == pytest.approx(3 * 4 * 64**3, rel=0.01)
 
 
 @contextmanager

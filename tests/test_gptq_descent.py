@@ -13,10 +13,10 @@ from arrow_quant_v2.one_tensor import dequantize_tensor
 from arrow_quant_v2.packed import Grid
 from arrow_quant_v2.quantizers.affine import STRETCHES
 from arrow_quant_v2.quantizers.gptq import GPTQCalibrator
-from arrow_quant_v2.quantizers.gptq_core import Ask, Work, calibrated_rows, row_scales_for, spans
+from arrow_quant_v2.quantizers.gptq_core import SPAN, Ask, Work, calibrated_rows, row_scales_for
 from arrow_quant_v2.quantizers.gptq_core import _best as best_of
 from arrow_quant_v2.quantizers.gptq_descent import sweep
-from arrow_quant_v2.quantizers.gptq_factor import Factor, factorize
+from arrow_quant_v2.quantizers.gptq_factor import Factor, factorize, spans
 
 ROWS = 24
 grids = st.sampled_from(["affine", "r2q", "row"])
@@ -40,7 +40,7 @@ def settled(weight: Tensor, factor: Factor, ask: Ask) -> Work:
     """The rows as the column loop leaves them."""
     ordered = weight.index_select(1, factor.order)
     work = Work(ordered, factor, ask, row_scales_for(weight, factor, ask))
-    for span in spans(factor.groups):
+    for span in spans(factor.groups, SPAN):
         for group in span:
             block = work.updated(group, span[0].start)
             work.settle(group, best_of(block, group, factor, work.row_scales, ask))
@@ -72,7 +72,7 @@ def test_no_row_loses_more_by_a_sweep(
     for _ in range(3):
         before = lost(work, weight)
         sweep(work)
-        assert (lost(work, weight) <= before * (1.0 + 1e-3) + 1e-9).all()
+        assert (lost(work, weight) <= before * (1.0 + 1e-5) + 1e-9).all()
 
 
 @pytest.mark.parametrize("grid", ["affine", "r2q", "row"])

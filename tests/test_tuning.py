@@ -231,6 +231,7 @@ def samples(_: nn.Module) -> Iterator[tuple[Any, float]]:
 
 def quantize(out: Path, module: nn.Module | None = None, **asked: Any) -> dict[str, Any]:
     given = {"bit_width": 2, "group_size": 32, "modality": "image", "min_accuracy": 0.0, "tuning_steps": 40}
+    given["code_sweeps"] = 0  # which leave too little to tune in so small a model
     stop, report = asked.pop("should_stop", bool), asked.pop("report", None)
     config = DiffusionQuantConfig(**(given | {"calibration_samples": 24} | asked))
     return api.quantize_diffusion_model(

@@ -113,7 +113,7 @@ def calibration_bytes(
     blocks: Counter[str] = Counter()
     for plan in fitted:
         blocks[_likely_block(plan.tensor.name)] += plan.tensor.numel
-    weights = sum(plan.tensor.numel for plan in plans) + 2 * max(blocks.values()) + 8 * largest
+    weights = sum(plan.tensor.numel for plan in plans) + 2 * max(blocks.values()) + 10 * largest
     experts = max((_parts(plan) for plan in fitted), default=0)
     floats = weights + 4 * ROWS_AT_ONCE * widest + moments * widest**2 + experts
     return resident_bytes() + LIBRARIES + RUNNING + OUTPUTS + 4 * floats

@@ -106,7 +106,7 @@ def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int, sweeps: i
     return total
 
 
-def _timed(spec: LayerSpec, sweeps: int, device: torch.device = CPU) -> tuple[float, float]:
+def _timed(spec: LayerSpec, sweeps: int = SWEEPS, device: torch.device = CPU) -> tuple[float, float]:
     """Seconds of one core for one weight in the column loop, and for one multiplication and addition."""
     draw = torch.Generator().manual_seed(0)
     square = torch.randn(PRODUCT, PRODUCT, generator=draw).to(device)

@@ -73,7 +73,7 @@ class Freedom:
 
     @property
     def quick(self) -> Freedom:
-        """The same without refits and sweeps, which change little in which of two things loses less."""
+        """The same without refits and sweeps, for what only ranks: bases and widths are taken to gain alike by both."""
         return replace(self, refits=0, sweeps=0)
 
 
@@ -137,6 +137,8 @@ def fit_together(weights: Sequence[Weight], sight: Sight, freedom: Freedom) -> l
         QuantizationError: H has no Cholesky factor, or a weight is not finite.
     """
     best = _best(weights, sight, every_basis(weights, sight, freedom), smooth=freedom.smooth)
+    if freedom.sweeps:
+        best.prepare_sweeps()
     if len(weights) == 1:
         return [best.fitted(weights[0], freedom)]  # its rows are shared out instead
     return each_on_one_core(lambda weight: best.fitted(weight, freedom), weights)
@@ -188,6 +190,11 @@ class InBasis:
         self.hessian = basis.moment(sight.hessian)
         damping = suitable_damping(len(self.hessian), sight.count)
         self.factors: dict[int, Factor] = {group: factorize(self.hessian, group, damping) for group in groups}
+
+    def prepare_sweeps(self) -> None:
+        """Make what sweeps need of H, once for all weights that are fitted beside each other."""
+        for factor in self.factors.values():
+            _ = factor.spans
 
     def loss(self, weight: Weight, *, smooth: bool = False) -> float:
         """tr(dW H dW^T) of a quick fit; to `smooth`, also what inputs of a linear layer cost that are rounded."""

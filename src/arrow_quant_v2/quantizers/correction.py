@@ -35,7 +35,7 @@ def corrected(weights: Sequence[Tensor], hessian: Tensor, drift: Tensor, count: 
     scale = strength * int((curvature > 0.0).sum()) / float(curvature.sum())  # the factor's H has a diagonal of mean 1
     columns = drift.index_select(1, factor.order)
     back = factor.order.argsort()
-    root = factor.root.triu()
+    root = factor.root
 
     def moved(rows: Tensor) -> Tensor:
         """X of X R R^T = W D."""

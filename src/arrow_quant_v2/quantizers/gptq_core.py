@@ -29,7 +29,7 @@ import torch
 from arrow_quant_v2.kernels import reference
 from arrow_quant_v2.quantizers.gptq_affine import AffineGrid, RowGrid
 from arrow_quant_v2.quantizers.gptq_descent import sweep
-from arrow_quant_v2.quantizers.gptq_factor import blocks
+from arrow_quant_v2.quantizers.gptq_factor import blocks, spans
 from arrow_quant_v2.quantizers.gptq_r2q import ResidualGrid
 from arrow_quant_v2.quantizers.whitened import Whitened
 
@@ -86,7 +86,7 @@ def calibrated_rows(weight: Tensor, factor: Factor, ask: Ask) -> Calibrated:
     """Quantize rows (rows, columns) float32; each row by itself but for the rounding of matrix products."""
     alive = weight.masked_fill(factor.dead, 0.0) if factor.dead.any() else weight
     work = Work(alive.index_select(1, factor.order), factor, ask, row_scales_for(alive, factor, ask))
-    for span in spans(factor.groups):
+    for span in spans(factor.groups, SPAN):
         for group in span:
             work.settle(group, _best(work.updated(group, span[0].start), group, factor, work.row_scales, ask))
         work.feed(span[0].start, span[-1].stop)
@@ -106,16 +106,6 @@ def row_scales_for(weight: Tensor, factor: Factor, ask: Ask) -> Tensor:
     importance[factor.order] = _relative(factor.importance)
     largest: Tensor = GRIDS[ask.grid].largest(weight, factor.group_size, importance, ask)
     return reference.up_to_bfloat16(largest.clamp(min=reference.SMALLEST_ROW_SCALE))
-
-
-def spans(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups that follow each other, together of at least SPAN columns (the last ones may have fewer)."""
-    result: list[list[Group]] = []
-    for group in groups:
-        if not result or result[-1][-1].stop - result[-1][0].start >= SPAN:
-            result.append([])
-        result[-1].append(group)
-    return result
 
 
 class Work:
@@ -147,31 +137,30 @@ class Work:
         """Keep what was chosen for a group."""
         here = slice(group.start, group.stop)
         self.errors[:, here] = choice.errors
-        self._keep(group, choice.grid, choice.codes, here)
+        self.keep(group, choice.grid, choice.codes, here)
 
     def pull(self, here: slice) -> Tensor:
         """((W - Q) H) of some columns, (rows, n), once all are settled."""
         result: Tensor = self.errors[:, here.start :] @ self.factor.root[here, here.start :].mT
         return result
 
-    def settle_again(self, group: Group, grid: Any, codes: Tensor, here: slice) -> None:
-        """Keep what a sweep made of a group, or of some of its columns, and E with it."""
-        change = self._keep(group, grid, codes, here)
-        self.errors[:, here.start :].addmm_(change, self.factor.root[here, here.start :])
+    def feed_again(self, here: slice, moved: Tensor) -> None:
+        """E, of which some columns' W - Q has become so much more, (rows, n)."""
+        self.errors[:, here.start :].addmm_(moved, self.factor.root[here, here.start :])
 
-    def _keep(self, group: Group, grid: Any, codes: Tensor, here: slice) -> Tensor:
-        """Write down some columns of a group; what was there - what is, (rows, n)."""
+    def keep(self, group: Group, grid: Any, codes: Tensor, here: slice) -> Tensor:
+        """Write down some columns of a group; by how much W - Q is more now, (rows, n)."""
         values = grid.values(codes, self.ask.bits)
-        change: Tensor = self.values[:, here] - values
+        moved: Tensor = self.values[:, here] - values
         self.codes[:, here], self.values[:, here] = codes, values
-        self.left[:, here] += change
+        self.left[:, here] += moved
         self.grids[group.index] = grid
         self.scales[:, group.index] = grid.scales
         if grid.zero_points.numel():
             self.zero_points[:, group.index] = grid.zero_points[:, 0]
         if self.ask.grid == "row":
             self.row_scales = grid.scale[:, 0].to(torch.bfloat16)  # exactly
-        return change
+        return moved
 
     def feed(self, start: int, stop: int) -> None:
         """Z of all later columns += (W - Q) R of the columns [start, stop)."""

@@ -1,22 +1,20 @@
 """Sweeps over what the column loop of GPTQ settled, in the letters of gptq_core: pure mathematics; knows no model.
 
 The loop settles a column once, by what came before it, and counts on later ones to make up for its error as well as
-real numbers could. A sweep visits every group again with all others as they are. With E = (W - Q) R and
-H = R R^T, let P = E R_g^T = ((W - Q) H)_g, (rows, n), and G = H_gg = L L^T. By neither step does a row lose more:
+real numbers could. A sweep visits every group again with all others as they are. With E = (W - Q) R and H = R R^T, let
+P = E R_g^T = ((W - Q) H)_g, (rows, n), and H_gg = L L^T. By neither step does a row lose more:
 
-    the grid is refitted to the codes that are there, by the least ||(B - Q_g) L||^2 with B = Q_g + P G^-1
-    column by column, q_t becomes the level nearest to q_t + P_t / G_tt, which is best while all else stays; P follows,
-    within a block of columns at once, and from block to block through E
+    the grid is refitted to the codes that are there, by the least ||(B - Q_g) L||^2 with B = Q_g + P H_gg^-1
+    column by column, q_t becomes the level nearest to q_t + P_t / H_tt, which is best while all else stays
 
-This is coordinate descent on ||E||^2 as in QuantEase (Behdin et al., 2023, arXiv 2309.01885) and CDQuant (Nair et al.,
-2024, arXiv 2406.17542), from GPTQ's codes on, with BPDQ's refits between.
+P of some groups that follow each other is taken from E at once. Among them it follows what changes by H; E takes it all
+in the end. This is coordinate descent on ||E||^2 as in QuantEase (Behdin et al., 2023, arXiv 2309.01885) and
+CDQuant (Nair et al., 2024, arXiv 2406.17542), from GPTQ's codes on, with BPDQ's refits between.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from arrow_quant_v2.kernels import ops
 from arrow_quant_v2.quantizers.gptq_factor import blocks
@@ -27,53 +25,44 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from arrow_quant_v2.quantizers.gptq_core import Work
-    from arrow_quant_v2.quantizers.gptq_factor import Corner, Group
+    from arrow_quant_v2.quantizers.gptq_factor import Group, Root, Span
 
 
 def sweep(work: Work) -> None:
     """Visit all groups once, in the order of work."""
-    for group, corner in zip(work.factor.groups, work.factor.corners, strict=True):
-        visit = _visit if len(corner.blocks) == 1 else _visit_in_blocks
-        visit(work, group, corner, slice(group.start, group.stop))
+    for span in work.factor.spans:
+        pull, before = work.pull(span.columns), work.values[:, span.columns].clone()
+        for group, root in zip(span.groups, span.roots, strict=True):
+            _visit(work, group, root, span, pull)
+        work.feed_again(span.columns, before - work.values[:, span.columns])
 
 
-def _visit(work: Work, group: Group, corner: Corner, here: slice) -> None:
-    """A group that is one block: P follows the grid by H_gg."""
-    pull = work.pull(here)
-    grid, change = _refitted(work, group, pull, corner)
-    pull = pull + change @ corner.blocks[0]
-    codes = _descended(grid, work.codes[:, here], pull, corner.blocks[0], work.ask.bits)
-    work.settle_again(group, grid, codes, here)
+def _visit(work: Work, group: Group, root: Root, span: Span, pull: Tensor) -> None:
+    """Refit the grid of one group and move its codes; P of the span's later columns follows."""
+    start = span.columns.start
+    here, inside = slice(group.start, group.stop), slice(group.start - start, group.stop - start)
+    grid, before = work.grids[group.index], work.values[:, here].clone()
+    own, gram = pull[:, inside], span.gram[inside, inside]
+    if work.ask.refits:
+        grid = _refitted(work, group, root, own)
+        work.keep(group, grid, work.codes[:, here], here)
+        own = own + (before - work.values[:, here]) @ gram
+    for block in blocks(0, group.stop - group.start):
+        at = slice(group.start + block.start, group.start + block.stop)
+        codes = _descended(grid, work.codes[:, at], own[:, block], gram[block, block], work.ask.bits)
+        moved = work.keep(group, grid, codes, at)
+        own[:, block.stop :] += moved @ gram[block, block.stop :]
+    pull[:, inside.stop :] += (before - work.values[:, here]) @ span.gram[inside, inside.stop :]
 
 
-def _visit_in_blocks(work: Work, group: Group, corner: Corner, here: slice) -> None:
-    """A longer one, block by block: P follows through E."""
-    grid, _ = _refitted(work, group, work.pull(here), corner)
-    work.settle_again(group, grid, work.codes[:, here], here)
-    for block, gram in zip(blocks(group.start, group.stop), corner.blocks, strict=True):
-        codes = _descended(grid, work.codes[:, block], work.pull(block), gram, work.ask.bits)
-        work.settle_again(group, grid, codes, block)
-
-
-def _refitted(work: Work, group: Group, pull: Tensor, corner: Corner) -> tuple[Any, Tensor]:
-    """The grid refitted to the codes where a row loses less by it, and what Q loses by that, (rows, n)."""
+def _refitted(work: Work, group: Group, root: Root, pull: Tensor) -> Any:
+    """The grid, refitted to the codes where a row loses less by it."""
     here, bits = slice(group.start, group.stop), work.ask.bits
     grid, codes, values = work.grids[group.index], work.codes[:, here], work.values[:, here]
-    if not work.ask.refits:
-        return grid, torch.zeros_like(pull)
-    beyond = work.errors[:, here] if group.stop == len(work.factor.root) else _beyond(pull, corner.root)
-    seen = Whitened(values @ corner.root + beyond, corner.root)
-    other = grid.refitted(codes, seen, work.row_scales, work.ask)
-    change = values - other.values(codes, bits)
-    lost = (change @ corner.root + beyond).square().sum(dim=1, keepdim=True)
-    wins = lost < beyond.square().sum(dim=1, keepdim=True)
-    return grid.where(wins, other), change.masked_fill(~wins, 0.0)
-
-
-def _beyond(pull: Tensor, lower: Tensor) -> Tensor:
-    """P L^-T: what a row loses by the group, seen through L; E_g where L is the last group's part of R."""
-    result: Tensor = torch.linalg.solve_triangular(lower, pull.mT, upper=False).mT
-    return result
+    beyond = root.solved(pull)
+    other = grid.refitted(codes, Whitened(values @ root.matrix + beyond, root.matrix), work.row_scales, work.ask)
+    lost = ((values - other.values(codes, bits)) @ root.matrix + beyond).square().sum(dim=1, keepdim=True)
+    return grid.where(lost < beyond.square().sum(dim=1, keepdim=True), other)
 
 
 def _descended(grid: Any, codes: Tensor, pull: Tensor, gram: Tensor, bits: int) -> Tensor:

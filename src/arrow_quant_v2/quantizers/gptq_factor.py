@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DAMPING = 0.01
-FEW = 0.1  # the damping that suits as many tokens as columns
+FEW = 0.3  # the damping that suits as many tokens as columns
+SWEPT = 512  # columns that a sweep visits together
 BLOCK = 128  # columns of one loop; errors reach later blocks through a matrix product
 MOST_DAMPING = 10.0  # more than this means that H is no sum of x x^T
 
@@ -68,35 +69,66 @@ class Factor:
         return self.root.diagonal().square().masked_fill(self.dead[self.order], 0.0)
 
     @cached_property
-    def corners(self) -> tuple[Corner, ...]:
-        """H between the columns of each group, in the order of work."""
-        return tuple(_corner(self.root, group) for group in self.groups)
+    def spans(self) -> tuple[Span, ...]:
+        """H between columns that sweeps visit together, in the order of work; asked for before rows are shared out."""
+        found = spans(self.groups, SWEPT)
+        return tuple(each_on_one_core(lambda span: _span(self.root, span), found))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Corner:
-    """H between the columns of one group, (n, n) float32: a root L, H_gg = L L^T, and H_bb of each of its blocks.
+class Span:
+    """Groups that follow each other: gram H between their columns (n, n), and a root of H_gg = L L^T for each."""
 
-    L is lower triangular, but for the group that comes last: its own part of R, so that a row of one group, however
-    long it is, costs no further root.
-    """
+    groups: tuple[Group, ...]
+    gram: Tensor
+    roots: tuple[Root, ...]
 
-    root: Tensor
-    blocks: tuple[Tensor, ...]
+    @property
+    def columns(self) -> slice:
+        """Theirs, in the order of work."""
+        return slice(self.groups[0].start, self.groups[-1].stop)
 
 
-def _corner(root: Tensor, group: Group) -> Corner:
-    found = [root[block, block.start :] for block in blocks(group.start, group.stop)]
-    rows = root[group.start : group.stop, group.start :]
-    return Corner(
-        root=rows if group.stop == len(root) else _lower(rows), blocks=tuple(block @ block.mT for block in found)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Root:
+    """L of H_gg = L L^T, (n, n): upper triangular, a part of R, for the group that comes last; else lower."""
+
+    matrix: Tensor
+    upper: bool
+
+    def solved(self, pull: Tensor) -> Tensor:
+        """P L^-T, (rows, n)."""
+        result: Tensor = torch.linalg.solve_triangular(self.matrix, pull.mT, upper=self.upper).mT
+        return result
+
+
+def spans(groups: Sequence[Group], columns: int) -> list[list[Group]]:
+    """Groups that follow each other, together of at least so many columns (the last ones may have fewer)."""
+    result: list[list[Group]] = []
+    for group in groups:
+        if not result or result[-1][-1].stop - result[-1][0].start >= columns:
+            result.append([])
+        result[-1].append(group)
+    return result
+
+
+def _span(root: Tensor, groups: Sequence[Group]) -> Span:
+    start = groups[0].start
+    rows = root[start : groups[-1].stop, start:]
+    gram = rows @ rows.mT
+    parts = (slice(group.start - start, group.stop - start) for group in groups)
+    roots = (
+        Root(matrix=root[group.start :, group.start :], upper=True)
+        if group.stop == len(root)
+        else Root(matrix=_lower(gram[part, part]), upper=False)
+        for group, part in zip(groups, parts, strict=True)
     )
+    return Span(groups=tuple(groups), gram=gram, roots=tuple(roots))
 
 
-def _lower(rows: Tensor) -> Tensor:
-    """Of rows of R: L L^T = R_g R_g^T; made in float64, where every such matrix has its root."""
-    exact = rows.to(torch.float64)
-    result: Tensor = torch.linalg.cholesky(exact @ exact.mT)
+def _lower(gram: Tensor) -> Tensor:
+    """L L^T = H_gg, by way of float64."""
+    result: Tensor = torch.linalg.cholesky(gram.to(torch.float64))
     return result.to(torch.float32)
 
 
@@ -131,7 +163,7 @@ def factorize(hessian: Tensor, group_size: int | None, damping: float = DAMPING)
 
 
 def suitable_damping(columns: int, tokens: int) -> float:
-    """0.1 columns / tokens, but 0.01 to 1: with few tokens H fits what was seen, not what will be."""
+    """0.3 columns / tokens, but 0.01 to 1: with few tokens H fits what was seen, not what will be."""
     return min(1.0, max(DAMPING, FEW * columns / max(1, tokens)))
 
 

@@ -6,7 +6,7 @@
 //   hadamard: for h = 1, 2, 4 ... block / 2:  x_i, x_{i+h} = x_i + x_{i+h}, x_i - x_{i+h}  wherever i has no bit h
 //
 // Every element sees the same operations in the same order as in kernels/reference.py. Assumes what kernels/ops.py has
-// checked: shapes, widths, contiguity, U_tt > 0, blocks of at least 8. Measured: python bench/gptq.py.
+// checked: shapes, widths, contiguity, U_tt > 0, blocks of at least 8.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

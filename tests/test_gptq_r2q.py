@@ -135,7 +135,7 @@ def test_where_all_columns_matter_alike_it_is_hardly_worse_than_r2q_alone() -> N
 def test_refits_never_cost_a_row_more(bits: int, symmetric: bool, columns: int, refits: int, seed: int) -> None:
     """With one group a row, what a refit compares is the whole damped error of that row."""
     weight, factor = normal(9, columns, seed=seed), factorize(moment(columns + 5, columns, seed), None)
-    root = factor.root.triu().double()
+    root = factor.root.double()
 
     def cost(refits: int) -> Tensor:
         ask = Ask(grid="r2q", bits=bits, symmetric=symmetric, stretches=STRETCHES[bits], refits=refits, sweeps=0)

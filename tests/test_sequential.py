@@ -181,11 +181,11 @@ def test_weights_that_make_up_for_earlier_layers_bring_outputs_closer() -> None:
     errors, first = [], []
     for strength in (0.0, 0.5, 1.0):
         module = made(Model)
-        layers = fit(module, Kept(), bits=2, strength=strength)
+        layers = fit(module, Kept(), bits=2, strength=strength, freedom=Freedom(sweeps=0))  # which gain by themselves
         errors.append(float((module(x) - original(x)).square().sum()))
         first.append(dequantized(layers[LAYERS[0]].packed))
-    assert errors[1] < 0.97 * errors[0]
-    assert errors[1] < errors[2]  # making up for all of it fits what was seen, which is little here
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < errors[0]
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[0], first[2])
 

@@ -31,17 +31,13 @@ struct Tile {
       scale[i] = here ? ask.scale[row + i] : 0.0f;
       inverse[i] = here ? ask.inverse[row + i] : 0.0f;
       zero[i] = here ? ask.zero[row + i] : 0.0f;
-      const float* from = ask.block + (row + i) * columns;
-      for (int64_t t = 0; t < columns; t++) weights[t * LANES + i] = here ? from[t] : 0.0f;
     }
+    to_tile(ask.block + row * columns, count, columns, weights.data());
   }
 
   void write(const Columns& ask, int64_t row, int64_t count) const {
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t at = (row + i) * columns;
-      for (int64_t t = 0; t < columns; t++) ask.codes[at + t] = codes[t * LANES + i];
-      for (int64_t t = 0; t < columns; t++) ask.errors[at + t] = errors[t * LANES + i];
-    }
+    from_tile(codes.data(), count, columns, ask.codes + row * columns);
+    from_tile(errors.data(), count, columns, ask.errors + row * columns);
   }
 };
 

@@ -17,31 +17,22 @@
 
 namespace AQ_ISA {
 
-// Sixteen rows and their parameters; rows that are missing at the end are zeros.
 struct DescentTile {
   int64_t columns;
   std::vector<float> pull;     // (columns, 16)
   std::vector<uint8_t> codes;  // (columns, 16)
-  float mu[LANES], a1[LANES], a2[LANES], inverse[LANES];
+  RowGrids grids;
 
   explicit DescentTile(int64_t n) : columns(n), pull(n * LANES), codes(n * LANES) {}
 
   void read(const Descent& ask, int64_t row, int64_t count) {
-    for (int64_t i = 0; i < LANES; i++) {
-      const bool here = i < count;
-      mu[i] = here ? ask.mu[row + i] : 0.0f;
-      a1[i] = here ? ask.a1[row + i] : 0.0f;
-      a2[i] = here ? ask.a2[row + i] : 0.0f;
-      inverse[i] = here ? ask.inverse[row + i] : 0.0f;
-      const int64_t at = (row + i) * columns;
-      for (int64_t t = 0; t < columns; t++) pull[t * LANES + i] = here ? ask.pull[at + t] : 0.0f;
-      for (int64_t t = 0; t < columns; t++) codes[t * LANES + i] = here ? ask.codes[at + t] : 0;
-    }
+    grids.read(ask, row, count);
+    to_tile(ask.pull + row * columns, count, columns, pull.data());
+    to_tile(ask.codes + row * columns, count, columns, codes.data());
   }
 
   void write(const Descent& ask, int64_t row, int64_t count) const {
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t t = 0; t < columns; t++) ask.found[(row + i) * columns + t] = codes[t * LANES + i];
+    from_tile(codes.data(), count, columns, ask.found + row * columns);
   }
 };
 
@@ -55,8 +46,8 @@ static bool any(Lanes x) {
 
 static void descend(const float* gram, Halves halves, DescentTile& tile) {
   const int64_t n = tile.columns;
-  const Lanes mu = load(tile.mu), a1 = load(tile.a1), inverse = load(tile.inverse);
-  const Levels levels{mu + a1, mu - a1, load(tile.a2)};
+  const Lanes mu = load(tile.grids.mu), inverse = load(tile.grids.inverse);
+  const Levels levels = tile.grids.levels();
   float* p = tile.pull.data();
   for (int64_t t = 0; t < n; t++) {
     const float* g = gram + t * n;

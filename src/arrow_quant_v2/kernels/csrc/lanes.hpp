@@ -415,4 +415,18 @@ AQ_INLINE void store_float16(uint16_t* p, Lanes a) {
 #endif
 }
 
+// Rows (count, columns) to a tile (columns, 16), in which rows that are missing at the end are zeros.
+template <class Item>
+void to_tile(const Item* rows, int64_t count, int64_t columns, Item* tile) {
+  for (int64_t i = 0; i < LANES; i++)
+    for (int64_t t = 0; t < columns; t++) tile[t * LANES + i] = i < count ? rows[i * columns + t] : (Item)0;
+}
+
+// And back, without those that are missing.
+template <class Item>
+void from_tile(const Item* tile, int64_t count, int64_t columns, Item* rows) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t t = 0; t < columns; t++) rows[i * columns + t] = tile[t * LANES + i];
+}
+
 }  // namespace AQ_ISA

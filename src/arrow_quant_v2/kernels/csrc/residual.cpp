@@ -72,40 +72,30 @@ void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last) {
   if (ask.dtype == FLOAT16) dequantize_r2q_as<Float16>(ask, first, last);
 }
 
-// Sixteen rows and their parameters, as in columns.cpp: rows that are missing at the end are zeros.
+// Sixteen rows and their parameters, as in columns.cpp.
 struct ResidualTile {
   int64_t columns;
   std::vector<float> weights, errors;  // (columns, 16)
   std::vector<uint8_t> codes;          // (columns, 16)
-  float mu[LANES], a1[LANES], a2[LANES], inverse[LANES];
+  RowGrids grids;
 
   explicit ResidualTile(int64_t n) : columns(n), weights(n * LANES), errors(n * LANES), codes(n * LANES) {}
 
   void read(const ResidualColumns& ask, int64_t row, int64_t count) {
-    for (int64_t i = 0; i < LANES; i++) {
-      const bool here = i < count;
-      mu[i] = here ? ask.mu[row + i] : 0.0f;
-      a1[i] = here ? ask.a1[row + i] : 0.0f;
-      a2[i] = here ? ask.a2[row + i] : 0.0f;
-      inverse[i] = here ? ask.inverse[row + i] : 0.0f;
-      const float* from = ask.block + (row + i) * columns;
-      for (int64_t t = 0; t < columns; t++) weights[t * LANES + i] = here ? from[t] : 0.0f;
-    }
+    grids.read(ask, row, count);
+    to_tile(ask.block + row * columns, count, columns, weights.data());
   }
 
   void write(const ResidualColumns& ask, int64_t row, int64_t count) const {
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t at = (row + i) * columns;
-      for (int64_t t = 0; t < columns; t++) ask.codes[at + t] = codes[t * LANES + i];
-      for (int64_t t = 0; t < columns; t++) ask.errors[at + t] = errors[t * LANES + i];
-    }
+    from_tile(codes.data(), count, columns, ask.codes + row * columns);
+    from_tile(errors.data(), count, columns, ask.errors + row * columns);
   }
 };
 
 static void residual_loop(const float* upper, Halves halves, ResidualTile& tile) {
   const int64_t n = tile.columns;
-  const Lanes mu = load(tile.mu), a1 = load(tile.a1), inverse = load(tile.inverse);
-  const Levels levels{mu + a1, mu - a1, load(tile.a2)};
+  const Lanes mu = load(tile.grids.mu), inverse = load(tile.grids.inverse);
+  const Levels levels = tile.grids.levels();
   float* w = tile.weights.data();
   for (int64_t t = 0; t < n; t++) {
     const float* u = upper + t * n;

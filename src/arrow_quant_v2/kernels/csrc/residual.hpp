@@ -49,4 +49,22 @@ AQ_INLINE Nearest nearest(Lanes now, Lanes mu, Lanes inverse, const Levels& of, 
   return {low + at_least(now, mu, fill(halves.first), none), centre + of.a2 * (low + low - most)};
 }
 
+// The parameters of sixteen rows; rows that are missing at the end are zeros.
+struct RowGrids {
+  float mu[LANES], a1[LANES], a2[LANES], inverse[LANES];
+
+  template <class Ask>
+  void read(const Ask& ask, int64_t row, int64_t count) {
+    for (int64_t i = 0; i < LANES; i++) {
+      const bool here = i < count;
+      mu[i] = here ? ask.mu[row + i] : 0.0f;
+      a1[i] = here ? ask.a1[row + i] : 0.0f;
+      a2[i] = here ? ask.a2[row + i] : 0.0f;
+      inverse[i] = here ? ask.inverse[row + i] : 0.0f;
+    }
+  }
+
+  Levels levels() const { return {load(mu) + load(a1), load(mu) - load(a1), load(a2)}; }
+};
+
 }  // namespace AQ_ISA

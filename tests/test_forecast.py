@@ -87,6 +87,14 @@ def test_sweeps_are_two_half_products_each(monkeypatch: pytest.MonkeyPatch) -> N
     assert found[0] - found[1] == pytest.approx(3 * 4 * 64**3, rel=0.01)
 
 
+def test_rows_that_belong_to_inputs_are_not_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_timed", lambda *_: (0.0, 1.0))
+    with walked(samples=1) as walk:
+        walk.turned = frozenset(layer for block in walk.blocks for inputs in block.inputs for layer in inputs)
+        found = [seconds_to_fit(walk, plans(walk.module), 0.0, sweeps=sweeps) for sweeps in (0, 3)]
+    assert found[0] == pytest.approx(found[1], rel=0.01)
+
+
 @contextmanager
 def walked(samples: int) -> Iterator[Walk]:
     with torch.random.fork_rng(devices=()):

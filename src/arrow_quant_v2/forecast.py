@@ -54,7 +54,7 @@ def seconds_to_fit(
         return reading
     weights = sum(plan.tensor.numel for plan in layers)
     rows = sum(min(MOST_ROWS, _size(sample)) for sample in walk.samples) * (3 if beside else 1)  # H is half of a matrix
-    products = sum(_products(block, plans, rows, sweeps) for block in walk.blocks)
+    products = sum(_products(block, plans, rows, sweeps, frozenset(walk.turned)) for block in walk.blocks)
     per_weight, per_product = each_on_one_core(lambda spec: _timed(spec, sweeps, device), [spec])[0]
     cores = (threads_per_call.get() or torch.get_num_threads()) if device == CPU else 1  # they share one device
     return reading + ((2 if beside else 1) * _calls(walk) + weights * per_weight + products * per_product) / cores
@@ -94,15 +94,16 @@ def _size(sample: Sample) -> int:
     return max((leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)), default=0) or 1
 
 
-def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int, sweeps: int) -> float:
+def _products(block: Block, plans: Mapping[str, LayerPlan], rows: int, sweeps: int, turned: frozenset[str]) -> float:
     """Multiplications, each with its addition, that H, its factors, errors fed into later columns, and sweeps need."""
     total = 0.0
     for inputs in block.inputs:
         layouts = (plans[layer].layout for layer in inputs)
         columns = max(layout.columns for layout in layouts if layout is not None)
         out = sum(plans[layer].tensor.numel // columns for layer in inputs)
+        swept = 0 if turned.issuperset(inputs) else sweeps * out  # rows of inputs are not swept
         of_h = rows / 2.0 + FACTORS * columns / 6.0
-        total += columns**2 * (of_h + (out + 2 * BASES * TRIED_ROWS) / 2.0 + sweeps * out)
+        total += columns**2 * (of_h + (out + 2 * BASES * TRIED_ROWS) / 2.0 + swept)
     return total
 
 

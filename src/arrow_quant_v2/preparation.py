@@ -118,14 +118,16 @@ def with_importance(
     """The same once it is known how much rows of inputs count, where that is asked for; or why it cannot be told."""
     if not config.enable_importance:
         return prepared, ()
-    calls, began = prepared.samples.calls, time.monotonic()
+    calls = prepared.samples.calls
+    kept, began = prepared.memory.felt(calls, config.seed), time.monotonic()
 
-    def looked_at(done: int) -> None:
-        left = (time.monotonic() - began) / done * (len(calls) - done)
-        tell(f"{done}/{len(calls)} samples looked at for what outputs feel, about {duration(left)} more")
+    def looked_at(done: int, known: int) -> None:
+        timed, now = done - known, time.monotonic() - began
+        left = f", about {duration(now / timed * (len(calls) - done))} more" if timed else ""
+        tell(f"{done}/{len(calls)} samples looked at for what outputs feel{left}")
 
     try:
-        found = importance(prepared.runnable, calls, seed=config.seed, tell=looked_at)
+        found = importance(prepared.runnable, calls, seed=config.seed, kept=kept, tell=looked_at)
     except torch.cuda.OutOfMemoryError:  # a RuntimeError too, but the model has gradients
         raise
     except (RuntimeError, NotImplementedError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,19 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from small_models import normal
+from small_models import content_of, normal
+from text_models import save_folder, small_module
 
 from arrow_quant_v2 import ArrowQuantV2, DiffusionQuantConfig
+from arrow_quant_v2.calibration.backwards import backwards
 from arrow_quant_v2.calibration.collect import MOST_ROWS, kept_rows
+from arrow_quant_v2.calibration.felt import Felt
 from arrow_quant_v2.calibration.importance import LEAST, Importance, importance
+from arrow_quant_v2.calibration.remembered import Memory
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.calibration.stats import InputStats, Seen, moments_of
+from arrow_quant_v2.errors import InterruptedRunError
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.store.reader import StoredModel
 
@@ -126,6 +132,56 @@ def test_rows_go_into_h_as_often_as_they_count() -> None:
     assert torch.allclose(stats.second.matrix, 0.5 * (rows * say[:, None]).T @ rows, atol=1e-7)
 
 
+# Going on with what was felt
+
+
+def stopped_after(calls: int) -> Any:
+    def tell(done: int, _: int) -> None:
+        if done >= calls:
+            raise KeyboardInterrupt
+
+    return tell
+
+
+def same(one: Importance, other: Importance) -> bool:
+    pairs = [zip(rows, other.felt[name], strict=True) for name, rows in one.felt.items()]
+    return one.felt.keys() == other.felt.keys() and all(torch.equal(*pair) for pair in chain(*pairs))
+
+
+def test_what_was_felt_before_a_stop_is_not_asked_for_again_and_the_same_comes_out(tmp_path: Path) -> None:
+    model, calls = opened(Weighed(torch.ones(TOKENS))), samples(11, TOKENS, CHANNELS)
+    kept, told = Felt(folder=tmp_path, key="this"), list[tuple[int, int]]()
+    with pytest.raises(KeyboardInterrupt):
+        importance(model, calls, kept=kept, tell=stopped_after(8))
+    assert len(list(tmp_path.iterdir())) == 8
+    found = importance(model, calls, kept=kept, tell=lambda *numbers: told.append(numbers))
+    assert told == [(8, 8), (11, 8)]
+    assert same(found, importance(model, calls))
+    assert same(importance(model, calls, kept=kept), found)
+
+
+def test_a_damaged_file_and_all_behind_it_are_asked_for_again(tmp_path: Path) -> None:
+    model, calls = opened(Weighed(torch.ones(TOKENS))), samples(6, TOKENS, CHANNELS)
+    kept, told = Felt(folder=tmp_path, key="this"), list[tuple[int, int]]()
+    found = importance(model, calls, kept=kept)
+    path = tmp_path / "this-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert same(importance(model, calls, kept=kept, tell=lambda *numbers: told.append(numbers)), found)
+    assert told[0] == (2, 2)
+
+
+def test_other_calls_other_values_and_another_seed_are_other_answers(tmp_path: Path) -> None:
+    calls = samples(2, TOKENS, CHANNELS)
+    one = Memory(folder=tmp_path, model=lambda: "this").felt(calls, 0)
+    others = [
+        Memory(folder=tmp_path, model=lambda: "this").felt(calls, 1),
+        Memory(folder=tmp_path, model=lambda: "this").felt(calls[:1], 0),
+        Memory(folder=tmp_path, model=lambda: "another").felt(calls, 0),
+    ]
+    assert one.key not in {other.key for other in others}
+    assert one.key == Memory(folder=tmp_path, model=lambda: "this").felt(samples(2, TOKENS, CHANNELS), 0).key
+
+
 # What layers make of it
 
 
@@ -160,6 +216,31 @@ def test_layers_are_fitted_to_the_tokens_that_outputs_feel(tmp_path: Path) -> No
         ArrowQuantV2().quantize_diffusion_model(Weighed(say), out, config, calibration=shown)
         errors.append(lost(out, Weighed(say)))
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_was_felt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counting(runnable: Runnable, calls: list[Sample], *arguments: Any, **settings: Any) -> Any:
+        asked.append(len(calls))
+        return backwards(runnable, calls, *arguments, **settings)
+
+    monkeypatch.setattr("arrow_quant_v2.calibration.importance.backwards", counting)
+    model = save_folder(
+        tmp_path / "model",
+        small_module("BertForMaskedLM", vocab_size=64, hidden_size=32, intermediate_size=64),
+        mask_token_id=4,
+    )
+    config = DiffusionQuantConfig(
+        group_size=16, min_accuracy=0.0, calibration_samples=5, calibration_tokens=0, enable_calibration=True
+    )
+    with pytest.raises(InterruptedRunError):
+        ArrowQuantV2().quantize_diffusion_model(model, tmp_path / "out", config, should_stop=lambda: True)
+    for out in ("out", "whole"):
+        ArrowQuantV2().quantize_diffusion_model(model, tmp_path / out, config)
+    first, again, whole = asked
+    assert first == whole > again == 0
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 
 
 class Opaque(torch.autograd.Function):

@@ -18,13 +18,15 @@ from torch.nn.functional import linear
 from arrow_quant_v2.calibration.backwards import AT_ONCE, backwards, in_the_graph
 from arrow_quant_v2.calibration.blocks import matrices
 from arrow_quant_v2.calibration.collect import Watch, kept_rows
+from arrow_quant_v2.calibration.felt import NOWHERE
 from arrow_quant_v2.calibration.products import CONVOLUTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from arrow_quant_v2.calibration.felt import Felt
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.sample import Sample
 
@@ -61,17 +63,44 @@ ALIKE = Importance()
 
 
 def importance(
-    runnable: Runnable, samples: Sequence[Sample], *, seed: int = 0, tell: Callable[[int], object] = int
+    runnable: Runnable,
+    samples: Sequence[Sample],
+    *,
+    seed: int = 0,
+    kept: Felt = NOWHERE,
+    tell: Callable[[int, int], object] = lambda _done, _known: None,
 ) -> Importance:
-    """That of every linear layer and convolution of the model in these calls; `tell` hears how many are done.
+    """That of every linear layer and convolution of the model in these calls.
+
+    `tell` hears of how many calls it is known, and of how many it was from the start, because they were `kept`.
 
     Raises:
         RuntimeError: the model, or one of its operators, has no gradient, or it cannot be called.
         NotImplementedError: one of its functions has no gradient.
+        StoreError: what was felt cannot be kept.
     """
+    calls = kept.known(len(samples))
+    known, heard, waits = len(calls), bool(calls), False
+    tell(known, known)
+    for watch in _watched(runnable, samples[known:], seed + known, lambda done: tell(known + done, known)):
+        felt = {name: rows[0] for name, rows in watch.felt.items() if len(rows) == 1}
+        heard, waits = heard or bool(watch.felt), waits or watch.waits
+        if watch.felt:
+            kept.keep(len(calls), felt)
+        calls.append(felt)
+    if waits and not heard:
+        raise RuntimeError("no output depends on a weight, or the model runs without gradients")
+    everywhere = {name: [call[name] for call in calls] for name in calls[0] if all(name in call for call in calls)}
+    relative = _within_calls if runnable.mask_token is None else _relative
+    return Importance(felt={name: relative(rows) for name, rows in everywhere.items()})
+
+
+def _watched(
+    runnable: Runnable, samples: Sequence[Sample], seed: int, tell: Callable[[int], object]
+) -> Iterator[_Feeling]:
     known = matrices(runnable.module)
     parameters = runnable.parameters([place for place in runnable.names.values() if place in known])
-    ways_back = backwards(
+    return backwards(
         runnable,
         samples,
         lambda: _Feeling(parameters),
@@ -80,14 +109,6 @@ def importance(
         at_once=AT_ONCE if runnable.on_demand is None else 1,  # so that one block's weights are in memory
         tell=tell,
     )
-    seen = list(ways_back)
-    felt = [watch.felt for watch in seen]
-    if not any(felt) and any(watch.waits for watch in seen):
-        raise RuntimeError("no output depends on a weight, or the model runs without gradients")
-    calls = [{name: rows[0] for name, rows in one.items() if len(rows) == 1} for one in felt]
-    everywhere = {name: [call[name] for call in calls] for name in calls[0] if all(name in call for call in calls)}
-    relative = _within_calls if runnable.mask_token is None else _relative
-    return Importance(felt={name: relative(rows) for name, rows in everywhere.items()})
 
 
 def _relative(felt: Sequence[Tensor]) -> list[Tensor]:

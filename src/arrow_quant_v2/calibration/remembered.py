@@ -1,6 +1,7 @@
-"""Samples of a model's own trajectory in a folder, so that a run that goes on need not make them again.
+"""What a run that goes on need not make again, in a folder: samples of a model's own trajectory, and what was felt.
 
     4f5c....safetensors    all calls for one question: tensors as they lie in memory, and what they belong to as JSON
+    81c0....-12.safetensors    what outputs felt of call 12 (see felt)
 
 Knows nothing of how samples are made. What is damaged, or was asked otherwise, is as if it were not there.
 """
@@ -14,24 +15,21 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from arrow_quant_v2.calibration import identity, tensor_file
+from arrow_quant_v2.calibration.felt import NOWHERE, Felt
 from arrow_quant_v2.calibration.sample import Sample, Samples
 from arrow_quant_v2.calibration.samples import OWN, gather
-from arrow_quant_v2.errors import StoreError
-from arrow_quant_v2.store.crc32 import crc32
-from arrow_quant_v2.store.writer import fsync
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from arrow_quant_v2.calibration.runnable import Runnable
     from arrow_quant_v2.calibration.samples import Asked
 
 PLAIN = (bool, int, float, str, type(None))
-CALLS, CHECKSUM = "calls", "crc32"
+CALLS = "calls"
 DTYPES = frozenset({
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,
@@ -68,6 +66,12 @@ class Memory:
             with suppress(UnfitError):
                 _write(self._path(self.folder, asked), samples)
         return samples
+
+    def felt(self, calls: Sequence[Sample], seed: int) -> Felt:
+        """Where it is kept what outputs feel of each of these calls, by directions drawn from this seed."""
+        if self.folder is None:
+            return NOWHERE
+        return Felt(folder=self.folder, key=identity.of_settings(self.model(), identity.of_calls(calls), seed))
 
     def _path(self, folder: Path, asked: Asked) -> Path:
         question = {one.name: str(getattr(asked, one.name)) for one in fields(asked)}
@@ -106,12 +110,6 @@ class _Tensors:
         tensor: torch.Tensor = self.known[name]
         return tensor
 
-    def checksum(self) -> int:
-        total = 0
-        for name in sorted(self.flat):
-            total = crc32(self.flat[name].view(torch.uint8).numpy(), total)
-        return total
-
 
 def _write(path: Path, samples: Samples) -> None:
     """Keep them; the file is there whole or not at all.
@@ -123,33 +121,23 @@ def _write(path: Path, samples: Samples) -> None:
     tensors = _Tensors()
     calls = [[_entry(one.arguments, tensors), _entry(one.keywords, tensors), one.timestep] for one in samples.calls]
     told = {one.name: getattr(samples, one.name) for one in fields(samples) if one.name != CALLS}
-    metadata = {CALLS: json.dumps({CALLS: calls} | told), CHECKSUM: str(tensors.checksum())}
-    fresh = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors.flat, fresh, metadata)
-        fsync(fresh)
-        fresh.rename(path)
-    except (OSError, SafetensorError) as problem:
-        raise StoreError(f"{path}: samples cannot be kept: {problem}; give it room and permission") from problem
+    tensor_file.keep(path, tensors.flat, {CALLS: json.dumps({CALLS: calls} | told)})
 
 
 def _read(path: Path) -> Samples | None:
     """What was kept there; None where nothing whole is."""
-    tensors = _Tensors()
+    found = tensor_file.kept(path)
+    if found is None:
+        return None
+    tensors = _Tensors(flat=found[0])
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors.flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        if int(metadata[CHECKSUM]) != tensors.checksum():
-            return None
-        told = json.loads(metadata[CALLS])
+        told = json.loads(found[1][CALLS])
         calls = [
             Sample(arguments=_value(arguments, tensors), keywords=_value(keywords, tensors), timestep=timestep)
             for arguments, keywords, timestep in told.pop(CALLS)
         ]
         return Samples(**told | {CALLS: tuple(calls), "notes": tuple(told["notes"])})
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+    except (KeyError, ValueError, TypeError, RuntimeError):
         return None
 
 

@@ -498,3 +498,12 @@ def test_memory_is_foretold_with_an_h_for_each_expert_and_no_more() -> None:
     both, head = (calibration_bytes(plans, frozenset(names), equalized=False) for names in (shapes, ("head",)))
     weights = 4 * (2 + 8) * 64 * 96 * 512
     assert 4 * 64 * 512**2 <= both - head <= 4 * 64 * 512**2 + weights + 2**26
+
+
+def test_memory_is_foretold_with_more_copies_of_a_layer_whose_rows_are_one_group_and_h_once_more() -> None:
+    info = TensorInfo(name="wide", shape=(512, 1024), dtype="float32")
+    narrow, whole = (
+        calibration_bytes(plan_model([info], settings_of(group_size=size)), frozenset({"wide"}), equalized=False)
+        for size in (64, None)
+    )
+    assert whole - narrow == pytest.approx(4 * (9 * 512 * 1024 + 1024**2), abs=2**24)

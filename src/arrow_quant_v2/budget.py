@@ -37,6 +37,7 @@ COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
 MOMENTS = 9  # matrices as large as H at once: H, D, and in each of two bases H, its factor and what they are made with
 REGROUPED_MOMENTS = 2  # more where groups may be of two sizes: a factor of H for each, in each of two bases
 EQUALIZED_MOMENTS = 6  # more where channels may be equalized in three ways
+COPIES_FITTED, COPIES_FITTED_WHOLE = 10, 19  # of a layer as it is fitted; of one whose rows are one group each
 ROWS_AT_ONCE = 8 * 2048  # of inputs, in the samples that are seen together
 RUNNING = 400 * 2**20  # transformers or diffusers, and what one call of a model leaves with torch
 OUTPUTS = 2**30  # of blocks, kept in memory; the others lie in files
@@ -107,16 +108,24 @@ def calibration_bytes(
     if not fitted:
         return 0
     widest = max(plan.layout.columns for plan in fitted if plan.layout is not None)
-    largest = max(plan.tensor.numel for plan in fitted)
     bases = REGROUPED_MOMENTS + REGROUPED_MOMENTS * equalized
     moments = MOMENTS + EQUALIZED_MOMENTS * equalized + bases * regrouped
     blocks: Counter[str] = Counter()
     for plan in fitted:
         blocks[_likely_block(plan.tensor.name)] += plan.tensor.numel
-    weights = sum(plan.tensor.numel for plan in plans) + 2 * max(blocks.values()) + 10 * largest
+    weights = sum(plan.tensor.numel for plan in plans) + 2 * max(blocks.values())
     experts = max((_parts(plan) for plan in fitted), default=0)
-    floats = weights + 4 * ROWS_AT_ONCE * widest + moments * widest**2 + experts
+    fit = max(_fitted_floats(plan) for plan in fitted)
+    floats = weights + 4 * ROWS_AT_ONCE * widest + moments * widest**2 + experts + fit
     return resident_bytes() + LIBRARIES + RUNNING + OUTPUTS + 4 * floats
+
+
+def _fitted_floats(plan: LayerPlan) -> int:
+    """Floats of one layer as it is fitted; where its rows are one group each, a sweep needs H between all columns."""
+    layout = plan.layout
+    if layout is None or layout.groups > 1:
+        return COPIES_FITTED * plan.tensor.numel
+    return COPIES_FITTED_WHOLE * plan.tensor.numel + layout.columns**2
 
 
 def _parts(plan: LayerPlan) -> int:

@@ -18,14 +18,13 @@ from arrow_quant_v2 import ArrowQuantizer, ArrowQuantV2, DiffusionQuantConfig
 from arrow_quant_v2.config import LayerSpec
 from arrow_quant_v2.errors import QuantizationError
 from arrow_quant_v2.kernels import cpu, ops, reference
-from arrow_quant_v2.kernels.reference import Residual, largest_low
+from arrow_quant_v2.kernels.reference import Residual, inverse_of, largest_low
+from arrow_quant_v2.kernels.residual_fit import folded_columns
 from arrow_quant_v2.packed import WIDTHS
 from arrow_quant_v2.quantizers.affine import STRETCHES, clip_search
 from arrow_quant_v2.quantizers.r2q import residual_refinement
 from arrow_quant_v2.quantizers.r2q_core import (
     fit_r2q,
-    folded_columns,
-    inverse_of,
     largest_s2,
     row_scales_r2q,
     stored_r2q,

@@ -106,6 +106,20 @@ def descent_case(rows: int, columns: int, bits: int, seed: int = 0) -> tuple[Ten
     return codes, pull, gram, mu, a1, a2, inverse
 
 
+def residual_fit_case(
+    n: int, groups: int, bits: int, starts: int = 1, seed: int = 0, *, symmetric: bool = False
+) -> tuple[Tensor, ...]:
+    """What `ops.fit_residual` takes: groups that lie about the levels, some of no account, and grids that may be."""
+    random = torch.Generator().manual_seed(seed)
+    a2 = torch.rand(starts, groups, generator=random)
+    a2[:, :1] = 0.0
+    a1 = reference.largest_low(bits) * a2 + torch.rand(starts, groups, generator=random)
+    mu = torch.zeros(starts, groups) if symmetric else 0.3 * torch.randn(starts, groups, generator=random)
+    importance = torch.rand(n, groups, generator=random)
+    importance[:, -1:] = 0.0
+    return 2.0 ** (bits - 1) * torch.randn(n, groups, generator=random), importance, mu, a1, a2
+
+
 @st.composite
 def rows(draw: st.DrawFn, columns: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
     """One row: noise of any magnitude and offset, an outlier, one value, zeros, or whatever hypothesis likes."""

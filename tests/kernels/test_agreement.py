@@ -16,12 +16,14 @@ from kernel_cases import (
     gaussian,
     group_sizes,
     residual_columns_case,
+    residual_fit_case,
     weights,
     widths,
 )
 from torch import Tensor
 
 from arrow_quant_v2.kernels import cpu, ops, reference
+from arrow_quant_v2.kernels.residual_fit import fit_residual
 from arrow_quant_v2.packed import ROTATIONS, WIDTHS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -257,6 +259,33 @@ def test_descend_columns_is_the_references_for_any_pull(pull: Tensor, bits: int,
     assert same([ops.descend_columns(*case, bits)], [descended_by_the_reference(case, bits)])
 
 
+def fitted_by_the_reference(case: tuple[Tensor, ...], bits: int, rounds: int, *, symmetric: bool) -> list[Tensor]:
+    weights, importance, *grids = case
+    found = fit_residual(weights, importance, reference.Residual(*grids), bits, rounds, symmetric=symmetric)
+    return list(found)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 16), (3, 17), (64, 33), (129, 15), (513, 4)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_fit_residual_is_the_references(shape: tuple[int, int], symmetric: bool, bits: int) -> None:
+    for starts, weighed in product((1, 3), (True, False)):
+        weights, importance, *grids = residual_fit_case(*shape, bits, starts, seed=bits, symmetric=symmetric)
+        case = (weights, importance if weighed else None, *grids)
+        expected = fitted_by_the_reference(case, bits, 8, symmetric=symmetric)
+        assert same(ops.fit_residual(*case, bits, symmetric, 8), expected)
+
+
+@pytest.mark.usefixtures("isa")
+@each_isa
+@given(weight=weights(most_rows=20, most_columns=40), bits=widths, seed=st.integers(0, 99), symmetric=st.booleans())
+def test_fit_residual_is_the_references_for_any_weight(weight: Tensor, bits: int, seed: int, symmetric: bool) -> None:
+    case = (weight, *residual_fit_case(*weight.shape, bits, 2, seed, symmetric=symmetric)[1:])
+    expected = fitted_by_the_reference(case, bits, 4, symmetric=symmetric)
+    assert same(ops.fit_residual(*case, bits, symmetric, 4), expected)
+
+
 @pytest.mark.parametrize("block", ROTATIONS)
 @pytest.mark.parametrize("shape", [(0, 1), (1,), (3, 2), (2, 5, 3), (700, 1)], ids=str)
 @pytest.mark.usefixtures("isa")
@@ -356,11 +385,12 @@ def test_the_residual_grid_and_the_turn_do_not_depend_on_the_number_of_threads()
     packed, scales = torch.randint(256, (2, 1024, 512), dtype=torch.uint8).unbind()
     stored = (packed, scales[:, :64], scales[:, :32], gaussian(1024, 1)[:, 0].bfloat16(), 2, 2048, 64, torch.bfloat16)
     torch.set_num_threads(1)
-    descent = descent_case(2000, 72, 4)
+    descent, groups = descent_case(2000, 72, 4), residual_fit_case(72, 2000, 4)
 
     def found() -> tuple[Tensor, ...]:
         columns, moved = ops.quantize_columns_r2q(*case, 4), ops.descend_columns(*descent, 4)
-        return (*columns, moved, ops.hadamard(weight, 128), ops.dequantize_r2q(*stored))
+        fitted = ops.fit_residual(*groups, 4, False, 8)
+        return (*columns, moved, *fitted, ops.hadamard(weight, 128), ops.dequantize_r2q(*stored))
 
     alone = found()
     for threads in (2, 5, 64):
@@ -408,6 +438,11 @@ def test_strides_do_not_matter(bits: int) -> None:
         [ops.descend_columns(*(tensor.t().contiguous().t() for tensor in descent), bits)],
         [ops.descend_columns(*descent, bits)],
     )
+    groups = residual_fit_case(24, 9, bits, 2)
+    assert same(
+        ops.fit_residual(*(tensor.t().contiguous().t() for tensor in groups), bits, False, 8),
+        ops.fit_residual(*groups, bits, False, 8),
+    )
     pairs = found[1].repeat_interleave(2, dim=1)
     plain = ops.dequantize_r2q(found[0], pairs, *found[2:4], bits, 96, 32, torch.float32)
     spread = (columnwise[0], pairs.t().contiguous().t(), columnwise[2], alternate)
@@ -437,6 +472,7 @@ def operator_calls() -> list[Any]:
         ),
         pytest.param(ops.quantize_columns_r2q, (*residual_columns_case(3, 40, 2), 2), id="quantize_columns_r2q"),
         pytest.param(ops.descend_columns, (*descent_case(3, 40, 2), 2), id="descend_columns"),
+        pytest.param(ops.fit_residual, (*residual_fit_case(8, 5, 4, 2), 4, False, 8), id="fit_residual"),
         pytest.param(ops.hadamard, (weight.reshape(3, 5, 8), 8), id="hadamard"),
     ]
 

@@ -121,6 +121,26 @@ def test_descend_columns_refuses(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        refused({"bits": 3}, "fit_residual: bits is 3; allowed: 2, 4, 8"),
+        refused({"weights": WEIGHT.double()}, "fit_residual: weights is torch.float64 with 2 dimensions; allowed: a m"),
+        refused({"weights": WEIGHT[:0]}, "fit_residual: 0 weights in 20 groups, 1 starts, 8 rounds; allowed: from 1"),
+        refused({"rounds": -1}, "fit_residual: 4 weights in 20 groups, 1 starts, -1 rounds; allowed: from 1, rounds"),
+        refused({"importance": WEIGHT[0]}, "fit_residual: importance is torch.float32 (20,); the weights ask for "),
+        refused({"a1": WEIGHT[:2]}, "fit_residual: a1 is torch.float32 (2, 20); the weights ask for float32 (1, 20)"),
+    ],
+)
+def test_fit_residual_refuses(changes: dict[str, Any], message: str) -> None:
+    grid = torch.ones(1, 20)
+    asked: dict[str, Any] = {"weights": WEIGHT, "importance": None, "mu": grid, "a1": grid, "a2": grid}
+    asked |= {"bits": 4, "symmetric": False, "rounds": 8}
+    with pytest.raises(QuantizationError) as raised:
+        ops.fit_residual(**(asked | changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         refused({"bits": 3}, "quantize_columns_r2q: bits is 3; allowed: 2, 4, 8"),
         refused({"block": WEIGHT.double()}, "quantize_columns_r2q: block is torch.float64 with 2 dimensions; allowed"),
         refused({"upper": torch.eye(19)}, "quantize_columns_r2q: upper is torch.float32 (19, 19); the block asks for"),

@@ -16,6 +16,7 @@ from kernel_cases import (
     group_sizes,
     quantized,
     residual_columns_case,
+    residual_fit_case,
     weights,
     widths,
 )
@@ -354,6 +355,42 @@ def test_codes_that_nothing_pulls_at_stay(columns: int, bits: int, seed: int) ->
     apart = 0.01  # no two levels are the same
     grid = mu, a1 + apart * (reference.largest_low(bits) + 1), a2 + apart, 0.5 / (a2 + apart)
     assert torch.equal(ops.descend_columns(codes, torch.zeros_like(pull), gram, *grid, bits), codes)
+
+
+def weighted_error(case: tuple[Tensor, ...], grid: reference.Residual, bits: int) -> Tensor:
+    """sum h (w - q)^2 of each group, q the level nearest to w, (groups,) float64."""
+    weights, importance = case[:2]
+    inverse = reference.inverse_of(grid.a2)
+    q = reference.residual_level(reference.residual_codes(weights, grid, inverse, bits), grid, bits)
+    return (importance.double() * (weights - q).double().square()).sum(dim=0)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 40), bits=widths, seed=st.integers(0, 99), symmetric=st.booleans())
+def test_more_rounds_never_lose_more_and_grids_stay_allowed(n: int, bits: int, seed: int, symmetric: bool) -> None:
+    case, m = residual_fit_case(n, 9, bits, 2, seed, symmetric=symmetric), float(reference.largest_low(bits))
+    starts = [reference.Residual(*parts) for parts in zip(*case[2:], strict=True)]
+    last = torch.stack([weighted_error(case, start, bits) for start in starts]).amin(dim=0)
+    for rounds in (0, 1, 8):
+        grid = reference.Residual(*ops.fit_residual(*case, bits, symmetric, rounds))
+        found = weighted_error(case, grid, bits)
+        assert (found <= last * (1.0 + 1e-4) + 1e-6).all()
+        assert (grid.a2 >= 0.0).all()
+        assert (grid.a1 >= m * grid.a2 * (1.0 - 1e-6)).all()
+        assert not symmetric or not grid.mu.any()
+        last = found
+
+
+@settings(deadline=None)
+@given(bits=widths, seed=st.integers(0, 99))
+def test_weights_on_a_grid_near_the_start_are_met(bits: int, seed: int) -> None:
+    _, importance, mu, a1, a2 = residual_fit_case(64, 9, bits, seed=seed)
+    grid = reference.Residual(mu=mu[0], a1=a1[0] + 2.0 ** (bits - 1), a2=a2[0] + 1.0)
+    codes = torch.randint(2**bits, (64, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    levels, nearby = reference.residual_level(codes, grid, bits), [1.001 * part[None] for part in grid]
+    found = reference.Residual(*ops.fit_residual(levels, importance, *nearby, bits, False, 8))
+    error = weighted_error((levels, importance), found, bits)
+    assert (error <= 1e-4 * (importance.double() * levels.double().square()).sum(dim=0) + 1e-9).all()
 
 
 # The reference's own arithmetic

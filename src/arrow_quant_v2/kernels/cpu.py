@@ -168,6 +168,32 @@ def _register_columns(library: ctypes.CDLL) -> None:
         library.aq_descend_columns(*pointers, *_sizes(*codes.shape), bits, pointer(found), _threads())
         return found
 
+    def fit_residual_cpp(
+        weights: Tensor,
+        importance: Tensor | None,
+        mu: Tensor,
+        a1: Tensor,
+        a2: Tensor,
+        bits: int,
+        symmetric: bool,
+        rounds: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ops.check_residual_fit(weights, importance, {"mu": mu, "a1": a1, "a2": a2}, bits, rounds)
+        given = [None if one is None else one.contiguous() for one in (weights, importance, mu, a1, a2)]
+        found = tuple(weights.new_empty(weights.shape[1]) for _ in range(3))
+        library.aq_fit_residual(
+            *[None if one is None else pointer(one) for one in given],
+            *_sizes(*weights.shape),
+            len(mu),
+            bits,
+            int(symmetric),
+            rounds,
+            *[pointer(part) for part in found],
+            _threads(),
+        )
+        return found[0], found[1], found[2]
+
+    ops.register_kernel("fit_residual", "CPU", fit_residual_cpp)
     ops.register_kernel("fit_grid", "CPU", fit_grid_cpp)
     ops.register_kernel("descend_columns", "CPU", descend_columns_cpp)
     ops.register_kernel("quantize_columns", "CPU", quantize_columns_cpp)

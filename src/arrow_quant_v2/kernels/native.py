@@ -11,7 +11,7 @@ import arrow_quant_v2.kernels as here
 from arrow_quant_v2.errors import ConfigurationError
 
 LIBRARY = "libarrow_quant_kernels.so"
-ABI = 12
+ABI = 13
 
 
 def find_library() -> Path | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from arrow_quant_v2.errors import QuantizationError
-from arrow_quant_v2.kernels import reference
+from arrow_quant_v2.kernels import reference, residual_fit
 from arrow_quant_v2.packed import ROTATIONS, WIDTHS
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ QUANTIZE_COLUMNS_R2Q_SCHEMA = (
 DESCEND_COLUMNS_SCHEMA = (
     "descend_columns(Tensor codes, Tensor pull, Tensor gram, Tensor mu, Tensor a1, Tensor a2, Tensor inverse, int bits)"
     " -> Tensor"
+)
+FIT_RESIDUAL_SCHEMA = (
+    "fit_residual(Tensor weights, Tensor? importance, Tensor mu, Tensor a1, Tensor a2, int bits, bool symmetric,"
+    " int rounds) -> (Tensor, Tensor, Tensor)"
 )
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
@@ -415,6 +419,72 @@ def check_descent(codes: Tensor, pull: Tensor, gram: Tensor, of_rows: Mapping[st
     _check_beside(who, "the codes ask", {"pull": (pull, (rows, columns)), "gram": (gram, (columns, columns))})
     _check_beside(who, "the codes ask", {what: (tensor, (rows,)) for what, tensor in of_rows.items()})
     _check_diagonal(who, "gram", gram)
+
+
+@operator(FIT_RESIDUAL_SCHEMA)
+def fit_residual(
+    weights: Tensor,
+    importance: Tensor | None,
+    mu: Tensor,
+    a1: Tensor,
+    a2: Tensor,
+    bits: int,
+    symmetric: bool,
+    rounds: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual grid of each group by alternation, as in R2Q; the mathematics is told in quantizers/r2q_core.py.
+
+    weights w (n, groups) float32, one group in a column, and importance h the same or None for 1 each, finite and not
+    below 0; mu, a1 and a2 (starts, groups) float32 are grids with a1 >= m a2 >= 0 and |mu| <= a1 + m a2. From the
+    start with the smallest sum h (w - q)^2 on, q the level nearest to w, `rounds` times the grid of least squares for
+    the codes that are there is taken wherever the sum gets smaller. Symmetric grids keep their mu.
+
+    Returns mu, a1 and a2 (groups,) float32.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or number of rounds is not one of these.
+    """
+    check_residual_fit(weights, importance, {"mu": mu, "a1": a1, "a2": a2}, bits, rounds)
+    grids = reference.Residual(mu=mu, a1=a1, a2=a2)
+    fitted = residual_fit.fit_residual(weights, importance, grids, bits, rounds, symmetric=symmetric)
+    return fitted.mu.clone(), fitted.a1.clone(), fitted.a2.clone()
+
+
+@shapes_of("fit_residual")
+def _(
+    weights: Tensor,
+    importance: Tensor | None,  # noqa: ARG001
+    mu: Tensor,
+    a1: Tensor,
+    a2: Tensor,
+    bits: int,  # noqa: ARG001
+    symmetric: bool,  # noqa: ARG001
+    rounds: int,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    mu, a1, a2 = (weights.new_empty(weights.shape[1]) for _ in range(3))
+    return mu, a1, a2
+
+
+def check_residual_fit(
+    weights: Tensor, importance: Tensor | None, grids: Mapping[str, Tensor], bits: int, rounds: int
+) -> None:
+    """Refuse what the kernels of `fit_residual` must not see.
+
+    Raises:
+        QuantizationError: a width, shape, dtype or number of rounds does not fit.
+    """
+    who = "fit_residual"
+    _check_bits(who, bits)
+    _check_matrix(f"{who}: weights", weights, (torch.float32,))
+    n, groups = weights.shape
+    starts = len(grids["mu"]) if grids["mu"].ndim else 0
+    if not (n and groups and starts and rounds >= 0):
+        raise QuantizationError(
+            f"{who}: {n} weights in {groups} groups, {starts} starts, {rounds} rounds; allowed: from 1, rounds from 0"
+        )
+    beside = {} if importance is None else {"importance": (importance, (n, groups))}
+    _check_beside(who, "the weights ask", beside)
+    _check_beside(who, "the weights ask", {what: (tensor, (starts, groups)) for what, tensor in grids.items()})
 
 
 def check_columns(who: str, block: Tensor, upper: Tensor, of_rows: Mapping[str, Tensor], bits: int) -> None:

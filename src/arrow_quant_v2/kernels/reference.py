@@ -124,6 +124,11 @@ def residual_level(codes: Tensor, grid: Residual, bits: int) -> Tensor:
     return centre + grid.a2 * (2.0 * low - float(m))
 
 
+def inverse_of(a2: Tensor) -> Tensor:
+    """1 / (2 a2), or 0 where a2 is."""
+    return torch.where(a2 > 0.0, 0.5 / torch.where(a2 > 0.0, a2, 1.0), 0.0)
+
+
 def residual_codes(weight: Tensor, grid: Residual, inverse: Tensor, bits: int) -> Tensor:
     """The nearest codes, uint8; inverse is 1 / (2 a2), or 0 where a2 is.
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from arrow_quant_v2.kernels import ops
+from arrow_quant_v2.kernels.reference import inverse_of
 from arrow_quant_v2.quantizers.gptq_factor import blocks
-from arrow_quant_v2.quantizers.r2q_core import inverse_of
 from arrow_quant_v2.quantizers.whitened import Whitened
 
 if TYPE_CHECKING:

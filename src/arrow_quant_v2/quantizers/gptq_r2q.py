@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from arrow_quant_v2.kernels import ops
-from arrow_quant_v2.kernels.reference import Residual, largest_low, residual_level
+from arrow_quant_v2.kernels.reference import Residual, inverse_of, largest_low, residual_level
 from arrow_quant_v2.quantizers.gptq_affine import chosen
-from arrow_quant_v2.quantizers.r2q_core import fit_r2q, inverse_of, stored_r2q
+from arrow_quant_v2.quantizers.r2q_core import fit_r2q, stored_r2q
 
 if TYPE_CHECKING:
     from torch import Tensor

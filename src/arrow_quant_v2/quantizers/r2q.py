@@ -9,8 +9,9 @@ import torch
 from arrow_quant_v2.engines.one_core import each_on_one_core, tiles
 from arrow_quant_v2.kernels import cpu, ops, reference
 from arrow_quant_v2.kernels.reference import Residual
+from arrow_quant_v2.kernels.residual_fit import folded_columns
 from arrow_quant_v2.quantizers.affine import STRETCHES
-from arrow_quant_v2.quantizers.r2q_core import columns_first, fit_r2q, folded_columns, row_scales_r2q, stored_r2q
+from arrow_quant_v2.quantizers.r2q_core import columns_first, fit_r2q, row_scales_r2q, stored_r2q
 from arrow_quant_v2.quantizers.result import QuantizedRows, joined
 
 if TYPE_CHECKING:

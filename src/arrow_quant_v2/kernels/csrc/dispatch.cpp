@@ -238,7 +238,7 @@ Dequantize packed(const uint8_t* codes, const uint8_t* scales, const uint8_t* ze
 
 }  // namespace
 
-AQ_EXPORT int aq_abi() { return 12; }
+AQ_EXPORT int aq_abi() { return 13; }
 
 // Share rows among the threads of this GOMP_parallel from now on, in this process; null: among threads of our own.
 AQ_EXPORT void aq_use_team(Team gomp_parallel) {
@@ -325,6 +325,15 @@ AQ_EXPORT void aq_descend_columns(const uint8_t* codes, const float* pull, const
                                   int64_t columns, int bits, uint8_t* found, int threads) {
   const Descent ask{codes, pull, gram, mu, a1, a2, inverse, found, columns, bits};
   over_rows(ask, chosen.load()->descend_columns, rows, 8 * columns, threads);  // each value costs a loop
+}
+
+AQ_EXPORT void aq_fit_residual(const float* weights, const float* importance, const float* mu, const float* a1,
+                               const float* a2, int64_t n, int64_t groups, int starts, int bits, int symmetric,
+                               int rounds, float* found_mu, float* found_a1, float* found_a2, int threads) {
+  const ResidualFit ask{weights,  importance, mu, a1,     a2,   found_mu, found_a1,
+                        found_a2, n,          groups, starts, bits, rounds,   symmetric != 0};
+  const int64_t tiles = (groups + GROUPS_TOGETHER - 1) / GROUPS_TOGETHER;
+  over_rows(ask, chosen.load()->fit_residual, tiles, GROUPS_TOGETHER * n * (starts + rounds), threads);
 }
 
 AQ_EXPORT void aq_hadamard(const float* from, float* to, int64_t rows, int64_t block, int threads) {

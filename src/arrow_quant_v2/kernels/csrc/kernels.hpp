@@ -65,6 +65,18 @@ struct Descent {
   int bits;
 };
 
+constexpr int64_t GROUPS_TOGETHER = 16;  // that a kernel fits beside each other
+
+// The residual grid of each group by alternation, from the best of some grids on; groups lie beside each other.
+struct ResidualFit {
+  const float *weights, *importance;      // (n, groups); no importance: 1 each
+  const float *mu, *a1, *a2;              // (starts, groups)
+  float *found_mu, *found_a1, *found_a2;  // (groups,)
+  int64_t n, groups;
+  int starts, bits, rounds;
+  bool symmetric;
+};
+
 // Rows of one block each, turned by Sylvester's matrix over the root of its size.
 struct Hadamard {
   const float* from;  // (rows, block)
@@ -243,6 +255,7 @@ struct KernelTable {
   void (*dequantize_r2q)(const Dequantize&, int64_t first, int64_t last);
   void (*quantize_columns_r2q)(const ResidualColumns&, int64_t first, int64_t last);
   void (*descend_columns)(const Descent&, int64_t first, int64_t last);
+  void (*fit_residual)(const ResidualFit&, int64_t first, int64_t last);  // GROUPS_TOGETHER
   void (*hadamard)(const Hadamard&, int64_t first, int64_t last);
   int (*pieces)(const Product&);  // as which x meets codes as bytes, where that is faster than floats; else 0
   void (*split)(const Product&, int64_t first, int64_t last);  // rows of x; null where it always is

@@ -657,6 +657,7 @@ void dequantize_r2q(const Dequantize& ask, int64_t first, int64_t last);  // res
 void quantize_columns_r2q(const ResidualColumns& ask, int64_t first, int64_t last);
 void hadamard(const Hadamard& ask, int64_t first, int64_t last);
 void descend_columns(const Descent& ask, int64_t first, int64_t last);  // descent.cpp
+void fit_residual(const ResidualFit& ask, int64_t first, int64_t last);  // residual_fit.cpp
 #if defined(__AVX512VNNI__)
 constexpr void (*split)(const Product&, int64_t, int64_t) = nullptr;
 constexpr void (*product)(const Product&, int64_t, int64_t) = nullptr;
@@ -687,8 +688,8 @@ void fill_planes(const Convolution& ask, int64_t first, int64_t last);  // convo
 void decode_blocks(const Convolution& ask, int64_t first, int64_t last);
 void convolve(const Convolution& ask, int64_t first, int64_t last);
 const KernelTable table = {AQ_NAME(AQ_ISA), quantize, dequantize, fit_grid, quantize_columns, pack, unpack,
-                           dequantize_r2q, quantize_columns_r2q, descend_columns, hadamard, pieces, split,
-                           product, round_inputs, rounded_product, WIDTH, fill_panels, tiled_product,
+                           dequantize_r2q, quantize_columns_r2q, descend_columns, fit_residual, hadamard, pieces,
+                           split, product, round_inputs, rounded_product, WIDTH, fill_panels, tiled_product,
                            tiles_bytes, fill_rounded_panels, rounded_tiled_product, fill_blocks, block_product,
                            fill_rounded_blocks, rounded_block_product, POSITIONS, fill_planes, decode_blocks, convolve};
 

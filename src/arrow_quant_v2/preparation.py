@@ -26,7 +26,7 @@ from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.samples import Asked
 from arrow_quant_v2.calibration.transformers_model import open_transformers, tied_names
 from arrow_quant_v2.engines.devices import CPU, free_bytes
-from arrow_quant_v2.errors import ConfigurationError, QuantizationError, SourceError
+from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, SourceError
 from arrow_quant_v2.plan import WEIGHTS_ALONE
 from arrow_quant_v2.progress import duration
 from arrow_quant_v2.sources.files import read_json
@@ -113,18 +113,30 @@ def prepare(
 
 
 def with_importance(
-    prepared: Prepared, config: DiffusionQuantConfig, *, tell: Callable[[str], object]
+    prepared: Prepared,
+    config: DiffusionQuantConfig,
+    *,
+    tell: Callable[[str], object],
+    should_stop: Callable[[], bool] = bool,
 ) -> tuple[Prepared, tuple[str, ...]]:
-    """The same once it is known how much rows of inputs count, where that is asked for; or why it cannot be told."""
+    """The same once it is known how much rows of inputs count, where that is asked for; or why it cannot be told.
+
+    Raises:
+        InterruptedRunError: `should_stop`, asked after some samples, said so; what is known of them is kept.
+        StoreError: it cannot be kept.
+    """
     if not config.enable_importance:
         return prepared, ()
     calls = prepared.samples.calls
+    tell(f"{len(calls)} samples will be looked at for what outputs feel")
     kept, began = prepared.memory.felt(calls, config.seed), time.monotonic()
 
     def looked_at(done: int, known: int) -> None:
         timed, now = done - known, time.monotonic() - began
         left = f", about {duration(now / timed * (len(calls) - done))} more" if timed else ""
         tell(f"{done}/{len(calls)} samples looked at for what outputs feel{left}")
+        if timed and done < len(calls) and should_stop():
+            raise InterruptedRunError(f"stopped after {done} of {len(calls)} samples were looked at; they are kept")
 
     try:
         found = importance(prepared.runnable, calls, seed=config.seed, kept=kept, tell=looked_at)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from arrow_quant_v2.calibrated_run import Keeper, effort, weight_of
+from arrow_quant_v2.calibration.identity import of_settings
 from arrow_quant_v2.calibration.stored_stats import KeptStats
 from arrow_quant_v2.engines.local import ordered_map
-from arrow_quant_v2.errors import ConfigurationError, StoreError
+from arrow_quant_v2.errors import ConfigurationError, SourceError, StoreError
 from arrow_quant_v2.fallback import Bar
 from arrow_quant_v2.plan import NOTHING_CALIBRATED, Calibrated, calibrated_method, plan_model, quant_axis
 from arrow_quant_v2.publish import content_hash, source_hash
@@ -20,15 +21,19 @@ from arrow_quant_v2.store.crc32 import crc32
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
+
     from arrow_quant_v2.calibrated_run import CalibratedPlans, FittedRun
     from arrow_quant_v2.calibration.stored_stats import KeptInput
     from arrow_quant_v2.config import DiffusionQuantConfig, Modality
     from arrow_quant_v2.packed import TensorInfo
     from arrow_quant_v2.plan import LayerPlan
     from arrow_quant_v2.sources.base import Source
+    from arrow_quant_v2.sources.folder import Model
 
 SLICE = 2**22  # elements of a tensor that are read at once
 WORKERS = 2
+OF_PIPELINES = ("model_index.json", "scheduler/scheduler_config.json")
 UNKNOWN = "the stats hold no inputs of it, or only zeros"
 
 
@@ -41,6 +46,20 @@ def values_hash(source: Source) -> str:
     with ordered_map(lambda info: _checksum(source, info), source.tensors, workers=WORKERS, in_flight=WORKERS) as sums:
         entries = zip(source.tensors, sums, strict=True)
         return content_hash((info.name, info.dtype, info.shape, checksum) for info, checksum in entries)
+
+
+def model_hash(source: Source, model: Model | None, module: nn.Module | None) -> str:
+    """SHA-256 of what decides what a model says: its tensors, and how it is built as its files or a live module tell.
+
+    Raises:
+        SourceError: a tensor or a file cannot be read.
+    """
+    places = () if model is None else (model.folder / "config.json", *(model.root / name for name in OF_PIPELINES))
+    try:
+        built = [(path.name, path.read_bytes()) for path in places if path.is_file()]
+    except OSError as error:
+        raise SourceError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return of_settings(values_hash(source), repr(module), built)
 
 
 def _checksum(source: Source, info: TensorInfo) -> int:

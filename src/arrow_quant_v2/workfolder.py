@@ -6,7 +6,7 @@
     OUT.partial/allocation.json  the widths of layers, where they were found out by measuring, and what they lose
     OUT.partial/plans/2/         finished layers of one of several whole plans, until the best one is known
     OUT.partial/tuned/           layers again, on grids that were tuned: all that were, or there is no folder
-    OUT.partial/samples/         samples that the model made of itself, for calibration
+    OUT.partial/samples/         samples that the model made of itself, and what its outputs felt of any
     OUT.partial/model/           the output, while it is put together
     OUT.partial/old/             what is being replaced, for a moment
     OUT.partial/scratch/         what calibration has no memory for; of no use to a later run
@@ -25,7 +25,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arrow_quant_v2.errors import ConfigurationError, QuantizationError, StoreError
+from arrow_quant_v2.errors import ConfigurationError, InterruptedRunError, QuantizationError, StoreError
 from arrow_quant_v2.store.writer import fsync
 
 if TYPE_CHECKING:
@@ -178,10 +178,11 @@ class WorkFolder:
             raise StoreError(f"{error}; what is finished lies in {self.folder}, and the same settings go on with it")
 
     def _tidy(self, error: BaseException) -> bool:
-        """Keep finished layers for the next run, unless the same settings can never finish it; True: they are kept."""
+        """Keep what the next run can go on with, unless the same settings can never finish it; True: it is kept."""
         shutil.rmtree(self.model, ignore_errors=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        hopeless = isinstance(error, QuantizationError) or not (self._finished() or self.allocation.exists())
+        worth = self._finished() or self.allocation.exists() or (was_stopped(error) and any(self.samples.glob("*")))
+        hopeless = isinstance(error, QuantizationError) or not worth
         kept = not hopeless or self._old.exists()
         if not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -253,6 +254,11 @@ class WorkFolder:
             self._lock.truncate(0)
             while identity:  # the system may take a part, and say why only at the next one
                 identity = identity[self._lock.write(identity) :]
+
+
+def was_stopped(error: BaseException) -> bool:
+    """Whether a run ended for no reason of its own: by a person, or by a disk that may have room another time."""
+    return isinstance(error, InterruptedRunError | StoreError) or not isinstance(error, Exception)
 
 
 def partial_of(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,7 @@ from arrow_quant_v2.calibration.remembered import Memory
 from arrow_quant_v2.calibration.runnable import Runnable
 from arrow_quant_v2.calibration.sample import Sample
 from arrow_quant_v2.calibration.stats import InputStats, Seen, moments_of
-from arrow_quant_v2.errors import InterruptedRunError
+from arrow_quant_v2.errors import InterruptedRunError, StoreError
 from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.store.reader import StoredModel
 
@@ -165,7 +166,7 @@ def test_a_damaged_file_and_all_behind_it_are_asked_for_again(tmp_path: Path) ->
     kept, told = Felt(folder=tmp_path, key="this"), list[tuple[int, int]]()
     found = importance(model, calls, kept=kept)
     path = tmp_path / "this-2.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes().replace(b"first", b"firsv"))
     assert same(importance(model, calls, kept=kept, tell=lambda *numbers: told.append(numbers)), found)
     assert told[0] == (2, 2)
 
@@ -218,29 +219,65 @@ def test_layers_are_fitted_to_the_tokens_that_outputs_feel(tmp_path: Path) -> No
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_a_run_that_was_stopped_goes_on_with_what_was_felt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many calls gradients were asked for, each time."""
+    numbers: list[int] = []
 
     def counting(runnable: Runnable, calls: list[Sample], *arguments: Any, **settings: Any) -> Any:
-        asked.append(len(calls))
+        numbers.append(len(calls))
         return backwards(runnable, calls, *arguments, **settings)
 
     monkeypatch.setattr("arrow_quant_v2.calibration.importance.backwards", counting)
-    model = save_folder(
-        tmp_path / "model",
-        small_module("BertForMaskedLM", vocab_size=64, hidden_size=32, intermediate_size=64),
-        mask_token_id=4,
-    )
-    config = DiffusionQuantConfig(
-        group_size=16, min_accuracy=0.0, calibration_samples=5, calibration_tokens=0, enable_calibration=True
-    )
-    with pytest.raises(InterruptedRunError):
-        ArrowQuantV2().quantize_diffusion_model(model, tmp_path / "out", config, should_stop=lambda: True)
+    return numbers
+
+
+def bert(folder: Path) -> Path:
+    module = small_module("BertForMaskedLM", vocab_size=64, hidden_size=32, intermediate_size=64)
+    return save_folder(folder, module, mask_token_id=4)
+
+
+TEN_CALLS = DiffusionQuantConfig(
+    group_size=16, min_accuracy=0.0, calibration_samples=40, calibration_tokens=0, enable_calibration=True
+)
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_was_felt(tmp_path: Path, asked: list[int]) -> None:
+    model, api = bert(tmp_path / "model"), ArrowQuantV2()
+    with pytest.raises(InterruptedRunError, match="stopped after 4 of 10 samples"):
+        api.quantize_diffusion_model(model, tmp_path / "out", TEN_CALLS, should_stop=lambda: True)
     for out in ("out", "whole"):
-        ArrowQuantV2().quantize_diffusion_model(model, tmp_path / out, config)
-    first, again, whole = asked
-    assert first == whole > again == 0
+        api.quantize_diffusion_model(model, tmp_path / out, TEN_CALLS)
+    assert asked == [10, 6, 10]
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+
+
+def test_a_full_disk_costs_nothing_that_was_felt_before(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, api, keep = bert(tmp_path / "model"), ArrowQuantV2(), Felt.keep
+
+    def full(felt: Felt, call: int, rows: Any) -> None:
+        if call == 6:
+            raise StoreError("No space left on device")
+        keep(felt, call, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Felt, "keep", full)
+        with pytest.raises(StoreError, match="the same settings go on with it"):
+            api.quantize_diffusion_model(model, tmp_path / "out", TEN_CALLS)
+    api.quantize_diffusion_model(model, tmp_path / "out", TEN_CALLS)
+    assert asked == [10, 4]
+
+
+def test_what_was_felt_of_a_model_that_was_built_otherwise_is_not_taken(tmp_path: Path, asked: list[int]) -> None:
+    model, api = bert(tmp_path / "model"), ArrowQuantV2()
+    with pytest.raises(InterruptedRunError):
+        api.quantize_diffusion_model(model, tmp_path / "out", TEN_CALLS, should_stop=lambda: True)
+    built = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(built | {"hidden_act": "relu"}))
+    api.quantize_diffusion_model(model, tmp_path / "out", TEN_CALLS)
+    assert asked == [10, 10]
 
 
 class Opaque(torch.autograd.Function):

@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet1DModel, UNet2DModel
@@ -167,6 +168,15 @@ def test_equal_calls_have_one_identity() -> None:
     turned = {"x": {"a": (1, [torch.zeros(3, 2)]), "b": torch.zeros(4).bfloat16()}}
     first, second = (identity.of_calls([Sample(keywords=k, timestep=1.0)]) for k in (nested, turned))
     assert first == second
+
+
+def test_arrays_that_differ_where_nobody_prints_them_differ() -> None:
+    arrays = np.zeros(2000), np.zeros(2000)
+    arrays[1][1000] = 1.0
+    first, second, again = (
+        identity.of_calls([Sample(keywords={"x": array}, timestep=1.0)]) for array in (*arrays, np.zeros(2000))
+    )
+    assert first == again != second
 
 
 # Made up

@@ -272,6 +272,8 @@ def fitted_by_the_reference(case: tuple[Tensor, ...], bits: int, rounds: int, *,
 def test_fit_residual_is_the_references(shape: tuple[int, int], symmetric: bool, bits: int) -> None:
     for starts, weighed in product((1, 3), (True, False)):
         weights, importance, *grids = residual_fit_case(*shape, bits, starts, seed=bits, symmetric=symmetric)
+        grids[2][:, 1:2] = 2e-39  # of which float32 has no inverse
+        grids[2][:, 2:3], grids[1][:, 2:3] = 1e36, 2e38
         case = (weights, importance if weighed else None, *grids)
         expected = fitted_by_the_reference(case, bits, 8, symmetric=symmetric)
         assert same(ops.fit_residual(*case, bits, symmetric, 8), expected)

@@ -124,6 +124,7 @@ def test_descend_columns_refuses(changes: dict[str, Any], message: str) -> None:
         refused({"bits": 3}, "fit_residual: bits is 3; allowed: 2, 4, 8"),
         refused({"weights": WEIGHT.double()}, "fit_residual: weights is torch.float64 with 2 dimensions; allowed: a m"),
         refused({"weights": WEIGHT[:0]}, "fit_residual: 0 weights in 20 groups, 1 starts, 8 rounds; allowed: from 1"),
+        refused({"rounds": 2**31}, "2147483648 rounds; allowed: from 1, rounds from 0 to 1000"),
         refused({"rounds": -1}, "fit_residual: 4 weights in 20 groups, 1 starts, -1 rounds; allowed: from 1, rounds"),
         refused({"importance": WEIGHT[0]}, "fit_residual: importance is torch.float32 (20,); the weights ask for "),
         refused({"a1": WEIGHT[:2]}, "fit_residual: a1 is torch.float32 (2, 20); the weights ask for float32 (1, 20)"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Felt:
-    """Where it is kept, and a hash of all that decides it; no folder: nowhere."""
+    """Where it is kept, and a hash of the model, the calls and the seed; no folder: nowhere."""
 
     folder: Path | None = None
     key: str = ""

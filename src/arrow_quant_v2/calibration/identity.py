@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def _bytes(entry: object) -> Iterator[bytes]:
     if isinstance(entry, torch.Tensor):
         yield f"{entry.dtype} {tuple(entry.shape)} ".encode()
         yield entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(entry, np.ndarray):
+        yield f"array {entry.dtype} {entry.shape} ".encode()
+        yield np.ascontiguousarray(entry).tobytes()
     elif isinstance(entry, Mapping):
         yield f"mapping of {len(entry)} ".encode()
         for key in sorted(entry, key=str):

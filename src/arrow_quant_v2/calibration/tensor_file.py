@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,7 +25,7 @@ CHECKSUM = "crc32"
 
 
 def keep(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
-    """Write them, dense and on the CPU, with a checksum of their bytes.
+    """Write them, dense and on the CPU, with a checksum of all that is written.
 
     Raises:
         StoreError: the disk refuses.
@@ -30,10 +33,12 @@ def keep(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) ->
     fresh = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), fresh, dict(words) | {CHECKSUM: str(_checksum(tensors))})
+        save_file(dict(tensors), fresh, dict(words) | {CHECKSUM: str(_checksum(tensors, words))})
         fsync(fresh)
         fresh.rename(path)
     except (OSError, SafetensorError) as problem:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
         raise StoreError(f"{path}: calibration cannot be kept: {problem}; give it room and permission") from problem
 
 
@@ -43,13 +48,15 @@ def kept(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         with safe_open(path, framework="pt") as file:
             words = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        return (tensors, words) if int(words[CHECKSUM]) == _checksum(tensors) else None
+        return (tensors, words) if int(words.pop(CHECKSUM)) == _checksum(tensors, words) else None
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    total = 0
+def _checksum(tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> int:
+    shapes = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
+    told = json.dumps([sorted(words.items()), shapes]).encode()
+    total = crc32(np.frombuffer(told, np.uint8))
     for name in sorted(tensors):
         total = crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), total)
     return total

@@ -20,6 +20,7 @@ from arrow_quant_v2.packed import ROTATIONS, WIDTHS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+MOST_ROUNDS = 1000
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEQUANTIZE_SCHEMA = (
     "dequantize(Tensor codes, Tensor scales, Tensor zero_points, Tensor row_scales,"
@@ -478,10 +479,9 @@ def check_residual_fit(
     _check_matrix(f"{who}: weights", weights, (torch.float32,))
     n, groups = weights.shape
     starts = len(grids["mu"]) if grids["mu"].ndim else 0
-    if not (n and groups and starts and rounds >= 0):
-        raise QuantizationError(
-            f"{who}: {n} weights in {groups} groups, {starts} starts, {rounds} rounds; allowed: from 1, rounds from 0"
-        )
+    if not (n and groups and starts and 0 <= rounds <= MOST_ROUNDS):
+        found = f"{n} weights in {groups} groups, {starts} starts, {rounds} rounds"
+        raise QuantizationError(f"{who}: {found}; allowed: from 1, rounds from 0 to {MOST_ROUNDS}")
     beside = {} if importance is None else {"importance": (importance, (n, groups))}
     _check_beside(who, "the weights ask", beside)
     _check_beside(who, "the weights ask", {what: (tensor, (starts, groups)) for what, tensor in grids.items()})

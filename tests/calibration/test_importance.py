@@ -31,7 +31,7 @@ from arrow_quant_v2.kernels.tensors import dequantized
 from arrow_quant_v2.store.reader import StoredModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -161,12 +161,13 @@ def test_what_was_felt_before_a_stop_is_not_asked_for_again_and_the_same_comes_o
     assert same(importance(model, calls, kept=kept), found)
 
 
-def test_a_damaged_file_and_all_behind_it_are_asked_for_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: whole.replace(b"first", b"firsv")])
+def test_a_damaged_file_and_all_behind_it_are_asked_for_again(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     model, calls = opened(Weighed(torch.ones(TOKENS))), samples(6, TOKENS, CHANNELS)
     kept, told = Felt(folder=tmp_path, key="this"), list[tuple[int, int]]()
     found = importance(model, calls, kept=kept)
     path = tmp_path / "this-2.safetensors"
-    path.write_bytes(path.read_bytes().replace(b"first", b"firsv"))
+    path.write_bytes(damage(path.read_bytes()))
     assert same(importance(model, calls, kept=kept, tell=lambda *numbers: told.append(numbers)), found)
     assert told[0] == (2, 2)
 

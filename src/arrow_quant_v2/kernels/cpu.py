@@ -180,7 +180,7 @@ def _register_columns(library: ctypes.CDLL) -> None:
     ) -> tuple[Tensor, Tensor, Tensor]:
         ops.check_residual_fit(weights, importance, {"mu": mu, "a1": a1, "a2": a2}, bits, rounds)
         given = [None if one is None else one.contiguous() for one in (weights, importance, mu, a1, a2)]
-        found = tuple(weights.new_empty(weights.shape[1]) for _ in range(3))
+        found = ops.empty_residual(weights)
         library.aq_fit_residual(
             *[None if one is None else pointer(one) for one in given],
             *_sizes(*weights.shape),
@@ -191,7 +191,7 @@ def _register_columns(library: ctypes.CDLL) -> None:
             *[pointer(part) for part in found],
             _threads(),
         )
-        return found[0], found[1], found[2]
+        return found
 
     ops.register_kernel("fit_residual", "CPU", fit_residual_cpp)
     ops.register_kernel("fit_grid", "CPU", fit_grid_cpp)

@@ -454,16 +454,15 @@ def fit_residual(
 @shapes_of("fit_residual")
 def _(
     weights: Tensor,
-    importance: Tensor | None,  # noqa: ARG001
-    mu: Tensor,
-    a1: Tensor,
-    a2: Tensor,
+    importance: Tensor | None,  # noqa: ARG001 - here and below: the weights alone say the shapes
+    mu: Tensor,  # noqa: ARG001
+    a1: Tensor,  # noqa: ARG001
+    a2: Tensor,  # noqa: ARG001
     bits: int,  # noqa: ARG001
     symmetric: bool,  # noqa: ARG001
     rounds: int,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mu, a1, a2 = (weights.new_empty(weights.shape[1]) for _ in range(3))
-    return mu, a1, a2
+    return empty_residual(weights)
 
 
 def check_residual_fit(
@@ -529,6 +528,12 @@ def check_hadamard(x: Tensor, block: int) -> None:
         raise QuantizationError(
             f"hadamard: x is {x.dtype} {tuple(x.shape)}; allowed: float32 whose last axis splits into blocks of {block}"
         )
+
+
+def empty_residual(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `fit_residual` returns."""
+    groups = weights.shape[1]
+    return weights.new_empty(groups), weights.new_empty(groups), weights.new_empty(groups)
 
 
 def empty_result(

@@ -26,12 +26,9 @@ struct Tile {
   explicit Tile(int64_t n) : columns(n), weights(n * LANES), errors(n * LANES), codes(n * LANES) {}
 
   void read(const Columns& ask, int64_t row, int64_t count) {
-    for (int64_t i = 0; i < LANES; i++) {
-      const bool here = i < count;
-      scale[i] = here ? ask.scale[row + i] : 0.0f;
-      inverse[i] = here ? ask.inverse[row + i] : 0.0f;
-      zero[i] = here ? ask.zero[row + i] : 0.0f;
-    }
+    to_tile(ask.scale + row, count, 1, scale);
+    to_tile(ask.inverse + row, count, 1, inverse);
+    to_tile(ask.zero + row, count, 1, zero);
     to_tile(ask.block + row * columns, count, columns, weights.data());
   }
 

@@ -55,13 +55,10 @@ struct RowGrids {
 
   template <class Ask>
   void read(const Ask& ask, int64_t row, int64_t count) {
-    for (int64_t i = 0; i < LANES; i++) {
-      const bool here = i < count;
-      mu[i] = here ? ask.mu[row + i] : 0.0f;
-      a1[i] = here ? ask.a1[row + i] : 0.0f;
-      a2[i] = here ? ask.a2[row + i] : 0.0f;
-      inverse[i] = here ? ask.inverse[row + i] : 0.0f;
-    }
+    to_tile(ask.mu + row, count, 1, mu);
+    to_tile(ask.a1 + row, count, 1, a1);
+    to_tile(ask.a2 + row, count, 1, a2);
+    to_tile(ask.inverse + row, count, 1, inverse);
   }
 
   Levels levels() const { return {load(mu) + load(a1), load(mu) - load(a1), load(a2)}; }

@@ -38,19 +38,18 @@ constexpr uint32_t SIGN = 0x80000000u;
 AQ_INLINE Lanes sign_of(Lanes x) { AQ_EACH((FloatPart)(((Words)x.part[i] & SIGN) | (Words)fill(1.0f).part[i])) }
 AQ_INLINE Lanes magnitude(Lanes x) { AQ_EACH((FloatPart)((Words)x.part[i] & ~SIGN)) }
 
-// Of sixteen groups: what their grids are, and 1 / (2 a2), or 0.
+// Those of sixteen groups.
 struct Grids {
   float mu[LANES], a1[LANES], a2[LANES];
 
   void read(const ResidualFit& ask, int start, int64_t group, int64_t count) {
     const int64_t at = start * ask.groups + group;
-    for (int64_t i = 0; i < LANES; i++) {
-      mu[i] = i < count ? ask.mu[at + i] : 0.0f;
-      a1[i] = i < count ? ask.a1[at + i] : 0.0f;
-      a2[i] = i < count ? ask.a2[at + i] : 0.0f;
-    }
+    to_tile(ask.mu + at, count, 1, mu);
+    to_tile(ask.a1 + at, count, 1, a1);
+    to_tile(ask.a2 + at, count, 1, a2);
   }
 
+  // 1 / (2 a2), or 0.
   Lanes inverse() const {
     float each[LANES];
     for (int i = 0; i < LANES; i++) each[i] = a2[i] > 0.0f ? 1.0f / a2[i] * 0.5f : 0.0f;  // as torch divides by a tensor
@@ -58,7 +57,7 @@ struct Grids {
   }
 };
 
-// The sums of sixteen groups, and how many there are of each.
+// The sums of sixteen groups.
 struct GroupSums {
   double of[MOST_SUMS][LANES];
 };
